@@ -1,0 +1,393 @@
+"""A checkpoint is a Hugging Face folder: config.json, *.safetensors, tokenizer.json and the chat template.
+
+`load_model` and `load_tokenizer` read one, `save_checkpoint` writes one that Transformers and vLLM open as it is.
+Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox.
+"""
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from cli import BadInput, get_field, expect, read_json, write_json
+from model import Decoder, ModelConfig
+
+SHARD_BYTES = 5_000_000_000
+READ_BYTES = 16_000_000  # a file is mapped piece by piece, so that loading peaks little above the weights themselves
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+PROMPT_FILE = "verification_prompt.txt"  # the words a checkpoint was trained with travel with it
+
+# our parameter -> the Hugging Face tensors that stand in it, one above the other
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+NAMES = {
+    "embed.weight": ("model.embed_tokens.weight",),
+    "norm.weight": ("model.norm.weight",),
+    "head.weight": ("lm_head.weight",),
+}
+LAYER_NAMES = {
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "attention.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attention.k_norm.weight": ("self_attn.k_norm.weight",),
+    "attention.out.weight": ("self_attn.o_proj.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.down.weight": ("mlp.down_proj.weight",),
+}
+
+
+# ---------------------------------------------------------------------------------------------- config.json
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Read config.json in either dialect. Raises BadInput that names the field for anything not implemented."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such checkpoint folder; give a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
+    return parse_config(expect(read_json(path), dict, str(path)), str(path))
+
+
+def parse_config(raw: dict, where: str) -> ModelConfig:
+    """ModelConfig from the dict of a config.json; `where` names it in errors."""
+    model_type = get_field(raw, "model_type", str, where)
+    if model_type not in ARCHITECTURES:
+        raise BadInput(f"{where}: field 'model_type': {model_type!r} is not implemented; use one of {', '.join(ARCHITECTURES)}")
+
+    def size(name: str, default: int | None = None, limit: int = 2 ** 24) -> int:
+        value = raw.get(name)
+        value = default if value is None and default else get_field(raw, name, int, where)
+        if not 1 <= value <= limit:
+            raise BadInput(f"{where}: field '{name}': {value} is out of range (1 to {limit}); correct it")
+        return value
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    kv_heads = size("num_key_value_heads", heads)
+    head_dim = size("head_dim", max(hidden // heads, 1))
+    if heads % kv_heads or head_dim % 2:
+        raise BadInput(f"{where}: field 'num_key_value_heads': {heads} heads of size {head_dim} cannot be shared by {kv_heads}; correct it")
+    theta, scaling = _rope(raw, where)
+    config = ModelConfig(
+        model_type=model_type, vocab_size=size("vocab_size"), hidden_size=hidden,
+        intermediate_size=size("intermediate_size"), num_hidden_layers=size("num_hidden_layers", limit=1000),
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, where), rope_theta=theta, rope_scaling=scaling,
+        tie_word_embeddings=expect(raw.get("tie_word_embeddings", False), bool, f"{where}: field 'tie_word_embeddings'"),
+        max_position_embeddings=size("max_position_embeddings", 32768),
+        qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3")
+    _refuse_unimplemented(raw, config, where)
+    return config
+
+
+def _number(raw: dict, name: str, default: float, where: str) -> float:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise BadInput(f"{where}: field '{name}': expected a positive number, found {str(value)[:40]!r}; correct it")
+    return float(value)
+
+
+def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
+    """(theta, Llama-3 scaling or None) from `rope_theta` + `rope_scaling`, or from Transformers 5's `rope_parameters`."""
+    field = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    rope = expect(raw.get(field) or {}, dict, f"{where}: field '{field}'")
+    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise BadInput(f"{where}: field '{field}': rope type {str(kind)[:40]!r} is not implemented (only default and llama3); use another checkpoint")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = {"rope_type": "llama3"} | {name: _number(rope, name, -1, f"{where}: field '{field}'") for name in names}
+    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise BadInput(f"{where}: field '{field}': high_freq_factor must be above low_freq_factor; correct it")
+    return theta, scaling
+
+
+def _refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
+    window = raw.get("sliding_window")
+    windowed = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
+    asked = {
+        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(raw.get("attention_bias")) and config.model_type != "qwen2",
+        "mlp_bias": bool(raw.get("mlp_bias")),
+        "sliding_window": windowed and not (isinstance(window, int) and window >= config.max_position_embeddings),
+        "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []) and windowed,
+        "num_experts": bool(raw.get("num_experts")),
+        "num_local_experts": bool(raw.get("num_local_experts")),
+        "partial_rotary_factor": raw.get("partial_rotary_factor") not in (None, 1, 1.0),
+        "quantization_config": bool(raw.get("quantization_config")),
+    }
+    for name, refused in asked.items():
+        if refused:
+            raise BadInput(f"{where}: field '{name}': {json.dumps(raw.get(name))[:60]} is not implemented; use a checkpoint without it")
+
+
+def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_ids: list[int]) -> dict:
+    """The config.json of a saved checkpoint, in the dialect that Transformers 4 and 5 and vLLM read."""
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
+             "max_position_embeddings")
+    return ({"architectures": [ARCHITECTURES[config.model_type]]} | {name: getattr(config, name) for name in names}
+            | {"hidden_act": "silu", "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
+            | ({"sliding_window": None} if config.model_type == "mistral" else {}))
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Our parameter's name -> the Hugging Face tensors stacked in it, for every parameter that this config has."""
+    with torch.device("meta"):
+        parameters = dict(Decoder(config).named_parameters())
+    names = dict(NAMES)
+    for i in range(config.num_hidden_layers):
+        names |= {f"layers.{i}.{ours}": tuple(f"model.layers.{i}.{t}" for t in theirs) for ours, theirs in LAYER_NAMES.items()}
+    return {name: names[name] for name in parameters}
+
+
+def part_shapes(config: ModelConfig, name: str, shape: torch.Size) -> list[tuple[int, ...]]:
+    """The shapes of the Hugging Face tensors that are stacked in parameter `name` of `shape`."""
+    if ".qkv." in name:
+        rows = [n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)]
+    elif ".gate_up." in name:
+        rows = [config.intermediate_size] * 2
+    else:
+        rows = [shape[0]]
+    return [(n, *shape[1:]) for n in rows]
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
+
+    Raises BadInput that lists missing, unexpected and misshapen tensors by name.
+    """
+    config = load_config(folder)
+    files = _weight_files(Path(folder))
+    with torch.device("meta"):
+        model = Decoder(config)
+    parameters = dict(model.named_parameters())
+    wanted = {}  # Hugging Face name -> (our name, first row, shape)
+    for ours, theirs in tensor_names(config).items():
+        row = 0
+        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
+            wanted[name] = (ours, row, shape)
+            row += shape[0]
+    found = {name: (path, shape) for path in files for name, shape in _tensor_shapes(path).items()}
+    _check_tensors(folder, wanted, found, config)
+    filled = {}
+    for name, (ours, row, shape) in wanted.items():
+        if ours not in filled:
+            filled[ours] = torch.empty(parameters[ours].shape, dtype=dtype, device=device)
+        _read_tensor(found[name][0], name, filled[ours][row:row + shape[0]])
+    model.load_state_dict(filled, strict=True, assign=True)
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those of the index, or the single one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        table = get_field(expect(read_json(index), dict, str(index)), "weight_map", dict, str(index))
+        names = sorted({expect(name, str, f"{index}: field 'weight_map'") for name in table.values()})
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: no such file; the folder needs its safetensors weights (download them again)")
+    return [folder / name for name in names]
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> None:
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
+    misshapen = [f"{name} {list(found[name][1])}, not {list(wanted[name][2])}" for name in wanted
+                 if name in found and found[name][1] != wanted[name][2]]
+    problems = [f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+                for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
+    if problems:
+        raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); take config and weights from the same checkpoint")
+
+
+def _read_tensor(path: Path, name: str, out: torch.Tensor) -> None:
+    """Copy a tensor into `out`, a few rows at a time: each piece's file mapping is released before the next."""
+    row_bytes = out[0].numel() * 4
+    step = max(1, READ_BYTES // row_bytes)
+    for start in range(0, len(out), step):
+        with safe_open(path, framework="pt") as file:
+            piece = file.get_slice(name)[start:start + step]
+            if not piece.is_floating_point():
+                raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; use an unquantised checkpoint")
+            out[start:start + step].copy_(piece)
+
+
+def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Path, prompt: str | None = None,
+                    dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a Hugging Face folder: weights, config, the tokenizer's files as they are, and the verification prompt.
+
+    Written aside and renamed: an existing folder is replaced only by a whole one.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_from) / name).is_file():
+            shutil.copyfile(Path(tokenizer_from) / name, aside / name)
+    if prompt is not None:
+        (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
+    write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
+    _save_weights(aside, model, dtype, shard_bytes)
+    if folder.exists():  # two renames: at any moment one of the two is whole
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)
+
+
+def _save_weights(folder: Path, model: Decoder, dtype: torch.dtype, shard_bytes: int) -> None:
+    parameters = dict(model.named_parameters())
+    pieces = []  # (Hugging Face name, view of our parameter)
+    for ours, theirs in tensor_names(model.config).items():
+        rows = [shape[0] for shape in part_shapes(model.config, ours, parameters[ours].shape)]
+        pieces += zip(theirs, parameters[ours].detach().split(rows))
+    shards, room = [[]], shard_bytes
+    for name, piece in pieces:
+        size = piece.numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, piece))
+        room -= size
+    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        save_file({name: piece.to(dtype).contiguous().cpu() for name, piece in shard}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(piece.numel() for _, piece in pieces) * dtype.itemsize},
+            "weight_map": {name: file for file, shard in zip(files, shards) for name, _ in shard}})
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+@dataclass
+class ChatTokenizer:
+    """tokenizer.json with the checkpoint's chat template around one user message.
+
+    A text from a user or a model is tokenised as text: a special token spelled out in it ("<|im_end|>") becomes the
+    characters, never the token, so it can neither end a turn nor open one.
+    """
+    backend: Tokenizer
+    before: list[int]  # the template's tokens before the user's message
+    after: list[int]   # and after it, up to where the answer begins
+    eos_ids: list[int]  # every id that ends an answer; the first one ends the answers we train on
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of a trusted text in which special tokens are meant as such (templates, pretraining text)."""
+        self.backend.encode_special_tokens = False
+        ids = self.encode(text)
+        self.backend.encode_special_tokens = True
+        return ids
+
+    def chat(self, message: str) -> list[int]:
+        """Token ids of the template with the user's message, ready for the answer."""
+        return self.before + self.encode(message) + self.after
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of an answer, with the end of the turn."""
+        return self.encode(text) + self.eos_ids[:1]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizer(folder: str | Path) -> ChatTokenizer:
+    """Read tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a checkpoint folder."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; the checkpoint needs its tokenizer.json")
+    try:
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{path}: not a tokenizer ({str(error)[:80]}); download it again") from None
+    backend.no_truncation()
+    backend.no_padding()
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= expect(read_json(folder / name), dict, str(folder / name))
+    tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+    eos_ids = _eos_ids(folder, backend, tokens["eos_token"])
+    tokenizer = ChatTokenizer(backend, [], [], eos_ids)
+    before, after = _render_template(folder, config, tokens)
+    tokenizer.before, tokenizer.after = tokenizer.encode_marked(before), tokenizer.encode_marked(after)
+    return tokenizer
+
+
+def _token_text(token: str | dict | None) -> str:
+    return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def _eos_ids(folder: Path, backend: Tokenizer, eos_token: str) -> list[int]:
+    """The end-of-text ids: the tokenizer's own first, then generation_config.json's and config.json's (int or list)."""
+    ids = [backend.token_to_id(eos_token)] if eos_token else []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            value = expect(read_json(folder / name), dict, str(folder / name)).get("eos_token_id")
+            ids += value if isinstance(value, list) else [value]
+    ids = list(dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool)))
+    if not ids:
+        raise BadInput(f"{folder / 'tokenizer_config.json'}: field 'eos_token' is missing, and no file has 'eos_token_id'; add one")
+    return ids
+
+
+def _render_template(folder: Path, config: dict, tokens: dict[str, str]) -> tuple[str, str]:
+    """What the checkpoint's chat template puts before and after the user's message. Without a template: nothing, and a newline."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        source = path.read_text(encoding="utf-8")
+    else:
+        path, source = folder / "tokenizer_config.json", config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+    if source is None:
+        return tokens["bos_token"], "\n"
+    expect(source, str, f"{path}: field 'chat_template'")
+    mark = "\ue000the message\ue001"
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        text = environment.from_string(source).render(messages=[{"role": "user", "content": mark}], add_generation_prompt=True, **tokens)
+    except Exception as error:  # a template is a program: whatever it raises is its own fault
+        raise BadInput(f"{path}: the chat template fails on one user message ({str(error)[:80]}); correct it") from None
+    if text.count(mark) != 1:
+        raise BadInput(f"{path}: the chat template shows the user's message {text.count(mark)} times, not once; correct it")
+    before, after = text.split(mark)
+    return before, after

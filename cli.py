@@ -1,0 +1,260 @@
+"""The ground floor: command lines made from dataclasses, errors of one line, files that are whole or absent.
+
+Every script of the project has one frozen dataclass per command; `run` makes the command line from its fields:
+
+    @dataclass(frozen=True)
+    class Config:
+        model: Annotated[str, "checkpoint: a Hugging Face folder"]
+        k: Annotated[int, "analyses per step", (1, None)] = 10
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
+
+EXIT_BAD_INPUT = 2
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used. The message is one line: what, where (file, line, field), and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None:
+    """Parse the command line into a config and call its main; `commands` are (config class, main) pairs.
+
+    With several commands the first word chooses one by the name of its main. BadInput and file errors end the
+    program with one line on stderr and exit code 2.
+    """
+    script = sys.modules[commands[0][1].__module__]
+    parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    if len(commands) == 1:
+        parsers = [parser]
+        _add_fields(parser, commands[0][0])
+    else:
+        sub = parser.add_subparsers(dest="command", required=True)
+        parsers = []
+        for config_class, main in commands:
+            parsers.append(sub.add_parser(main.__name__, help=main.__doc__.split("\n")[0], description=main.__doc__,
+                                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False))
+            _add_fields(parsers[-1], config_class)
+    values = vars(parser.parse_args(argv))
+    chosen = values.pop("command", commands[0][1].__name__)
+    config_class, main = next((c, m) for c, m in commands if m.__name__ == chosen)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        main(config_class(**values))
+    except BadInput as error:
+        sys.exit(_report(str(error)))
+    except OSError as error:
+        sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _report(message: str) -> int:
+    print("error:", " ".join(message.split("\n")), file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag per field; the type, the help and the range (low, high; None = open) come from its annotation."""
+    hints = get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        kind, help_text, *limits = get_args(hints[field.name])
+        flag = "--" + field.name.replace("_", "-")
+        required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"required": required, "help": help_text}
+        if not required:
+            options["default"] = field.default
+            if field.default not in (None, (), ""):
+                options["help"] += f" (default: {_shown(field.default)})"
+        if get_origin(kind) in (Union, UnionType):  # X | None
+            kind = next(arg for arg in get_args(kind) if arg is not type(None))
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        if get_origin(kind) is tuple:
+            kind, options["nargs"] = get_args(kind)[0], "+"
+        if limits and isinstance(limits[0][0], str):
+            options["choices"] = limits[0]
+        parser.add_argument(flag, type=_in_range(kind, limits[0]) if limits and "choices" not in options else kind,
+                            metavar=None if "choices" in options else kind.__name__.upper(), **options)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _in_range(kind: type, limits: tuple) -> Callable[[str], Any]:
+    """A parser for argparse that refuses numbers outside [low, high] (and nan)."""
+    low, high = limits
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__}") from None
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {bounds}")
+        return value
+    return parse
+
+
+def resolved(config: Any) -> dict:
+    """The config as a dict that JSON holds, for printing and for saving beside the output."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+
+
+def print_config(config: Any) -> None:
+    print("config:", json.dumps(resolved(config), ensure_ascii=False))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """json.loads whose every failure is a BadInput that says where."""
+    try:
+        value = json.loads(text)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # a lone surrogate cannot be written out again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not valid JSON in UTF-8 ({error}); repair or remove it") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file. Raises BadInput where it is missing or broken."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; check the path")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("FILE:LINE", object) for each non-empty line, as a stream. Raises BadInput at the first line that is no object."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; check the path")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, expect(parse_json(line, where), dict, where)
+
+
+NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
+
+
+def expect(value: Any, kind: type, where: str) -> Any:
+    """`value` if it is of `kind` (a bool is not a number); else BadInput."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadInput(f"{where}: expected {NAMES[kind]}, found {json.dumps(value)[:60]}; correct it")
+    return value
+
+
+def get_field(row: dict, name: str, kind: type, where: str) -> Any:
+    """row[name], which must be there and of `kind`; else BadInput with file, line and field."""
+    if name not in row:
+        raise BadInput(f"{where}: field '{name}' is missing; add it (found: {', '.join(map(str, row))[:80] or 'nothing'})")
+    return expect(row[name], kind, f"{where}: field '{name}'")
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+@contextmanager
+def writing(path: str | Path):
+    """A text file that is written aside and renamed when whole; after an error nothing is left."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with writing(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """BadInput where the output is there already and --overwrite was not given."""
+    if Path(path).exists() and not overwrite:
+        raise BadInput(f"{path}: exists already; give --overwrite to replace it, or another --out")
+
+
+class Journal:
+    """A JSON-lines output that a killed run continues: OUT.part grows line by line and becomes OUT at the end.
+
+    with Journal(out, config) as journal:      # journal.done: the objects that an earlier, killed run left
+        journal.write(object)
+
+    The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume` and `overwrite` apart.
+    """
+
+    def __init__(self, out: str | Path, config: Any):
+        self.out, self.part = Path(out), Path(f"{out}.part")
+        self.config_path = Path(f"{out}.config.json")
+        self.config = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite")}
+        self.done: list[dict] = []
+        if config.resume and self.out.exists():
+            raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
+        if not config.resume and self.part.exists() and not config.overwrite:
+            raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
+        refuse_existing(out, config.overwrite)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if config.resume and self.part.exists():
+            self._check_config()
+            self._read_part()
+        else:
+            self.part.unlink(missing_ok=True)
+            write_json(self.config_path, self.config)
+
+    def _check_config(self) -> None:
+        before = read_json(self.config_path)
+        changed = [k for k in self.config if before.get(k) != self.config[k]]
+        if changed:
+            raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "
+                           f"({before.get(changed[0])!r}); resume with the same command or give --overwrite")
+
+    def _read_part(self) -> None:
+        """Take the whole lines; cut off a last one that the kill left torn."""
+        content = self.part.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]
+        self.done = [parse_json(line, f"{self.part}:{n}") for n, line in enumerate(whole.splitlines(), 1)]
+        with open(self.part, "r+b") as file:
+            file.truncate(len(whole))
+
+    def __enter__(self):
+        self.file = open(self.part, "a", encoding="utf-8")
+        return self
+
+    def write(self, value: dict) -> None:
+        self.file.write(json_line(value))
+        self.file.flush()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.replace(self.part, self.out)

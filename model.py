@@ -1,0 +1,238 @@
+"""The language model: a compact decoder (Llama, Mistral, Qwen2, Qwen3) that runs over trees of tokens.
+
+Tokens are flat, (T, C), with no batch dimension and no padding. What a token may attend to is not the decoder's
+business: the caller hands in `attend(layer, q, k, v)`. Training and prefill give it the attention of a tree
+(`Tree.attention`, below); sampling gives it one over caches (generate.py).
+
+Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of config.json that the decoder uses, by their Hugging Face names (read by checkpoint.py)."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int                # C
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int        # H
+    num_key_value_heads: int        # KV
+    head_dim: int                   # D
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None       # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    qkv_bias: bool                  # Qwen2
+    qk_norm: bool                   # Qwen3
+
+
+def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the rotary embedding in fp32: positions (T,) -> two (T, 1, D/2)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    inv_freq = 1.0 / config.rope_theta ** exponents  # (D/2,)
+    if config.rope_scaling:  # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp in between
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # full turns within the old context
+        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / s["factor"]
+    angles = positions.float()[:, None, None] * inv_freq  # (T, 1, D/2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head: x (T, heads, D). Half-split, as Hugging Face stores q and k."""
+    a, b = x.chunk(2, dim=-1)  # each (T, heads, D/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(at_least_fp32), self.weight.shape, self.weight.to(at_least_fp32), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        H, KV, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.sizes = (H, KV, KV)
+        self.head_dim = D
+        self.qkv = nn.Linear(config.hidden_size, (H + 2 * KV) * D, bias=config.qkv_bias)  # fused: one product, not three
+        self.out = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
+        T = x.shape[0]
+        q, k, v = self.qkv(x).view(T, -1, self.head_dim).split(self.sizes, dim=1)  # (T, H, D), (T, KV, D), (T, KV, D)
+        q = apply_rope(self.q_norm(q), cos, sin)
+        k = apply_rope(self.k_norm(k), cos, sin)
+        return self.out(attend(q, k, v).reshape(T, -1))  # (T, H, D) -> (T, H*D) -> (T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU, with gate and up fused into one product."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """The transformer. `forward` gives hidden states; `logits` applies the LM head where the caller wants it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more work
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
+        """ids (T,), positions (T,) -> hidden states after the last norm (T, C).
+
+        attend(layer, q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)
+        """
+        x = self.embed(ids)  # (T, C)
+        cos, sin = rope_tables(self.config, positions)
+        for i, layer in enumerate(self.layers):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, partial(attend, i))
+        return self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (N, C) -> logits (N, V)."""
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
+        """Random weights for training from scratch, as in GPT-2: N(0, std²), residual outputs scaled by 1/sqrt(2 layers)."""
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                p.fill_(1.0)
+            elif name.endswith("bias"):
+                p.zero_()
+            else:
+                scale = (2 * len(self.layers)) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                p.normal_(0.0, std * scale, generator=generator)
+
+
+class Tree:
+    """Sequences packed so that every prefix they share stands once.
+
+    The sequences are put in lexicographic order, which lays their trie out depth first: the tokens that continue
+    token j (its subtree) are the contiguous run j .. end[j]-1. So one rule says who sees whom, with no node in sight:
+
+        token q sees token j  <=>  j <= q < end[j]
+
+    ids        (T,) int64, the tokens; T is at most the sum of the lengths
+    positions  (T,) int64, each token's position in its sequence(s)
+    end        (T,) int64, one past the last token of its subtree
+    paths      for each sequence, in the order given, the places of its tokens: numpy int64 (length,)
+
+    Prefixes are found by comparing token ids, so no boundary between texts can go wrong.
+    """
+
+    def __init__(self, sequences: list[list[int]], device: torch.device | str = "cpu"):
+        arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
+        self.paths: list[np.ndarray] = [None] * len(arrays)
+        ids, positions, ends, size = [], [], [], 0
+        end = np.zeros(sum(map(len, arrays)), dtype=np.int64)
+        path = last = np.zeros(0, dtype=np.int64)
+        for i in sorted(range(len(arrays)), key=lambda i: sequences[i]):
+            shared = common_prefix(last, arrays[i])
+            new = len(arrays[i]) - shared
+            end[path[shared:]] = size  # the subtrees that this sequence leaves are complete
+            path = np.concatenate((path[:shared], np.arange(size, size + new)))
+            ids.append(arrays[i][shared:])
+            positions.append(np.arange(shared, shared + new))
+            size += new
+            last = arrays[i]
+            self.paths[i] = path
+        end[path] = size
+        self.ids = torch.from_numpy(np.concatenate(ids)).to(device)
+        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)
+        self.end = torch.from_numpy(end[:size]).to(device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens two sequences (int arrays) share."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+class TreeAttention:
+    """Attention within a tree, called as attend(layer, q, k, v) -> (T, H, D).
+
+    end (T,) is the tree's rule, above. `past` keys and values, (KV, past, D) per layer, may stand before all of it
+    and are seen by every token (sampling's shared instructions).
+
+    Queries go in blocks, and a block meets only the keys that one of its queries can see: its ancestors and itself.
+    """
+
+    def __init__(self, end: torch.Tensor, past: int = 0, block: int = 256):
+        T = len(end)
+        end = torch.cat((end.new_full((past,), past + T), end + past))
+        self.blocks = []  # (first query, last query + 1, the keys seen (n,), mask (queries, n))
+        for start in range(0, T, block):
+            stop = min(start + block, T)
+            seen = torch.nonzero(end[:past + stop] > past + start).squeeze(1)
+            query = torch.arange(past + start, past + stop, device=end.device)[:, None]
+            self.blocks.append((start, stop, seen, (seen <= query) & (query < end[seen])))
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, D), (KV, T, D), (KV, T, D)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        out = [F.scaled_dot_product_attention(q[None, :, start:stop], k[None, :, seen], v[None, :, seen],
+                                              attn_mask=mask[None, None], enable_gqa=True)
+               for start, stop, seen, mask in self.blocks]  # each (1, H, queries, D)
+        return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
