@@ -48,9 +48,9 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     values = vars(parser.parse_args(argv))
     chosen = values.pop("command", commands[0][1].__name__)
     config_class, main = next((c, m) for c, m in commands if m.__name__ == chosen)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     try:
-        main(config_class(**values))
+        main(config_class(**given))
     except BadInput as error:
         sys.exit(_report(str(error)))
     except OSError as error:
@@ -72,9 +72,8 @@ def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
         kind, help_text, *limits = get_args(hints[field.name])
         flag = "--" + field.name.replace("_", "-")
         required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"required": required, "help": help_text}
+        options: dict[str, Any] = {"required": required, "help": help_text.replace("%", "%%"), "default": None}
         if not required:
-            options["default"] = field.default
             if field.default not in (None, (), ""):
                 options["help"] += f" (default: {_shown(field.default)})"
         if get_origin(kind) in (Union, UnionType):  # X | None
@@ -83,7 +82,7 @@ def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
         if get_origin(kind) is tuple:
-            kind, options["nargs"] = get_args(kind)[0], "+"
+            kind, options["nargs"], options["action"] = get_args(kind)[0], "+", "extend"
         if limits and isinstance(limits[0][0], str):
             options["choices"] = limits[0]
         parser.add_argument(flag, type=_in_range(kind, limits[0]) if limits and "choices" not in options else kind,

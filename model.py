@@ -57,6 +57,11 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Norms, softmaxes and log-probabilities are never taken in bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -64,8 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(at_least_fp32), self.weight.shape, self.weight.to(at_least_fp32), self.eps).to(x.dtype)
+        return F.rms_norm(at_least_fp32(x), self.weight.shape, at_least_fp32(self.weight), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,375 @@
+"""Everything that is a file: solutions, cases, samples, SFT examples and preference pairs; and their packing into trees.
+
+    python data.py cases  --input gsm8k.json --out cases.jsonl
+    python data.py sample --model TEACHER --cases cases.jsonl --n 4 --out samples.jsonl
+    python data.py sft    --samples samples.jsonl --out sft.jsonl
+    python data.py sample --model R-PRM-SFT --cases cases.jsonl --n 8 --out samples2.jsonl
+    python data.py pairs  --samples samples2.jsonl --out pairs.jsonl
+
+Asking a model for analyses of cases is one operation (`sample`); seed data and preferences are filters over its file.
+Each command prints what it kept and what it dropped, and why.
+"""
+import dataclasses
+import hashlib
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Iterable, Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import DTYPES, ChatTokenizer, load_model, load_tokenizer
+from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
+from model import Tree, common_prefix
+from readers import read_case, read_labelled_steps
+from rprm import VERIFICATION, Analysis, Case, Sampler, Sampling, has_one_verdict, load_prompt
+
+
+# ---------------------------------------------------------------------------------------------- cases
+
+@dataclass(frozen=True)
+class CasesConfig:
+    input: Annotated[tuple[str, ...], "files: ProcessBench, PRM800K, Math-Shepherd or official R-PRM seed rows (told apart by their fields)"]
+    out: Annotated[str, "cases.jsonl to write"]
+    limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def cases(config: CasesConfig) -> None:
+    """solutions -> cases.jsonl: one line per labelled step."""
+    print_config(config)
+    refuse_existing(config.out, config.overwrite)
+    counts, seen, solutions = Counter(), set(), 0
+    with writing(config.out) as file:
+        for path in config.input:
+            for row_id, found in tqdm(read_labelled_steps(path, counts), desc=Path(path).name, unit=" solutions"):
+                solutions += 1
+                for step, case in found:
+                    key = fingerprint(0, dataclasses.astuple(case))
+                    if key in seen:
+                        counts["dropped: the same case again"] += 1
+                        continue
+                    seen.add(key)
+                    counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
+                    file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
+                if config.limit and solutions >= config.limit:
+                    break
+    print_table(f"cases from {solutions} solutions", counts)
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: Annotated[str, "the teacher or the student: a Hugging Face folder"]
+    cases: Annotated[str, "cases.jsonl"]
+    out: Annotated[str, "samples.jsonl to write"]
+    n: Annotated[int, "analyses per case", (1, None)] = 4
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
+    batch_size: Annotated[int, "cases side by side", (1, None)] = 16
+    limit: Annotated[int | None, "only the first so many cases", (1, None)] = None
+    seed: Annotated[int, "seed of the sampling"] = 0
+    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
+    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
+    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+    resume: Annotated[bool, "go on with a killed run"] = False
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def sample(config: SampleConfig) -> None:
+    """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
+    print_config(config)
+    rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
+    sampling = Sampling(config.n, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force=False)
+    counts, start = Counter(), time.perf_counter()
+    with Journal(config.out, config) as journal:
+        for n, line in enumerate(journal.done):
+            if n >= len(rows) or line.get("id") != rows[n][0]:
+                raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of case {n + 1} in {config.cases}; give --overwrite to start anew")
+            count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
+        tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
+        sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, config.model), sampling)
+        todo = rows[len(journal.done):]
+        bar = tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case")
+        for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
+            journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
+            count_analyses(counts, case, analyses)
+            bar.update()
+            bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
+                                f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
+        bar.close()
+    print_table("analyses", counts)
+
+
+def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
+    """(index, value) pairs in any order -> the values in the order of their index, each as soon as it can be given."""
+    early, following = {}, 0
+    for index, value in found:
+        early[index] = value
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def count_analyses(counts: Counter, case: Case, analyses: list[Analysis]) -> None:
+    for a in analyses:
+        counts["analyses"] += 1
+        counts["verdict " + {True: "Yes", False: "No", None: "missing"}[a.verdict]] += 1
+        counts["cut off at --max-new-tokens"] += not a.finished
+        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == case.label
+
+
+# ---------------------------------------------------------------------------------------------- SFT examples
+
+@dataclass(frozen=True)
+class SftConfig:
+    samples: Annotated[tuple[str, ...], "samples.jsonl (with --direct, cases.jsonl will do)"]
+    out: Annotated[str, "sft.jsonl to write; the validation examples go beside it, as NAME.validation.jsonl"]
+    max_per_case: Annotated[int, "analyses of one case at most", (1, None)] = 4
+    validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
+    balance: Annotated[bool, "as many Yes as No, by leaving some out at random"] = True
+    direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
+    prompt_file: Annotated[str | None, "the words around the case (default: prompts/verify.txt, with --direct prompts/direct.txt)"] = None
+    seed: Annotated[int, "seed of the split and of the balance"] = 0
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def sft(config: SftConfig) -> None:
+    """samples.jsonl -> sft.jsonl: the analyses with one verdict, at the end, equal to the label."""
+    print_config(config)
+    prompt = load_prompt(config.prompt_file, direct=config.direct)
+
+    def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
+        for path in config.samples:
+            for where, row in read_jsonl(path):
+                case = read_case(row.get("case", row), where)
+                if case.label is None:
+                    counts["dropped: case without a label"] += 1
+                    continue
+                responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"] if config.direct else [
+                    a.text for a in select(read_analyses(row, where), case, counts, {True: "kept"})["kept"]]
+                counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
+                for response in responses[:config.max_per_case]:
+                    yield case, case.label, {"prompt": prompt.fill(case), "response": response}
+    write_split(config, examples)
+
+
+def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[Analysis]]:
+    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why."""
+    found, texts = {name: [] for name in names.values()}, set()
+    for a in analyses:
+        right = a.verdict == case.label
+        reason = ("cut off at --max-new-tokens" if not a.finished else
+                  "no verdict at the end, or several" if not has_one_verdict(a.text) else
+                  "verdict not equal to the label" if right not in names else
+                  "the same analysis again" if a.text in texts else None)
+        if reason:
+            counts[f"dropped: {reason}"] += 1
+        else:
+            texts.add(a.text)
+            found[names[right]].append(a)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- preference pairs
+
+@dataclass(frozen=True)
+class PairsConfig:
+    samples: Annotated[tuple[str, ...], "samples.jsonl"]
+    out: Annotated[str, "pairs.jsonl to write; the validation pairs go beside it, as NAME.validation.jsonl"]
+    max_per_case: Annotated[int, "pairs of one case at most", (1, None)] = 4
+    validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
+    balance: Annotated[bool, "as many pairs whose chosen verdict is Yes as No, by leaving some out at random"] = True
+    prompt_file: Annotated[str | None, "the words around the case (default: prompts/verify.txt)"] = None
+    seed: Annotated[int, "seed of the pairing, the split and the balance"] = 0
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def pairs(config: PairsConfig) -> None:
+    """samples.jsonl -> pairs.jsonl: right × wrong analyses of the same case."""
+    print_config(config)
+    prompt = load_prompt(config.prompt_file)
+
+    def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
+        for path in config.samples:
+            for where, row in read_jsonl(path):
+                case = read_case(get_field(row, "case", dict, where), where)
+                if case.label is None:
+                    counts["dropped: case without a label"] += 1
+                    continue
+                found = select(read_analyses(row, where), case, counts, {True: "right", False: "wrong"})
+                right, wrong = found["right"], found["wrong"]
+                if not (right and wrong):
+                    counts[f"cases without a pair: all {'right' if right else 'wrong' if wrong else 'unusable'}"] += 1
+                places = even_pairs(len(right), len(wrong), config.max_per_case, fingerprint(config.seed, case))
+                counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(places)
+                for i, j in places:
+                    yield case, case.label, {"prompt": prompt.fill(case), "chosen": right[i].text, "rejected": wrong[j].text}
+    write_split(config, examples)
+
+
+def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
+    """Up to `most` different pairs (i < right, j < wrong) that use every response equally often, give or take one.
+
+    Walking both lists at once, and shifting one by a place whenever the walk comes round, meets each pair once.
+    """
+    rng = np.random.default_rng(seed)
+    a, b = rng.permutation(right), rng.permutation(wrong)
+    lap = math.lcm(right, wrong) if right and wrong else 1
+    return [(int(a[t % right]), int(b[(t + t // lap) % wrong])) for t in range(min(most, right * wrong))]
+
+
+# ---------------------------------------------------------------------------------------------- what the filters share
+
+def write_split(config: SftConfig | PairsConfig, examples) -> None:
+    """Split by problem, balance each side by verdict, write both files. Two passes over a stream, so nothing is held but a byte or two per example.
+
+    examples(counts) yields (case, verdict, line); the same again at each call.
+    """
+    out = Path(config.out)
+    held_out = out.with_name(f"{out.stem}.validation{out.suffix}")
+    for path in (out, held_out):
+        refuse_existing(path, config.overwrite)
+    counts, verdicts, sides = Counter(), [], []
+    for case, verdict, _ in tqdm(examples(counts), desc="choosing", unit=" examples"):
+        verdicts.append(verdict)
+        sides.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
+    verdicts, sides = np.array(verdicts, dtype=bool), np.array(sides, dtype=bool)
+    keep = np.ones(len(verdicts), dtype=bool)
+    rng = np.random.default_rng(config.seed)
+    for side in (False, True) if config.balance else ():
+        yes, no = np.flatnonzero(verdicts & (sides == side)), np.flatnonzero(~verdicts & (sides == side))
+        more = max(yes, no, key=len)
+        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+    counts["dropped: to balance Yes and No"] += int((~keep).sum())
+    with writing(out) as train_file, writing(held_out) as validation_file:
+        for n, (case, verdict, line) in enumerate(examples(Counter())):
+            if keep[n]:
+                (validation_file if sides[n] else train_file).write(json_line(line | {"problem": case.problem}))
+                counts[f"kept: {'validation' if sides[n] else 'train'}, {'Yes' if verdict else 'No'}"] += 1
+    print_table(f"{out} and {held_out}", counts)
+
+
+def fingerprint(seed: int, value) -> int:
+    """A 64-bit number from a seed and a value's repr, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(repr((seed, value)).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def print_table(title: str, counts: Counter) -> None:
+    print(f"\n{title}")
+    for name in sorted(counts, key=lambda name: (not name.startswith("kept"), name)):
+        if counts[name]:
+            print(f"  {name:<50} {counts[name]:>9,}")
+
+
+def read_case_id(row: dict, where: str) -> str:
+    return get_field(row, "id", str, where)
+
+
+def read_analyses(row: dict, where: str) -> list[Analysis]:
+    """The analyses of a line of samples.jsonl."""
+    found = []
+    for i, a in enumerate(get_field(row, "analyses", list, where)):
+        here = f"{where}: field 'analyses'[{i}]"
+        expect(a, dict, here)
+        verdict, p_yes = a.get("verdict"), a.get("p_yes")
+        found.append(Analysis(get_field(a, "text", str, here), None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
+                              None if p_yes is None else float(p_yes), get_field(a, "n_tokens", int, here),
+                              get_field(a, "finished", bool, here), bool(a.get("forced", False))))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- training examples, packed into trees
+
+# the fields of a training line: SFT (ours, the official files', plain text) and pairs (ours, the official files')
+SFT_FIELDS = (("prompt", "response"), ("instruction", "output"), ("text",))
+PAIR_FIELDS = (("prompt", "chosen", "rejected"), ("instruction", "chosen", "rejected"))
+
+
+class Examples:
+    """A JSON-lines file of training examples, tokenised on demand: in memory stand only the lines' places.
+
+    examples[i] -> (prompt ids, [response ids, ...]): one response for SFT, chosen and rejected for pairs. A {"text"}
+    line is all response. Every line is checked at the start. Raises BadInput with file, line and field.
+    """
+
+    def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer):
+        self.path, self.fields, self.tokenizer = Path(path), fields, tokenizer
+        places, place = [], 0
+        for where, row in read_jsonl(path):
+            self._texts(row, where)
+        with open(self.path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    places.append(place)
+                place += len(line)
+        if not places:
+            raise BadInput(f"{path}: has no examples; make it anew")
+        self.places = np.array(places, dtype=np.int64)
+
+    def _texts(self, row: dict, where: str) -> list[str]:
+        names = next((names for names in self.fields if all(name in row for name in names)), self.fields[0])
+        return [get_field(row, name, str, where) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
+        with open(self.path, "rb") as file:
+            file.seek(self.places[i])
+            line = file.readline()
+        prompt, *responses = self._texts(parse_json(line, f"{self.path}: example {i + 1}"), f"{self.path}: example {i + 1}")
+        if not responses:
+            ids = self.tokenizer.encode_marked(prompt) + self.tokenizer.eos_ids[:1]
+            return ids[:1], [ids[1:]]  # the first token has nothing to be predicted from
+        return self.tokenizer.chat(prompt), [self.tokenizer.response(r) for r in responses]
+
+
+@dataclass
+class MicroBatch:
+    """Examples in one tree. Their sequences, prompt + response, stand in the order of `examples`: one each, or chosen and rejected."""
+    tree: Tree
+    starts: list[int]      # where each sequence's response begins
+    examples: list[int]    # the numbers of the examples
+    lengths: list[int]     # tokens of each response
+
+
+def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
+    """Examples (number -> prompt ids and response ids) as few trees of at most `micro_tokens` -> (trees, over-long ones).
+
+    In lexicographic order neighbours share the most; a tree is full when the next one's own tokens do not fit.
+    """
+    batches, long, chosen, size, last = [], [], [], 0, np.zeros(0, dtype=np.int64)
+    order = sorted(units, key=lambda i: (units[i][0], units[i][1]))
+    for i in order:
+        prompt, responses = units[i]
+        whole = np.asarray(prompt + responses[0])
+        alone = len(prompt) + sum(map(len, responses))
+        if alone > micro_tokens:
+            long.append(i)
+            continue
+        new = alone - min(common_prefix(last, whole), len(whole))
+        if chosen and size + new > micro_tokens:
+            batches.append(_micro_batch(units, chosen))
+            chosen, size, new = [], 0, alone
+        chosen.append(i)
+        size, last = size + new, whole
+    if chosen:
+        batches.append(_micro_batch(units, chosen))
+    return batches, long
+
+
+def _micro_batch(units, chosen: list[int]) -> MicroBatch:
+    sequences = [(units[i][0] + r, len(units[i][0])) for i in chosen for r in units[i][1]]
+    return MicroBatch(Tree([ids for ids, _ in sequences]), [start for _, start in sequences], chosen,
+                      [len(ids) - start for ids, start in sequences])
+
+
+if __name__ == "__main__":
+    run((CasesConfig, cases), (SampleConfig, sample), (SftConfig, sft), (PairsConfig, pairs))

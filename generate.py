@@ -1,0 +1,359 @@
+"""The sampling engine: prompts as token ids in, K continuations of each out, with P(Yes) at every position.
+
+It knows token ids only, never text. Keys and values are held in three parts, and decoding is one attention over them:
+
+    root   the prefix that all prompts share (the instructions), once          read by all rows in one product
+    part   the rest of each prompt (problem and steps), once per prompt        read by its K rows in one product
+    tail   what each row has sampled so far                                    read by the row alone
+
+Rows that end leave the batch and waiting prompts take their room. What a row samples depends on its own seed and
+prompt only: row r draws its t-th token with uniform(seed_r, t), whatever else is in the batch.
+"""
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from typing import Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+
+from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix
+
+PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens
+CANDIDATES = 64        # top-p looks for the nucleus among so many tokens first
+
+
+class Request(NamedTuple):
+    ids: list[int]    # the prompt
+    seeds: list[int]  # one 64-bit number per continuation: there are len(seeds) = K of them
+
+
+@dataclass
+class Continuation:
+    ids: list[int]      # the sampled tokens, the end-of-text token not among them
+    p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
+    finished: bool      # ended by itself; False: cut off at max_new_tokens
+
+
+def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """One number in [0, 1) per row from (seed, position): splitmix64 as a counter-based generator. int64 (R,) -> fp32 (R,)."""
+    def shift(x, n):  # a logical shift; >> keeps the sign
+        return (x >> n) & ((1 << (64 - n)) - 1)
+    x = seeds + t * -7046029254386353131
+    x = (x ^ shift(x, 30)) * -4658895280553007687
+    x = (x ^ shift(x, 27)) * -7723592293110705685
+    return shift(x ^ shift(x, 31), 40).float() * 2.0 ** -24
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Draw a token per row by inverting the nucleus's distribution function at u. (R, V), (R,) -> (R,) int64.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p. It nearly always lies
+    within the first few tokens, so a full sort is left to the rows where it does not.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    if top_p >= 1:  # everything is in the nucleus, in any order
+        return _invert((logits - log_total).exp(), u, top_p)
+    top, ids = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)  # (R, CANDIDATES), most likely first
+    p = (top - log_total).exp()
+    token = ids.gather(1, _invert(p, u, top_p)[:, None])[:, 0]
+    wide = torch.nonzero(p.sum(dim=-1) < top_p)[:, 0]  # rows whose nucleus is wider than the candidates
+    if len(wide):
+        top, ids = logits[wide].sort(dim=-1, descending=True)
+        place = _invert((top - log_total[wide]).exp(), u[wide], top_p)
+        token[wide] = ids.gather(1, place[:, None])[:, 0]
+    return token
+
+
+def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The place at which the cumulative probability of the nucleus passes u. p (R, N) most likely first -> (R,)."""
+    cumulative = p.cumsum(dim=-1)
+    nucleus = (cumulative - p < top_p).sum(dim=-1, keepdim=True)  # a token is in while those before it do not reach top_p
+    mass = cumulative.gather(1, nucleus - 1)
+    place = torch.searchsorted(cumulative, u[:, None] * mass, right=True)
+    return torch.minimum(place, nucleus - 1)[:, 0]  # rounding must not step out of the nucleus
+
+
+def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
+    """Attention over one part of the keys: q (..., N, D) already scaled, k and v (..., L, D) -> out (..., N, D), lse (..., N)."""
+    scores = at_least_fp32(q @ k.transpose(-1, -2))  # (..., N, L)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    return (scores - lse).exp().to(v.dtype) @ v, lse.squeeze(-1)
+
+
+class _Prompt(NamedTuple):
+    """A prefilled prompt that waits for room."""
+    index: int
+    request: Request
+    group: torch.Tensor   # keys and values of all that was prefilled with it, (2, layers, KV, T, D)
+    path: torch.Tensor    # the places of this prompt's own tokens in it
+    logits: torch.Tensor  # (V,) of the first new token
+
+
+class Engine:
+    """Sampling for one model and one set of parameters; `run` may be called again and again.
+
+    max_rows: how many continuations are decoded side by side. eos_ids: the tokens that end one. yes_no: the two
+    token ids whose probabilities are compared. The counters say what was computed.
+    """
+
+    def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
+                 top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160):
+        self.model, self.max_rows, self.yes_no = model, max_rows, yes_no
+        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
+        self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
+        self.prompt_tokens = 0   # the prompts' lengths, summed
+        self.prefill_tokens = 0  # those of them that were computed
+        self.new_tokens = 0      # sampled tokens
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
+        """(index of the request, its K continuations), each as soon as its last row ends: not in order."""
+        self._reset()
+        waiting = enumerate(requests)
+        while True:
+            while self.ready or self._prefill(waiting):
+                if self.rows and self.rows + len(self.ready[0].request.seeds) > self.max_rows:
+                    break
+                self._seat(self.ready.popleft())
+            if not self.rows:
+                return
+            if bool(self.done.any()):
+                yield from self._retire()
+            else:
+                self._step()
+
+    def _reset(self) -> None:
+        c = self.model.config
+        weight = self.model.embed.weight
+        long = {"dtype": torch.int64, "device": weight.device}
+        self.ready: deque[_Prompt] = deque()
+        self.root_ids: np.ndarray | None = None
+        self.root = weight.new_zeros(2, c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim)
+        self.part = weight.new_zeros(2, c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
+        self.tail = weight.new_zeros(2, c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
+        self.part_length = torch.zeros(0, **long)   # (P,)
+        self.tokens = torch.zeros(0, 0, **long)     # (R, longest), what the rows have sampled
+        self.p_yes = torch.zeros(0, 0, device=weight.device)
+        # per row: its prompt's slot, sample number, seed, prompt length, sampled tokens, and the most it may sample
+        self.slot, self.number, self.seed, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(6))
+        self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
+        self.prompts: list[tuple[int, list]] = []   # per slot: the request's index and its continuations so far
+        self.rows = self.longest = 0                # R, and the length of the longest row
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    @torch.no_grad()
+    def _prefill(self, waiting: Iterator[tuple[int, Request]]) -> bool:
+        """Compute the next group of prompts as one tree below the root. False when none is waiting."""
+        group, size = [], 0
+        for index, request in islice(waiting, self.max_rows):
+            group.append((index, request, np.asarray(request.ids, dtype=np.int64)))
+            size += len(request.ids) - (0 if self.root_ids is None else len(self.root_ids))
+            if size >= PREFILL_TOKENS:
+                break
+        if not group:
+            return False
+        self._fit_root([ids for _, _, ids in group])
+        shared = len(self.root_ids)
+        tree = Tree([request.ids[shared:] for _, request, _ in group], self.model.device)
+        hidden, cache = self._forward_tree(tree, shared)
+        paths = [torch.from_numpy(path).to(self.model.device) for path in tree.paths]
+        logits = self.model.logits(hidden[torch.stack([path[-1] for path in paths])])  # (prompts, V)
+        self.ready.extend(_Prompt(index, request, cache, path, row)
+                          for (index, request, _), path, row in zip(group, paths, logits))
+        self.prompt_tokens += sum(len(ids) for _, _, ids in group)
+        return True
+
+    def _forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (T, C) and keys and values (2, layers, KV, T, D) of a tree that continues the root's first `past` tokens."""
+        attention = TreeAttention(tree.end, past)
+        cache = self.root.new_empty(*self.root.shape[:3], len(tree), self.root.shape[4])
+
+        def attend(layer, q, k, v):
+            cache[0, layer], cache[1, layer] = k.transpose(0, 1), v.transpose(0, 1)
+            return attention(layer, q, k, v, past=(self.root[0, layer], self.root[1, layer]))
+        self.prefill_tokens += len(tree)
+        return self.model(tree.ids, tree.positions + past, attend), cache
+
+    def _fit_root(self, prompts: list[np.ndarray]) -> None:
+        """Make the root a prefix of these prompts too (and leave each at least one token of its own).
+
+        The first group decides; if a later prompt shares less, the root is cut there, and what is cut off moves in
+        front of the parts of the prompts that are being decoded.
+        """
+        first = prompts[0] if self.root_ids is None else self.root_ids
+        shared = min(min(common_prefix(first, ids), len(ids) - 1) for ids in prompts)
+        if self.root_ids is None:
+            self.root_ids = first[:shared]
+            if shared:
+                self.root = self._forward_tree(Tree([list(self.root_ids)], self.model.device), 0)[1]
+        elif shared < len(self.root_ids):
+            cut = self.root[:, :, None, :, shared:].expand(-1, -1, self.part.shape[2], -1, -1, -1)
+            self.part = torch.cat((cut, self.part), dim=4)
+            self.part_length += len(self.root_ids) - shared
+            self.root, self.root_ids = self.root[:, :, :, :shared], self.root_ids[:shared]
+            self._regroup()
+
+    @torch.no_grad()
+    def _seat(self, prompt: _Prompt) -> None:
+        """Give a prefilled prompt a slot and its K rows a place in the batch, and draw their first tokens."""
+        P, R, K, n = len(self.prompts), self.rows, len(prompt.request.seeds), len(prompt.path)
+        self.part = _grown(_grown(self.part, 2, P + 1), 4, n)
+        self.part[:, :, P, :, :n] = prompt.group[:, :, :, prompt.path]
+        self.prompts.append((prompt.index, [None] * K))
+        self.tail = _grown(self.tail, 2, R + K)
+        self.tokens, self.p_yes = _grown(self.tokens, 0, R + K), _grown(self.p_yes, 0, R + K)
+
+        def extend(column, values):
+            return torch.cat((column, torch.as_tensor(values, dtype=column.dtype, device=column.device).expand(K)))
+        length = len(prompt.request.ids)
+        self.part_length = torch.cat((self.part_length, self.part_length.new_tensor([n])))
+        self.slot, self.number = extend(self.slot, P), extend(self.number, range(K))
+        self.seed, self.start = extend(self.seed, prompt.request.seeds), extend(self.start, length)
+        self.length, self.done = extend(self.length, 0), extend(self.done, False)
+        self.limit = extend(self.limit, min(self.max_new_tokens, self.model.config.max_position_embeddings - length))
+        self.rows, self.longest = R + K, max(self.longest, 1)
+        self._append(slice(R, R + K), prompt.logits.expand(K, -1))
+        self._regroup()
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One more token for every row."""
+        rows, last = torch.arange(self.rows, device=self.model.device), self.length - 1
+        self.tail = _grown(self.tail, 4, self.longest)
+        window = torch.arange(self.longest, device=self.model.device)
+        unseen = torch.where(window <= last[:, None], 0.0, -torch.inf)[:, None, None]  # (R, 1, 1, longest)
+
+        def attend(layer, q, k, v):
+            self.tail[0, layer, rows, :, last], self.tail[1, layer, rows, :, last] = k, v
+            return self._attend(layer, q, unseen)
+        hidden = self.model(self.tokens[rows, last], self.start + last, attend)
+        self.longest += 1
+        self._append(slice(0, self.rows), self.model.logits(hidden))
+
+    def _attend(self, layer: int, q: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+        """The rows' queries over root, part and tail, merged exactly. q (R, H, D) -> (R, H, D)."""
+        R, P, L = self.rows, len(self.prompts), self.longest
+        KV, D = self.tail.shape[3], self.tail.shape[5]
+        q = (q * D ** -0.5).view(R, KV, -1, D)  # (R, KV, G, D): G queries share a key/value head
+        G = q.shape[2]
+        found = [attend_part(q, self.tail[0, layer, :R, :, :L], self.tail[1, layer, :R, :, :L], unseen)]
+        # the rows of one prompt side by side: (R, ...) -> (P, places, KV, G, D) -> (P, KV, places * G, D)
+        grid = q.new_zeros(P * self.places, KV, G, D)
+        grid[self.grid] = q
+        grid = grid.view(P, self.places, KV, G, D).transpose(1, 2).reshape(P, KV, self.places * G, D)
+        out, lse = attend_part(grid, self.part[0, layer, :P], self.part[1, layer, :P], self.part_unseen)
+        found.append((out.view(P, KV, self.places, G, D).transpose(1, 2).reshape(-1, KV, G, D)[self.grid],
+                      lse.view(P, KV, self.places, G).transpose(1, 2).reshape(-1, KV, G)[self.grid]))
+        if self.root.shape[3]:  # all rows at once: (KV, R * G, D)
+            out, lse = attend_part(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
+            found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
+        weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each part's share of the whole softmax
+        merged = sum(weight.to(out.dtype) * out for weight, (out, _) in zip(weights, found))
+        return merged.reshape(R, KV * G, D)
+
+    def _append(self, rows: slice, logits: torch.Tensor) -> None:
+        """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""
+        logits = at_least_fp32(logits)
+        at = self.length[rows]
+        yes, no = self.yes_no
+        token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
+        self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
+        place = torch.arange(rows.start, rows.stop, device=at.device)
+        self.tokens[place, at] = token
+        self.p_yes[place, at] = torch.sigmoid(logits[:, yes] - logits[:, no])
+        self.length[rows] = at + 1
+        self.done[rows] = torch.isin(token, self.eos) | (at + 1 >= self.limit[rows])
+        self.new_tokens += len(place)
+
+    def _retire(self) -> Iterator[tuple[int, list[Continuation]]]:
+        """Take the rows that are done out of the batch; yield the requests that are complete with them."""
+        done = torch.nonzero(self.done)[:, 0]
+        complete = []
+        for row in done.tolist():
+            n = int(self.length[row])
+            ids, p_yes = self.tokens[row, :n].tolist(), self.p_yes[row, :n].tolist()
+            finished = ids[-1] in self.eos.tolist()
+            slot = int(self.slot[row])
+            continuations = self.prompts[slot][1]
+            continuations[int(self.number[row])] = Continuation(ids[:-1] if finished else ids, p_yes, finished)
+            if all(continuations):
+                complete.append(self.prompts[slot])
+        slot_done = torch.tensor([all(continuations) for _, continuations in self.prompts], device=done.device)
+        self._compact_rows()
+        self._compact_slots(slot_done)
+        self._regroup()
+        yield from complete
+
+    def _compact_rows(self) -> None:
+        order, holes, movers = _compaction(self.done)
+        for store, dim in ((self.tail, 2), (self.tokens, 0), (self.p_yes, 0)):
+            store.index_copy_(dim, holes, store.index_select(dim, movers))
+        for name in ("slot", "number", "seed", "start", "length", "limit", "done"):
+            setattr(self, name, getattr(self, name)[order])
+        self.rows = len(order)
+        self.longest = int(self.length.max()) if self.rows else 0
+
+    def _compact_slots(self, done: torch.Tensor) -> None:
+        order, holes, movers = _compaction(done)
+        self.part.index_copy_(2, holes, self.part.index_select(2, movers))
+        renamed = torch.zeros(len(done), dtype=torch.int64, device=done.device)
+        renamed[order] = torch.arange(len(order), device=done.device)
+        self.slot, self.part_length = renamed[self.slot], self.part_length[order]
+        self.prompts = [self.prompts[slot] for slot in order.tolist()]
+
+    def _regroup(self) -> None:
+        """Where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
+        if not self.rows:
+            return
+        order = self.slot.argsort(stable=True)
+        counts = torch.bincount(self.slot, minlength=len(self.prompts))
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(self.rows, device=order.device) - (counts.cumsum(0) - counts)[self.slot[order]]
+        self.places = int(counts.max())
+        self.grid = self.slot * self.places + rank
+        window = torch.arange(self.part.shape[4], device=order.device)
+        self.part_unseen = torch.where(window < self.part_length[:, None], 0.0, -torch.inf)[:, None, None]  # (P, 1, 1, L)
+
+
+def _grown(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """`store` with room for `size` along `dim`: at least doubled when it must grow, so that growth is rare; new room is 0."""
+    if store.shape[dim] >= size:
+        return store
+    shape = list(store.shape)
+    shape[dim] = max(size, 2 * shape[dim]) - shape[dim]
+    return torch.cat((store, store.new_zeros(shape)), dim=dim)
+
+
+def _compaction(done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How to close the gaps with few copies: the last ones move into the holes. -> (the new order, holes, movers)."""
+    keep = int((~done).sum())
+    order = torch.arange(keep, device=done.device)
+    holes = torch.nonzero(done[:keep])[:, 0]
+    movers = torch.nonzero(~done[keep:])[:, 0] + keep
+    order[holes] = movers
+    return order, holes, movers
+
+
+@torch.no_grad()
+def read_p_yes(model: Decoder, sequences: list[list[int]], yes_no: tuple[int, int]) -> list[float]:
+    """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in one pass per group of about PREFILL_TOKENS tokens."""
+    found, start = [], 0
+    while start < len(sequences):
+        stop, size = start, 0
+        while stop < len(sequences) and (stop == start or size + len(sequences[stop]) <= PREFILL_TOKENS):
+            size += len(sequences[stop])
+            stop += 1
+        tree = Tree(sequences[start:stop], model.device)
+        hidden = model(tree.ids, tree.positions, TreeAttention(tree.end))
+        logits = at_least_fp32(model.logits(hidden[torch.tensor([path[-1] for path in tree.paths], device=model.device)]))
+        found += torch.sigmoid(logits[:, yes_no[0]] - logits[:, yes_no[1]]).tolist()
+        start = stop
+    return found

@@ -1,0 +1,326 @@
+"""R-PRM: a process reward model that reasons before it judges (arXiv 2503.21295), equation by equation.
+
+A case is a problem, the previous steps and the step to judge. The model writes K analyses of it, each ending in a
+verdict; the reward of the step is the mean probability of Yes at the verdict:
+
+    R = 1/K * sum_k P(Yes | case, analysis_k)
+
+Run it to see the method at work on one case (a file of one case, or a built-in one):
+
+    python rprm.py
+    python rprm.py --model FOLDER --problem "Tom has 3 apples and buys 4." --step "He has 3 + 4 = 8 apples."
+"""
+import hashlib
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
+from cli import BadInput, print_config, run
+from generate import Continuation, Engine, Request, read_p_yes
+from model import Decoder, Tree, TreeAttention, at_least_fp32
+
+HERE = Path(__file__).parent
+DEFAULT_MODEL = HERE / "examples/arithmetic/base"
+QUESTION = "Is the step correct (Yes/No)?"
+VERIFICATION = f"Verification: {QUESTION}"
+VERDICT_LINE = re.compile(r".*" + re.escape(QUESTION) + r"[\s*]*(Yes|No)[\s.*]*")
+LOGPROB_CHUNK = 256  # response positions that pass the LM head at once: (256, V) logits, never (T, V)
+
+
+# ---------------------------------------------------------------------------------------------- cases and prompts
+
+@dataclass(frozen=True)
+class Case:
+    """What is judged: `now_step`, the step that follows `previous_steps` in a solution of `problem`."""
+    problem: str
+    previous_steps: tuple[str, ...]
+    now_step: str
+    label: bool | None = None  # is now_step correct? None = unknown
+
+
+class Prompt:
+    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in that order."""
+
+    def __init__(self, text: str, where: str):
+        self.text = text = text.strip()
+        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", text)  # text, name, text, name, ..., text
+        names = self.pieces[1::2]
+        if names == ["", "", ""]:
+            self.pieces[1::2] = names = ["problem", "previous_steps", "now_step"]
+        if sorted(names) != ["now_step", "previous_steps", "problem"]:
+            raise BadInput(f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each (or three bare {{}}), "
+                           f"found {names}; correct it")
+
+    def fill(self, case: Case) -> str:
+        """The user's message for a case. One pass, so that braces in a problem stay what they are."""
+        n = len(case.previous_steps)
+        values = {
+            "problem": case.problem.strip(),
+            "previous_steps": "\n".join(f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1))
+                              or "There are no previous steps.",
+            "now_step": f"Step {n + 1}: {case.now_step.strip()}",
+        }
+        filled = [values[piece] if i % 2 else piece for i, piece in enumerate(self.pieces)]
+        return "".join(filled).strip()
+
+
+def load_prompt(prompt_file: str | None, model: str | Path | None = None, direct: bool = False) -> Prompt:
+    """The prompt of --prompt-file; else the one that the checkpoint was trained with; else the project's own."""
+    own = HERE / "prompts" / ("direct.txt" if direct else "verify.txt")
+    travelled = Path(model) / PROMPT_FILE if model else own
+    path = Path(prompt_file) if prompt_file else travelled if travelled.is_file() else own
+    try:
+        return Prompt(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such prompt file; check the path") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8") from None
+
+
+# ---------------------------------------------------------------------------------------------- analyses
+
+@dataclass(frozen=True)
+class Analysis:
+    """One sampled analysis. p_yes is None where no verdict was written and none was forced."""
+    text: str
+    verdict: bool | None  # what the final verification line says; None = missing or ambiguous
+    p_yes: float | None   # P(Yes) against P(No) at the verdict
+    n_tokens: int
+    finished: bool        # False: cut off at max_new_tokens
+    forced: bool = False  # p_yes was read after a verification line that the model had not written
+
+
+def parse_verdict(text: str) -> bool | None:
+    """The verdict of the final line, which must ask the question once and answer it with Yes or No alone; else None."""
+    line = text.rstrip().rsplit("\n", 1)[-1]
+    match = VERDICT_LINE.fullmatch(line)
+    return None if match is None or line.count(QUESTION) != 1 else match[1] == "Yes"
+
+
+def has_one_verdict(text: str) -> bool:
+    """Exactly one verification question in the whole text, and it is the verdict at the end (the paper's filter)."""
+    return text.count(QUESTION) == 1 and parse_verdict(text) is not None
+
+
+def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
+    """The token ids of " Yes" and " No" after the verification question. BadInput if they are no single tokens."""
+    question, yes, no = (tokenizer.encode(VERIFICATION + word) for word in ("", " Yes", " No"))
+    if yes[:-1] != question or no[:-1] != question or yes[-1] == no[-1]:
+        raise BadInput("tokenizer.json: ' Yes' and ' No' are not single tokens after the verification line; use another tokenizer")
+    return yes[-1], no[-1]
+
+
+def _verdict_place(ids: list[int], text: str, tokenizer: ChatTokenizer) -> int:
+    """Which token holds the first letter of the final verdict word in `text` = decode(ids)."""
+    letter = VERDICT_LINE.fullmatch(text.rstrip().rsplit("\n", 1)[-1]).start(1) + text.rstrip().rfind("\n") + 1
+    for place in reversed(range(len(ids))):
+        if len(tokenizer.decode(ids[:place])) <= letter:
+            return place
+    return 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How analyses are sampled (the paper: temperature 0.95, top-p 0.95, up to 4096 tokens; K = 10 in its tables)."""
+    k: int = 10
+    temperature: float = 0.95
+    top_p: float = 0.95
+    max_new_tokens: int = 4096
+    seed: int = 0
+    batch_size: int = 16  # cases side by side
+    force: bool = True    # give an analysis without a verdict the verification line and read P(Yes) there
+
+
+class Sampler:
+    """K analyses per case: one operation for the teacher, for preferences and for rewards.
+
+    The counters of `engine` tell what was computed.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling):
+        self.model, self.tokenizer, self.prompt, self.sampling = model, tokenizer, prompt, sampling
+        self.yes_no = yes_no_ids(tokenizer)
+        self.engine = Engine(model, tokenizer.eos_ids, self.yes_no, sampling.temperature, sampling.top_p,
+                             sampling.max_new_tokens, sampling.batch_size * sampling.k)
+
+    def prompt_ids(self, case: Case) -> list[int]:
+        ids = self.tokenizer.chat(self.prompt.fill(case))
+        context = self.model.config.max_position_embeddings
+        room = len(self.tokenizer.encode("\n" + VERIFICATION)) + 2
+        if len(ids) + room > context:
+            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {room} more are needed, but the model's "
+                           f"context is {context}; leave this case out or use a model with a longer context")
+        return ids
+
+    def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
+        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room is found.
+
+        The analyses of a case depend on the seed, the case and the sample's number alone.
+        """
+        prompts: dict[int, list[int]] = {}
+
+        def requests():
+            for index, case in enumerate(cases):
+                prompts[index] = self.prompt_ids(case)
+                yield Request(prompts[index], [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
+        for index, continuations in self.engine.run(requests()):
+            yield index, self._judge(prompts.pop(index), continuations)
+
+    def _judge(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+        found, unread = [], []
+        for i, c in enumerate(continuations):
+            text = self.tokenizer.decode(c.ids)
+            verdict = parse_verdict(text)
+            p_yes = None if verdict is None else c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
+            found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished))
+            if verdict is None and self.sampling.force:
+                unread.append(i)
+        texts = [prompt + continuations[i].ids + self._verification(found[i].text) for i in unread]
+        for i, p_yes in zip(unread, read_p_yes(self.model, texts, self.yes_no)):
+            found[i] = Analysis(found[i].text, None, p_yes, found[i].n_tokens, found[i].finished, forced=True)
+        return found
+
+    def _verification(self, text: str) -> list[int]:
+        """The verification line for an analysis that lacks it, on a line of its own."""
+        return self.tokenizer.encode(VERIFICATION if not text or text.endswith("\n") else "\n" + VERIFICATION)
+
+    def direct(self, cases: list[Case]) -> list[Analysis]:
+        """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
+        texts = [self.prompt_ids(case) + self._verification("") for case in cases]
+        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in read_p_yes(self.model, texts, self.yes_no)]
+
+
+def row_seed(seed: int, case: Case, k: int) -> int:
+    """A 64-bit number from the seed, what the case says, and the sample's number."""
+    content = repr((seed, case.problem, tuple(case.previous_steps), case.now_step, k)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def reward(analyses: Iterable[Analysis]) -> float | None:
+    """R = 1/K * sum_k P(Yes | case, analysis_k), over the analyses that have a P(Yes); None if none has one."""
+    p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
+    return sum(p_yes) / len(p_yes) if p_yes else None
+
+
+# ---------------------------------------------------------------------------------------------- training: log-probabilities and the two losses
+
+def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int = LOGPROB_CHUNK) -> torch.Tensor:
+    """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
+
+    starts: where each sequence's response begins (at least 1). A token that several sequences share is computed
+    once and counts in each. Only the tokens before a response token pass the LM head, `chunk` at a time; their logits
+    are made again in the backward pass instead of being kept.
+    """
+    spans = [path[start - 1:] for path, start in zip(tree.paths, starts)]  # with the token before the response
+    before, token = np.concatenate([s[:-1] for s in spans]), np.concatenate([s[1:] for s in spans])
+    owner = np.repeat(np.arange(len(spans)), [len(s) - 1 for s in spans])
+    unique, first, where = np.unique(token, return_index=True, return_inverse=True)  # in a tree, a token has one token before it
+    device = tree.ids.device
+    hidden = model(tree.ids, tree.positions, TreeAttention(tree.end))  # (T, C)
+    hidden = hidden[torch.from_numpy(before[first]).to(device)]        # (N, C)
+    target = tree.ids[torch.from_numpy(unique).to(device)]             # (N,)
+    pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
+              for h, t in zip(hidden.split(chunk), target.split(chunk))]
+    logprobs = torch.cat(pieces)[torch.from_numpy(where).to(device)]
+    return logprobs.new_zeros(len(spans)).index_add(0, torch.from_numpy(owner).to(device), logprobs)
+
+
+def _token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    logits = at_least_fp32(model.logits(hidden))  # (N, V)
+    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """L = -sum_j log p(y_j | case, y_<j) / n_tokens. logprobs (S,): each response's sum; n_tokens: the optimizer step's supervised tokens."""
+    return -logprobs.sum() / n_tokens
+
+
+def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
+             chosen_lengths: torch.Tensor, beta: float, label_smoothing: float = 0.0, ipo: bool = False,
+             nll: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
+
+    chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen reference.
+    DPO (arXiv 2305.18290, eq. 7; with label smoothing its "conservative" form), IPO (arXiv 2310.12036, eq. 17; its
+    log-ratios are means per token in some libraries, sums here), and `nll` times the chosen response's mean NLL.
+    """
+    chosen_rewards = beta * (chosen - ref_chosen).detach()
+    rejected_rewards = beta * (rejected - ref_rejected).detach()
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    if ipo:
+        losses = (margin - 1 / (2 * beta)) ** 2
+    else:
+        losses = -F.logsigmoid(beta * margin) * (1 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
+    return losses - nll * chosen / chosen_lengths, chosen_rewards, rejected_rewards
+
+
+# ---------------------------------------------------------------------------------------------- one case, shown
+
+@dataclass(frozen=True)
+class Config:
+    model: Annotated[str, "checkpoint: a Hugging Face folder"] = str(DEFAULT_MODEL)
+    problem: Annotated[str | None, "the problem's text (default: a built-in case)"] = None
+    step: Annotated[tuple[str, ...], "the solution's steps; the last one is judged (with --problem)"] = ()
+    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
+    k: Annotated[int, "analyses", (1, None)] = 10
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 512
+    seed: Annotated[int, "seed of the sampling"] = 0
+    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
+    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
+    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+BUILT_IN = Case("Mia has 14 stickers. She buys 27 more stickers. Then she gives 9 stickers to Tom. How many stickers does Mia have now?",
+                ("Mia has 14 + 27 = 41 stickers after buying more.",), "Mia has 41 - 9 = 34 stickers left.")
+
+
+def main(config: Config) -> None:
+    print_config(config)
+    if (config.problem is None) != (not config.step):
+        raise BadInput("--problem and --step go together: give both, or neither for the built-in case")
+    case = Case(config.problem, config.step[:-1], config.step[-1]) if config.step else BUILT_IN
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
+    sampling = Sampling(config.k, config.temperature, config.top_p, config.max_new_tokens, config.seed, 1, config.force)
+    sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, config.model), sampling)
+    start = time.perf_counter()
+    [(_, analyses)] = sampler.analyses([case])
+    seconds = time.perf_counter() - start
+    print(f"model:   {config.model}\nproblem: {case.problem}")
+    for i, step in enumerate((*case.previous_steps, case.now_step), 1):
+        print(f"{'judge ' if i == len(case.previous_steps) + 1 else 'given '}  Step {i}: {step}")
+    for i, a in enumerate(analyses, 1):
+        print(f"\n--- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens"
+              + ("" if a.finished else ", cut off at --max-new-tokens"))
+        print(a.text)
+    value = reward(analyses)
+    counted = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
+    print(f"\nforced: {sum(a.forced for a in analyses)} of {config.k} analyses had no verdict of their own and were read after an added line")
+    if value is None:
+        print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
+    else:
+        print(f"reward: ({' + '.join(counted)}) / {len(counted)} = {value:.4f}")
+    print(f"time:   {seconds:.2f} s, {sampler.engine.new_tokens} tokens sampled, {sampler.engine.new_tokens / seconds:.0f} tokens/s")
+
+
+def show_verdict(analysis: Analysis) -> str:
+    return {True: "Yes", False: "No", None: "missing"}[analysis.verdict]
+
+
+def show_p_yes(analysis: Analysis) -> str:
+    if analysis.p_yes is None:
+        return "P(Yes) unknown"
+    return f"P(Yes) {analysis.p_yes:.3f}" + (" (forced)" if analysis.forced else "")
+
+
+if __name__ == "__main__":
+    run((Config, main))
