@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, ChatTokenizer, load_model, load_tokenizer
+from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
 from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
 from readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Sampler, Sampling, has_one_verdict, load_prompt
+from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, has_one_verdict, load_prompt
 
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -73,6 +73,7 @@ class SampleConfig:
     top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
     batch_size: Annotated[int, "cases side by side", (1, None)] = 16
+    complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack it, for a teacher that forgets the form"] = False
     limit: Annotated[int | None, "only the first so many cases", (1, None)] = None
     seed: Annotated[int, "seed of the sampling"] = 0
     prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
@@ -86,7 +87,8 @@ def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
     print_config(config)
     rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
-    sampling = Sampling(config.n, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force=False)
+    sampling = Sampling(config.n, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size,
+                        force=config.complete, complete=config.complete)
     counts, start = Counter(), time.perf_counter()
     with Journal(config.out, config) as journal:
         for n, line in enumerate(journal.done):
@@ -94,7 +96,9 @@ def sample(config: SampleConfig) -> None:
                 raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of case {n + 1} in {config.cases}; give --overwrite to start anew")
             count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
         tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
-        sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, config.model), sampling)
+        prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE)
+        write_prompt(config.out, prompt)
+        sampler = Sampler(model, tokenizer, prompt, sampling)
         todo = rows[len(journal.done):]
         bar = tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case")
         for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
@@ -122,6 +126,7 @@ def count_analyses(counts: Counter, case: Case, analyses: list[Analysis]) -> Non
         counts["analyses"] += 1
         counts["verdict " + {True: "Yes", False: "No", None: "missing"}[a.verdict]] += 1
         counts["cut off at --max-new-tokens"] += not a.finished
+        counts["verification line added (--complete)"] += a.forced
         counts["verdict equal to the label"] += a.verdict is not None and a.verdict == case.label
 
 
@@ -135,7 +140,7 @@ class SftConfig:
     validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
     balance: Annotated[bool, "as many Yes as No, by leaving some out at random"] = True
     direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
-    prompt_file: Annotated[str | None, "the words around the case (default: prompts/verify.txt, with --direct prompts/direct.txt)"] = None
+    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples; with --direct prompts/direct.txt)"] = None
     seed: Annotated[int, "seed of the split and of the balance"] = 0
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -143,7 +148,7 @@ class SftConfig:
 def sft(config: SftConfig) -> None:
     """samples.jsonl -> sft.jsonl: the analyses with one verdict, at the end, equal to the label."""
     print_config(config)
-    prompt = load_prompt(config.prompt_file, direct=config.direct)
+    prompt = load_prompt(config.prompt_file, None if config.direct else own_prompt(config.samples[0]), config.direct)
 
     def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
         for path in config.samples:
@@ -157,7 +162,7 @@ def sft(config: SftConfig) -> None:
                 counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
                 for response in responses[:config.max_per_case]:
                     yield case, case.label, {"prompt": prompt.fill(case), "response": response}
-    write_split(config, examples)
+    write_split(config, prompt, examples)
 
 
 def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[Analysis]]:
@@ -186,7 +191,7 @@ class PairsConfig:
     max_per_case: Annotated[int, "pairs of one case at most", (1, None)] = 4
     validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
     balance: Annotated[bool, "as many pairs whose chosen verdict is Yes as No, by leaving some out at random"] = True
-    prompt_file: Annotated[str | None, "the words around the case (default: prompts/verify.txt)"] = None
+    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples)"] = None
     seed: Annotated[int, "seed of the pairing, the split and the balance"] = 0
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -194,7 +199,7 @@ class PairsConfig:
 def pairs(config: PairsConfig) -> None:
     """samples.jsonl -> pairs.jsonl: right × wrong analyses of the same case."""
     print_config(config)
-    prompt = load_prompt(config.prompt_file)
+    prompt = load_prompt(config.prompt_file, own_prompt(config.samples[0]))
 
     def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
         for path in config.samples:
@@ -211,7 +216,7 @@ def pairs(config: PairsConfig) -> None:
                 counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(places)
                 for i, j in places:
                     yield case, case.label, {"prompt": prompt.fill(case), "chosen": right[i].text, "rejected": wrong[j].text}
-    write_split(config, examples)
+    write_split(config, prompt, examples)
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
@@ -227,7 +232,7 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
 
 # ---------------------------------------------------------------------------------------------- what the filters share
 
-def write_split(config: SftConfig | PairsConfig, examples) -> None:
+def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> None:
     """Split by problem, balance each side by verdict, write both files. Two passes over a stream, so nothing is held but a byte or two per example.
 
     examples(counts) yields (case, verdict, line); the same again at each call.
@@ -248,12 +253,34 @@ def write_split(config: SftConfig | PairsConfig, examples) -> None:
         more = max(yes, no, key=len)
         keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
+    if not (keep & ~sides).any():
+        print_table("nothing kept", counts)
+        raise BadInput(f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); sample more, or leave out a filter")
     with writing(out) as train_file, writing(held_out) as validation_file:
         for n, (case, verdict, line) in enumerate(examples(Counter())):
             if keep[n]:
                 (validation_file if sides[n] else train_file).write(json_line(line | {"problem": case.problem}))
                 counts[f"kept: {'validation' if sides[n] else 'train'}, {'Yes' if verdict else 'No'}"] += 1
+    write_prompt(out, prompt)
     print_table(f"{out} and {held_out}", counts)
+
+
+def own_prompt(path: str | Path) -> Path:
+    """Where the words that a file of samples or examples was made with stand: NAME.prompt.txt beside NAME.jsonl."""
+    return Path(path).with_suffix(".prompt.txt")
+
+
+def travelling_prompt(train: str | Path, model: str | Path) -> str | None:
+    """The words that go with a trained model: those of its training data, else those of the model it starts from."""
+    for path in (own_prompt(train), Path(model) / PROMPT_FILE):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return None
+
+
+def write_prompt(path: str | Path, prompt: Prompt) -> None:
+    with writing(own_prompt(path)) as file:
+        file.write(prompt.text + "\n")
 
 
 def fingerprint(seed: int, value) -> int:
@@ -319,6 +346,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def length(self, i: int) -> int:
+        """Tokens of an example, the prompt once."""
+        prompt, responses = self[i]
+        return len(prompt) + sum(map(len, responses))
 
     def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
         with open(self.path, "rb") as file:

@@ -11,7 +11,6 @@ prompt only: row r draws its t-th token with uniform(seed_r, t), whatever else i
 """
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
 from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
@@ -110,11 +109,15 @@ class Engine:
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
         self.new_tokens = 0      # sampled tokens
-
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
-        """(index of the request, its K continuations), each as soon as its last row ends: not in order."""
         self._reset()
-        waiting = enumerate(requests)
+
+    def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, list[Continuation]]]:
+        """(index of the request, its K continuations), each as soon as its last row ends: not in order.
+
+        Where `requests` gives None, it has nothing at present and is asked again after the next step.
+        """
+        self._reset()
+        waiting = iter(requests)
         while True:
             while self.ready or self._prefill(waiting):
                 if self.rows and self.rows + len(self.ready[0].request.seeds) > self.max_rows:
@@ -143,41 +146,40 @@ class Engine:
         self.slot, self.number, self.seed, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(6))
         self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
         self.prompts: list[tuple[int, list]] = []   # per slot: the request's index and its continuations so far
-        self.rows = self.longest = 0                # R, and the length of the longest row
+        self.rows = self.longest = self.requests = 0  # R, the length of the longest row, requests read so far
 
     # ------------------------------------------------------------------------------------------ prompts
 
     @torch.no_grad()
-    def _prefill(self, waiting: Iterator[tuple[int, Request]]) -> bool:
+    def _prefill(self, waiting: Iterator[Request | None]) -> bool:
         """Compute the next group of prompts as one tree below the root. False when none is waiting."""
         group, size = [], 0
-        for index, request in islice(waiting, self.max_rows):
-            group.append((index, request, np.asarray(request.ids, dtype=np.int64)))
+        while size < PREFILL_TOKENS and len(group) < self.max_rows and (request := next(waiting, None)) is not None:
+            group.append((self.requests, request, np.asarray(request.ids, dtype=np.int64)))
+            self.requests += 1
             size += len(request.ids) - (0 if self.root_ids is None else len(self.root_ids))
-            if size >= PREFILL_TOKENS:
-                break
         if not group:
             return False
         self._fit_root([ids for _, _, ids in group])
         shared = len(self.root_ids)
-        tree = Tree([request.ids[shared:] for _, request, _ in group], self.model.device)
+        tree = Tree([request.ids[shared:] for _, request, _ in group]).to(self.model.device)
         hidden, cache = self._forward_tree(tree, shared)
         paths = [torch.from_numpy(path).to(self.model.device) for path in tree.paths]
         logits = self.model.logits(hidden[torch.stack([path[-1] for path in paths])])  # (prompts, V)
         self.ready.extend(_Prompt(index, request, cache, path, row)
                           for (index, request, _), path, row in zip(group, paths, logits))
         self.prompt_tokens += sum(len(ids) for _, _, ids in group)
+        self.prefill_tokens += len(tree)
         return True
 
     def _forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (T, C) and keys and values (2, layers, KV, T, D) of a tree that continues the root's first `past` tokens."""
+        """Hidden states (T, C) and keys and values (2, layers, KV, T, D) of a tree below the root's first `past` tokens (all or none)."""
         attention = TreeAttention(tree.end, past)
         cache = self.root.new_empty(*self.root.shape[:3], len(tree), self.root.shape[4])
 
         def attend(layer, q, k, v):
             cache[0, layer], cache[1, layer] = k.transpose(0, 1), v.transpose(0, 1)
-            return attention(layer, q, k, v, past=(self.root[0, layer], self.root[1, layer]))
-        self.prefill_tokens += len(tree)
+            return attention(layer, q, k, v, past=(self.root[0, layer], self.root[1, layer]) if past else None)
         return self.model(tree.ids, tree.positions + past, attend), cache
 
     def _fit_root(self, prompts: list[np.ndarray]) -> None:
@@ -191,7 +193,8 @@ class Engine:
         if self.root_ids is None:
             self.root_ids = first[:shared]
             if shared:
-                self.root = self._forward_tree(Tree([list(self.root_ids)], self.model.device), 0)[1]
+                self.root = self._forward_tree(Tree([list(self.root_ids)]).to(self.model.device), 0)[1]
+                self.prefill_tokens += shared
         elif shared < len(self.root_ids):
             cut = self.root[:, :, None, :, shared:].expand(-1, -1, self.part.shape[2], -1, -1, -1)
             self.part = torch.cat((cut, self.part), dim=4)
@@ -220,6 +223,28 @@ class Engine:
         self.rows, self.longest = R + K, max(self.longest, 1)
         self._append(slice(R, R + K), prompt.logits.expand(K, -1))
         self._regroup()
+
+    @torch.no_grad()
+    def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
+        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence; one pass per group of about PREFILL_TOKENS tokens."""
+        root = [] if self.root_ids is None else self.root_ids.tolist()
+        shared = len(root) if all(len(s) > len(root) and s[:len(root)] == root for s in sequences) else 0
+        found, group, size = [], [], 0
+        for i, ids in enumerate(sequences):
+            group.append(ids[shared:])
+            size += len(group[-1])
+            if size >= PREFILL_TOKENS or i == len(sequences) - 1:
+                tree = Tree(group).to(self.model.device)
+                hidden, _ = self._forward_tree(tree, shared)
+                last = torch.tensor([path[-1] for path in tree.paths], device=self.model.device)
+                found += self._yes_against_no(at_least_fp32(self.model.logits(hidden[last]))).tolist()
+                group, size = [], 0
+        return found
+
+    def _yes_against_no(self, logits: torch.Tensor) -> torch.Tensor:
+        """A softmax over the logits of Yes and No alone: (N, V) -> P(Yes), (N,)."""
+        yes, no = self.yes_no
+        return torch.sigmoid(logits[:, yes] - logits[:, no])
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -263,12 +288,11 @@ class Engine:
         """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""
         logits = at_least_fp32(logits)
         at = self.length[rows]
-        yes, no = self.yes_no
         token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
         self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
         place = torch.arange(rows.start, rows.stop, device=at.device)
         self.tokens[place, at] = token
-        self.p_yes[place, at] = torch.sigmoid(logits[:, yes] - logits[:, no])
+        self.p_yes[place, at] = self._yes_against_no(logits)
         self.length[rows] = at + 1
         self.done[rows] = torch.isin(token, self.eos) | (at + 1 >= self.limit[rows])
         self.new_tokens += len(place)
@@ -340,20 +364,3 @@ def _compaction(done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     movers = torch.nonzero(~done[keep:])[:, 0] + keep
     order[holes] = movers
     return order, holes, movers
-
-
-@torch.no_grad()
-def read_p_yes(model: Decoder, sequences: list[list[int]], yes_no: tuple[int, int]) -> list[float]:
-    """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in one pass per group of about PREFILL_TOKENS tokens."""
-    found, start = [], 0
-    while start < len(sequences):
-        stop, size = start, 0
-        while stop < len(sequences) and (stop == start or size + len(sequences[stop]) <= PREFILL_TOKENS):
-            size += len(sequences[stop])
-            stop += 1
-        tree = Tree(sequences[start:stop], model.device)
-        hidden = model(tree.ids, tree.positions, TreeAttention(tree.end))
-        logits = at_least_fp32(model.logits(hidden[torch.tensor([path[-1] for path in tree.paths], device=model.device)]))
-        found += torch.sigmoid(logits[:, yes_no[0]] - logits[:, yes_no[1]]).tolist()
-        start = stop
-    return found

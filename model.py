@@ -180,7 +180,7 @@ class Tree:
     Prefixes are found by comparing token ids, so no boundary between texts can go wrong.
     """
 
-    def __init__(self, sequences: list[list[int]], device: torch.device | str = "cpu"):
+    def __init__(self, sequences: list[list[int]]):
         arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
         self.paths: list[np.ndarray] = [None] * len(arrays)
         ids, positions, ends, size = [], [], [], 0
@@ -197,12 +197,16 @@ class Tree:
             last = arrays[i]
             self.paths[i] = path
         end[path] = size
-        self.ids = torch.from_numpy(np.concatenate(ids)).to(device)
-        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)
-        self.end = torch.from_numpy(end[:size]).to(device)
+        self.ids = torch.from_numpy(np.concatenate(ids))
+        self.positions = torch.from_numpy(np.concatenate(positions))
+        self.end = torch.from_numpy(end[:size].copy())
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def to(self, device: torch.device | str) -> "Tree":
+        self.ids, self.positions, self.end = self.ids.to(device), self.positions.to(device), self.end.to(device)
+        return self
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -233,10 +237,11 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, D), (KV, T, D), (KV, T, D)
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        out = [F.scaled_dot_product_attention(q[None, :, start:stop], k[None, :, seen], v[None, :, seen],
-                                              attn_mask=mask[None, None], enable_gqa=True)
-               for start, stop, seen, mask in self.blocks]  # each (1, H, queries, D)
+            k, v = torch.cat((past[0].transpose(0, 1), k)), torch.cat((past[1].transpose(0, 1), v))  # (past + T, KV, D)
+        out = []
+        for start, stop, seen, mask in self.blocks:
+            # index_select: the one gather whose backward is both fast and, on CPU, the same in every run
+            block = [x.transpose(0, 1)[None] for x in (q[start:stop], k.index_select(0, seen), v.index_select(0, seen))]
+            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask[None, None], enable_gqa=True))  # (1, H, queries, D)
         return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)

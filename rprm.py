@@ -13,7 +13,7 @@ Run it to see the method at work on one case (a file of one case, or a built-in 
 import hashlib
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Iterable, Iterator
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
 from cli import BadInput, print_config, run
-from generate import Continuation, Engine, Request, read_p_yes
+from generate import Continuation, Engine, Request
 from model import Decoder, Tree, TreeAttention, at_least_fp32
 
 HERE = Path(__file__).parent
@@ -72,11 +72,10 @@ class Prompt:
         return "".join(filled).strip()
 
 
-def load_prompt(prompt_file: str | None, model: str | Path | None = None, direct: bool = False) -> Prompt:
-    """The prompt of --prompt-file; else the one that the checkpoint was trained with; else the project's own."""
+def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
+    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data, where there is one; else the project's own."""
     own = HERE / "prompts" / ("direct.txt" if direct else "verify.txt")
-    travelled = Path(model) / PROMPT_FILE if model else own
-    path = Path(prompt_file) if prompt_file else travelled if travelled.is_file() else own
+    path = Path(prompt_file) if prompt_file else travelled if travelled and travelled.is_file() else own
     try:
         return Prompt(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -137,6 +136,7 @@ class Sampling:
     seed: int = 0
     batch_size: int = 16  # cases side by side
     force: bool = True    # give an analysis without a verdict the verification line and read P(Yes) there
+    complete: bool = False  # moreover write that line and a drawn answer into the analysis (for a teacher that forgets the form)
 
 
 class Sampler:
@@ -147,8 +147,7 @@ class Sampler:
 
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling):
         self.model, self.tokenizer, self.prompt, self.sampling = model, tokenizer, prompt, sampling
-        self.yes_no = yes_no_ids(tokenizer)
-        self.engine = Engine(model, tokenizer.eos_ids, self.yes_no, sampling.temperature, sampling.top_p,
+        self.engine = Engine(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
                              sampling.max_new_tokens, sampling.batch_size * sampling.k)
 
     def prompt_ids(self, case: Case) -> list[int]:
@@ -160,21 +159,27 @@ class Sampler:
                            f"context is {context}; leave this case out or use a model with a longer context")
         return ids
 
-    def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
-        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room is found.
+    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
+        """(index of the case, its K analyses), as they are completed: not in order.
 
+        `cases` is read as room is found; it may give None where it waits for a result before it knows the next case.
         The analyses of a case depend on the seed, the case and the sample's number alone.
         """
-        prompts: dict[int, list[int]] = {}
+        open_cases: dict[int, tuple[Case, list[int]]] = {}
 
         def requests():
-            for index, case in enumerate(cases):
-                prompts[index] = self.prompt_ids(case)
-                yield Request(prompts[index], [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
+            index = 0
+            for case in cases:
+                if case is None:
+                    yield None
+                    continue
+                open_cases[index] = case, self.prompt_ids(case)
+                yield Request(open_cases[index][1], [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
+                index += 1
         for index, continuations in self.engine.run(requests()):
-            yield index, self._judge(prompts.pop(index), continuations)
+            yield index, self._judge(*open_cases.pop(index), continuations)
 
-    def _judge(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+    def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         found, unread = [], []
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
@@ -183,9 +188,22 @@ class Sampler:
             found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished))
             if verdict is None and self.sampling.force:
                 unread.append(i)
+        if self.sampling.complete:
+            return self._complete(case, prompt, found, unread)
         texts = [prompt + continuations[i].ids + self._verification(found[i].text) for i in unread]
-        for i, p_yes in zip(unread, read_p_yes(self.model, texts, self.yes_no)):
-            found[i] = Analysis(found[i].text, None, p_yes, found[i].n_tokens, found[i].finished, forced=True)
+        for i, p_yes in zip(unread, self.engine.read_p_yes(texts)):
+            found[i] = replace(found[i], p_yes=p_yes, forced=True)
+        return found
+
+    def _complete(self, case: Case, prompt: list[int], found: list[Analysis], unread: list[int]) -> list[Analysis]:
+        """Analyses without a verdict, cut back to their last whole sentence, with the line and an answer drawn from P(Yes)."""
+        texts = [found[i].text.rstrip() if found[i].finished else re.sub(r"(.*[.!?])?.*", r"\1", found[i].text, count=1, flags=re.S)
+                 for i in unread]
+        for i, text, p_yes in zip(unread, texts, self.engine.read_p_yes(
+                [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts])):
+            draw = np.random.default_rng(row_seed(self.sampling.seed, case, i) % 2 ** 63).random()
+            line = f"{VERIFICATION} {'Yes' if draw < p_yes else 'No'}"
+            found[i] = replace(found[i], text=f"{text}\n{line}" if text else line, verdict=bool(draw < p_yes), p_yes=p_yes, finished=True, forced=True)
         return found
 
     def _verification(self, text: str) -> list[int]:
@@ -195,7 +213,7 @@ class Sampler:
     def direct(self, cases: list[Case]) -> list[Analysis]:
         """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
         texts = [self.prompt_ids(case) + self._verification("") for case in cases]
-        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in read_p_yes(self.model, texts, self.yes_no)]
+        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(texts)]
 
 
 def row_seed(seed: int, case: Case, k: int) -> int:
@@ -223,14 +241,13 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     before, token = np.concatenate([s[:-1] for s in spans]), np.concatenate([s[1:] for s in spans])
     owner = np.repeat(np.arange(len(spans)), [len(s) - 1 for s in spans])
     unique, first, where = np.unique(token, return_index=True, return_inverse=True)  # in a tree, a token has one token before it
-    device = tree.ids.device
+    before, token, owner, where = (torch.from_numpy(x).to(tree.ids.device) for x in (before[first], unique, owner, where))
     hidden = model(tree.ids, tree.positions, TreeAttention(tree.end))  # (T, C)
-    hidden = hidden[torch.from_numpy(before[first]).to(device)]        # (N, C)
-    target = tree.ids[torch.from_numpy(unique).to(device)]             # (N,)
+    hidden, target = hidden.index_select(0, before), tree.ids[token]   # (N, C), (N,)
     pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), target.split(chunk))]
-    logprobs = torch.cat(pieces)[torch.from_numpy(where).to(device)]
-    return logprobs.new_zeros(len(spans)).index_add(0, torch.from_numpy(owner).to(device), logprobs)
+    logprobs = torch.cat(pieces).index_select(0, where)
+    return logprobs.new_zeros(len(spans)).index_add(0, owner, logprobs)
 
 
 def _token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -291,7 +308,7 @@ def main(config: Config) -> None:
     case = Case(config.problem, config.step[:-1], config.step[-1]) if config.step else BUILT_IN
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
     sampling = Sampling(config.k, config.temperature, config.top_p, config.max_new_tokens, config.seed, 1, config.force)
-    sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, config.model), sampling)
+    sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE), sampling)
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start

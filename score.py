@@ -1,0 +1,229 @@
+"""Rewards for one solution, or a benchmark in ProcessBench's format.
+
+    python score.py --problem "Tom has 3 apples and buys 4. How many?" --step "He has 3 + 4 = 8 apples."
+    python score.py --model FOLDER --input gsm8k.json math.json --k 1 4 10 --out scores.jsonl
+
+A step is predicted wrong when its reward is below the threshold; the prediction is the first such step, -1 if there is
+none. Error accuracy (exact match where there is an error), correct accuracy, and F1, their harmonic mean. A solution
+is judged no further than its first step predicted wrong, which gives the same prediction (--all-steps goes on).
+"""
+import time
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Iterator
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import DTYPES, PROMPT_FILE, load_model, load_tokenizer
+from cli import BadInput, Journal, print_config, run, write_json
+from data import in_order, read_analyses
+from readers import Solution, read_rows, read_solution
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, Sampling, load_prompt, reward, show_p_yes, show_verdict
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Annotated[str, "checkpoint: a Hugging Face folder"] = str(DEFAULT_MODEL)
+    problem: Annotated[str | None, "one solution: the problem's text"] = None
+    step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
+    input: Annotated[tuple[str, ...], "files in ProcessBench's format (one object: that solution alone)"] = ()
+    out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
+    k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)] = (10,)
+    threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
+    all_steps: Annotated[bool, "judge the steps after the first one predicted wrong too"] = False
+    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = False
+    show: Annotated[bool, "print the analyses"] = False
+    limit: Annotated[int | None, "only the first so many solutions of each file", (1, None)] = None
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
+    batch_size: Annotated[int, "steps judged side by side", (1, None)] = 16
+    seed: Annotated[int, "seed of the sampling"] = 0
+    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
+    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
+    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
+    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+    resume: Annotated[bool, "go on with a killed run (with --out)"] = False
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def main(config: Config) -> None:
+    print_config(config)
+    found = solutions(config)
+    with Journal(config.out, config) if config.out else nullcontext() as journal:
+        lines = journal.done if journal else []
+        for n, line in enumerate(lines):
+            if n >= len(found) or (line.get("source"), line.get("id")) != (found[n][0], found[n][1].id):
+                raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of solution {n + 1}; give --overwrite to start anew")
+        sampler = Sampler(load_model(config.model, DTYPES[config.dtype], config.device), load_tokenizer(config.model),
+                          load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, config.direct),
+                          Sampling(max(config.k), config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, config.force))
+        todo, start = found[len(lines):], time.perf_counter()
+        bar = tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1)
+        for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
+            lines.append(score_line(config, source, solution, judged))
+            if journal:
+                journal.write(lines[-1])
+            bar.update()
+            bar.set_postfix_str(f"F1 {f1_of(lines, max(config.k)):.1f}, {sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s")
+        bar.close()
+    if len(found) == 1:
+        print_solution(config, lines[0])
+    else:
+        table = summary(lines, config.k)
+        print_summary(table)
+        if config.out:
+            write_json(Path(config.out).with_suffix(".summary.json"), table)
+    seconds = time.perf_counter() - start
+    print(f"model: {config.model}; {seconds:.1f} s, {sampler.engine.new_tokens} tokens sampled ({sampler.engine.new_tokens / seconds:.0f} tokens/s)")
+
+
+def solutions(config: Config) -> list[tuple[str, Solution]]:
+    """(source, solution): of the command line, or of all rows of the input files."""
+    if bool(config.step) != (config.problem is not None) or bool(config.step) == bool(config.input):
+        raise BadInput("give either --problem with its --step, or --input FILE")
+    if config.step:
+        return [("command line", read_solution({"id": "0", "problem": config.problem, "steps": list(config.step)}, "command line"))]
+    found = []
+    for path in config.input:
+        rows = [(Path(path).stem, read_solution(row, where)) for where, row in read_rows(path)]
+        if not rows:
+            raise BadInput(f"{path}: has no solutions; check the file")
+        found += rows[:config.limit]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+def judge_all(sampler: Sampler, config: Config, found: list[Solution]) -> Iterator[tuple[int, list[list[Analysis]]]]:
+    """(index of the solution, the analyses of each judged step), as the solutions are completed.
+
+    The steps of a solution are judged one after the other, many solutions side by side.
+    """
+    steps: list[list[list[Analysis]]] = [[] for _ in found]  # solution -> judged steps -> analyses
+    if config.direct:
+        for first in range(0, len(found), config.batch_size):
+            some = [(i, t) for i in range(first, min(first + config.batch_size, len(found))) for t in range(len(found[i].steps))]
+            for (i, t), analysis in zip(some, sampler.direct([case_of(found[i], t) for i, t in some])):
+                if not complete(config, found[i], steps[i]):
+                    steps[i].append([analysis])
+            yield from ((i, steps[i]) for i in dict(some))
+        return
+    waiting, asked = deque(range(len(found))), []  # solutions whose next step may be judged; which solution each case is of
+
+    def cases() -> Iterator[Case | None]:
+        while waiting or len(asked) > sum(map(len, steps)):  # ... or while a case is being judged
+            if waiting:
+                asked.append(waiting.popleft())
+                yield case_of(found[asked[-1]], len(steps[asked[-1]]))
+            else:
+                yield None
+
+    for n, analyses in sampler.analyses(cases()):
+        i = asked[n]
+        steps[i].append(analyses)
+        if complete(config, found[i], steps[i]):
+            yield i, steps[i]
+        else:
+            waiting.appendleft(i)  # before new solutions, so that few are open at a time
+
+
+def case_of(solution: Solution, t: int) -> Case:
+    return Case(solution.problem, solution.steps[:t], solution.steps[t])
+
+
+def complete(config: Config, solution: Solution, steps: list[list[Analysis]]) -> bool:
+    """Is there nothing more to judge: all steps done, or a step predicted wrong at every K?"""
+    return len(steps) == len(solution.steps) or (
+        not config.all_steps and all(predict(steps, k, config.threshold) >= 0 for k in config.k))
+
+
+def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
+    """The first step whose reward over its first k analyses is below the threshold; -1 if none. A null reward predicts nothing."""
+    for t, analyses in enumerate(steps):
+        value = reward(analyses[:k])
+        if value is not None and value < threshold:
+            return t
+    return -1
+
+
+def score_line(config: Config, source: str, solution: Solution, steps: list[list[Analysis]]) -> dict:
+    """The line of scores.jsonl; rewards and prediction at the largest K, predictions at each."""
+    return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps), "label": solution.label,
+            "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
+            "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
+            "samples": [[asdict(a) for a in analyses] for analyses in steps]}
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+def f1_of(lines: list[dict], k: int) -> float:
+    return accuracies(lines, k)["f1"] or 0.0
+
+
+def accuracies(lines: list[dict], k: int) -> dict[str, float | None]:
+    """ProcessBench's three numbers in percent over labelled solutions. None where there is nothing to take them over."""
+    def percent(hits: list[bool]) -> float | None:
+        return 100 * sum(hits) / len(hits) if hits else None
+    error = percent([line["predictions"][str(k)] == line["label"] for line in lines if line["label"] not in (-1, None)])
+    correct = percent([line["predictions"][str(k)] == -1 for line in lines if line["label"] == -1])
+    f1 = None if error is None or correct is None else 2 * error * correct / (error + correct) if error + correct else 0.0
+    return {"error_accuracy": error, "correct_accuracy": correct, "f1": f1}
+
+
+def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
+    """A row per source and K, and the average over the sources where there are several."""
+    sources = list(dict.fromkeys(line["source"] for line in lines))
+    rows = []
+    for k in sorted(ks):
+        own = []
+        for source in sources:
+            chosen = [line for line in lines if line["source"] == source]
+            analyses = [a for line in chosen for step in line["samples"] for a in step[:k]]
+            judged = [step[:k] for line in chosen for step in line["samples"]]
+            own.append({"source": source, "k": k, "solutions": len(chosen), "unlabelled": sum(line["label"] is None for line in chosen)}
+                       | accuracies(chosen, k) | {
+                "unparsed": 100 * sum(a["verdict"] is None for a in analyses) / len(analyses),
+                "truncated": 100 * sum(not a["finished"] for a in analyses) / len(analyses),
+                "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in judged),
+                "tokens_per_step": sum(a["n_tokens"] for a in analyses) / len(judged)})
+        rows += own
+        if len(own) > 1 and all(row["f1"] is not None for row in own):
+            mean = {name: sum(row[name] for row in own) / len(own) for name in ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")}
+            rows.append(own[0] | mean | {"source": "average"} | {name: sum(row[name] for row in own) for name in ("solutions", "unlabelled", "null_rewards")})
+    return rows
+
+
+def print_summary(rows: list[dict]) -> None:
+    print(f"\n{'source':<16}{'K':>4}{'solutions':>11}{'error acc.':>12}{'correct acc.':>14}{'F1':>7}{'unparsed %':>12}{'truncated %':>13}{'null':>6}{'tokens/step':>13}")
+    for row in rows:
+        error, correct, f1 = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("error_accuracy", "correct_accuracy", "f1"))
+        print(f"{row['source']:<16}{row['k']:>4}{row['solutions']:>11}{error:>12}{correct:>14}{f1:>7}{row['unparsed']:>12.1f}"
+              f"{row['truncated']:>13.1f}{row['null_rewards']:>6}{row['tokens_per_step']:>13.0f}")
+    print("(error and correct accuracy and F1 in percent; null: steps without any P(Yes), never predicted wrong)")
+
+
+def print_solution(config: Config, line: dict) -> None:
+    """A line per step, the prediction, and on --show the analyses."""
+    print(f"\nproblem: {line['problem']}")
+    for t, (step, raw) in enumerate(zip(line["steps"], line["samples"])):
+        analyses = read_analyses({"analyses": raw}, f"step {t + 1}")
+        value = line["rewards"][t]
+        counts = [sum(a.verdict is verdict for a in analyses) for verdict in (True, False, None)]
+        shown = "null " if value is None else f"{value:.3f}"
+        print(f"Step {t + 1}: reward {shown}  {'wrong' if value is not None and value < config.threshold else 'right'}  "
+              f"verdicts {counts[0]} Yes, {counts[1]} No, {counts[2]} missing  | {step}")
+        for i, a in enumerate(analyses if config.show else [], 1):
+            print(f"  --- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{'' if a.finished else ', cut off'}\n    "
+                  + a.text.replace("\n", "\n    "))
+    judged = len(line["samples"])
+    if judged < len(line["steps"]):
+        print(f"(steps {judged + 1} to {len(line['steps'])} not judged: --all-steps goes on)")
+    print("first step predicted wrong: " + (f"step {line['prediction'] + 1}" if line["prediction"] >= 0 else "none"))
+
+
+if __name__ == "__main__":
+    run((Config, main))

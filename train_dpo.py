@@ -1,0 +1,162 @@
+"""Direct preference optimisation on pairs of right and wrong analyses (second stage of R-PRM).
+
+    python train_dpo.py --model runs/sft/model --train pairs.jsonl --validation pairs.validation.jsonl --out runs/dpo
+
+The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never change, so
+they are computed once, before the first step, by the policy itself, and cached beside the pairs under a hash of both.
+Lines are {"prompt", "chosen", "rejected"} or the official files' {"instruction", "chosen", "rejected"}.
+Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does not state.
+"""
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import load_model, load_tokenizer
+from cli import BadInput, run
+from data import PAIR_FIELDS, Examples, MicroBatch, pack, travelling_prompt
+from model import Decoder
+from rprm import dpo_loss, response_logprobs
+from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
+
+LEFT_OUT = np.inf  # in the cache: a pair too long for --micro-tokens; NaN: not computed yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    model: Annotated[str, "the SFT model, where the policy starts and which is the reference: a Hugging Face folder"]
+    train: Annotated[str, "pairs.jsonl"]
+    validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept"] = None
+    lr: Annotated[float, "peak learning rate", (0, None)] = 5e-7
+    beta: Annotated[float, "strength of the pull towards the reference", (1e-6, None)] = 0.1
+    label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)", (0, 0.5)] = 0.0
+    ipo: Annotated[bool, "IPO's squared loss instead of the sigmoid"] = False
+    nll: Annotated[float, "weight of an added NLL term on the chosen response, per token", (0, None)] = 0.0
+
+
+def main(config: Config) -> None:
+    check_out(config)
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device)
+    train = Examples(config.train, PAIR_FIELDS, tokenizer)
+    validation = Examples(config.validation, PAIR_FIELDS, tokenizer) if config.validation else None
+    steps, numbers = epoch_batches(len(train), config)
+    first, _ = pack({i: train[i] for i in numbers(0)}, config.micro_tokens)
+    print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
+    reference = reference_logprobs(config, model, train)
+    validation_reference = reference_logprobs(config, model, validation) if validation else None
+    run = Run(config, model, config.model, travelling_prompt(config.train, config.model), steps)
+
+    for step in run.progress():
+        batches, long = pack({i: train[i] for i in numbers(step)}, config.micro_tokens)
+        run.report_long(train.path, long, train.length)
+        n_pairs = sum(len(batch.examples) for batch in batches)
+        if not n_pairs:
+            raise BadInput(f"{train.path}: step {step} has no pair within --micro-tokens {config.micro_tokens}; raise it")
+        metrics = Means()
+        for batch in batches:
+            losses = pair_losses(config, model, batch, reference, metrics)
+            (losses.sum() / n_pairs).backward()
+        run.log("train", metrics.result() | {"left_out": len(long)} | run.update(metrics.result()["loss"], numbers(step)),
+                ("loss", "accuracy", "margin"))
+        if validation and run.due():
+            result = evaluate(config, model, validation, validation_reference)
+            run.log("validation", result, ("loss", "accuracy", "margin", "chosen_logprob"))
+            run.keep_if_best(result["loss"])
+    if validation is None:
+        run.save_model()
+    print(f"model: {run.out / 'model'}" + (f" (validation loss {run.best:.4f})" if validation else "") + f"; left out as over-long: {len(run.left_out)}")
+
+
+def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np.ndarray, metrics: "Means") -> torch.Tensor:
+    """The loss of each pair in a tree, (pairs,), with the metrics taken down."""
+    with precision(config):
+        logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)  # (pairs, chosen | rejected)
+    frozen = torch.from_numpy(reference[batch.examples]).to(model.device)                           # (pairs, 2)
+    lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(logprobs[:, 0], logprobs[:, 1], frozen[:, 0], frozen[:, 1], lengths[:, 0],
+                                                        config.beta, config.label_smoothing, config.ipo, config.nll)
+    metrics.add(loss=losses, accuracy=(chosen_rewards > rejected_rewards).float(), margin=chosen_rewards - rejected_rewards,
+                chosen_reward=chosen_rewards, rejected_reward=rejected_rewards, chosen_logprob=logprobs[:, 0], rejected_logprob=logprobs[:, 1],
+                chosen_length=lengths[:, 0], rejected_length=lengths[:, 1])
+    return losses
+
+
+class Means:
+    """Running means over pairs."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum().item()
+        self.count += len(value)
+
+    def result(self) -> dict[str, float]:
+        return {name: total / max(1, self.count) for name, total in self.sums.items()} | {"pairs": self.count}
+
+
+@torch.no_grad()
+def evaluate(config: Config, model: Decoder, examples: Examples, reference: np.ndarray) -> dict[str, float]:
+    metrics = Means()
+    for batch in sequential_batches(config, examples):
+        pair_losses(config, model, batch, reference, metrics)
+    if not metrics.count:
+        raise BadInput(f"{examples.path}: no pair is within --micro-tokens {config.micro_tokens}; raise it")
+    return metrics.result()
+
+
+def sequential_batches(config: Config, examples: Examples, start: int = 0):
+    for first in range(start, len(examples), config.batch_size):
+        numbers = range(first, min(first + config.batch_size, len(examples)))
+        yield from pack({i: examples[i] for i in numbers}, config.micro_tokens)[0]
+
+
+@torch.no_grad()
+def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np.ndarray:
+    """log π_ref of chosen and rejected for each pair, fp32 (pairs, 2), from the cache or computed into it.
+
+    The cache is a .npy file beside the pairs, named by the content of the pairs, the model and --micro-tokens. It is
+    written as the work goes on, so a killed run continues; what is missing in it is NaN.
+    """
+    path = examples.path.with_name(f"{examples.path.stem}.reference-{content_hash(config, examples)}.npy")
+    if path.exists():
+        print(f"reference: {path} (cached)")
+        return np.load(path, allow_pickle=False)
+    part = path.with_suffix(".part")
+    if not part.exists():
+        np.lib.format.open_memmap(part.with_suffix(".tmp"), "w+", np.float32, (len(examples), 2))[:] = np.nan
+        os.replace(part.with_suffix(".tmp"), part)
+    table = np.lib.format.open_memmap(part, "r+")
+    for first in tqdm(range(0, len(examples), config.batch_size), desc="reference", unit="batch"):
+        last = min(first + config.batch_size, len(examples))
+        if not np.isnan(table[first:last]).any():
+            continue
+        rows = np.full((last - first, 2), LEFT_OUT, dtype=np.float32)
+        for batch in pack({i: examples[i] for i in range(first, last)}, config.micro_tokens)[0]:
+            with precision(config):
+                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)
+            rows[np.array(batch.examples) - first] = logprobs.cpu().numpy()
+        table[first:last] = rows
+    table.flush()
+    os.replace(part, path)
+    return np.array(table)
+
+
+def content_hash(config: Config, examples: Examples) -> str:
+    """Names the reference by what it depends on: the pairs, the model's files, and the size of the trees."""
+    digest = hashlib.blake2b(f"{config.micro_tokens} {config.batch_size} {torch.device(config.device).type}".encode(), digest_size=8)
+    for path in (examples.path, *sorted(Path(config.model).glob("*.safetensors")), Path(config.model) / "config.json",
+                 Path(config.model) / "tokenizer.json"):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    run((Config, main))

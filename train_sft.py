@@ -1,0 +1,97 @@
+"""Supervised fine-tuning on analyses whose verdict matches the label (first stage of R-PRM).
+
+    python train_sft.py --model Qwen2.5-Math-7B-Instruct --train sft.jsonl --validation sft.validation.jsonl --out runs/sft
+
+Lines are {"prompt", "response"}, the official files' {"instruction", "output"}, or {"text"}, which trains on every
+token. With --from-scratch CONFIG.JSON (its folder holds the tokenizer) the weights are random instead of loaded.
+Left out of the paper's recipe: nothing; the defaults are its settings (1 epoch, batch 128, lr 5e-6, warm-up 0.03).
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from checkpoint import load_config, load_model, load_tokenizer
+from cli import BadInput, run
+from data import SFT_FIELDS, Examples, pack, travelling_prompt
+from model import Decoder
+from rprm import response_logprobs, sft_loss
+from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder"] = None
+    from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; the weights are random"] = None
+    train: Annotated[str, "sft.jsonl"]
+    validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model is kept"] = None
+    lr: Annotated[float, "peak learning rate", (0, None)] = 5e-6
+
+
+def main(config: Config) -> None:
+    check_out(config)
+    model, folder = initial_model(config)
+    tokenizer = load_tokenizer(folder)
+    train = Examples(config.train, SFT_FIELDS, tokenizer)
+    validation = Examples(config.validation, SFT_FIELDS, tokenizer) if config.validation else None
+    steps, numbers = epoch_batches(len(train), config)
+    first, _ = pack({i: train[i] for i in numbers(0)}, config.micro_tokens)
+    print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
+    run = Run(config, model, folder, travelling_prompt(config.train, folder), steps)
+
+    for step in run.progress():
+        batches, long = pack({i: train[i] for i in numbers(step)}, config.micro_tokens)
+        run.report_long(train.path, long, train.length)
+        n_tokens = sum(sum(batch.lengths) for batch in batches)  # normalise over the whole step, however it is cut
+        if not n_tokens:
+            raise BadInput(f"{train.path}: step {step} has no example within --micro-tokens {config.micro_tokens}; raise it")
+        total = 0.0
+        for batch in batches:
+            with precision(config):
+                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (examples,)
+            loss = sft_loss(logprobs, n_tokens)
+            loss.backward()
+            total += loss.item()
+        metrics = run.update(total, numbers(step))
+        run.log("train", {"loss": total, "tokens": n_tokens, "tree_tokens": sum(len(b.tree) for b in batches), "left_out": len(long)} | metrics,
+                ("loss", "tokens", "lr"))
+        if validation and run.due():
+            loss = evaluate(run, model, validation)
+            run.log("validation", {"loss": loss}, ("loss",))
+            run.keep_if_best(loss)
+    if validation is None:
+        run.save_model()
+    print(f"model: {run.out / 'model'}" + (f" (validation loss {run.best:.4f})" if validation else "") + f"; left out as over-long: {len(run.left_out)}")
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: Decoder, examples: Examples) -> float:
+    """The mean loss per response token over a file."""
+    total, n_tokens, size = 0.0, 0, run.config.batch_size
+    for start in range(0, len(examples), size):
+        batches, long = pack({i: examples[i] for i in range(start, min(start + size, len(examples)))}, run.config.micro_tokens)
+        run.report_long(examples.path, long, examples.length)
+        for batch in batches:
+            with precision(run.config):
+                total -= response_logprobs(model, batch.tree.to(model.device), batch.starts).sum().item()
+            n_tokens += sum(batch.lengths)
+    if not n_tokens:
+        raise BadInput(f"{examples.path}: no example is within --micro-tokens {run.config.micro_tokens}; raise it")
+    return total / n_tokens
+
+
+def initial_model(config: Config) -> tuple[Decoder, Path]:
+    """The model to train (fp32) and the folder that its tokenizer comes from."""
+    if (config.model is None) == (config.from_scratch is None):
+        raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
+    if config.model:
+        return load_model(config.model, torch.float32, config.device), Path(config.model)
+    folder = Path(config.from_scratch).parent
+    model = Decoder(load_config(folder))
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    return model.to(config.device), folder
+
+
+if __name__ == "__main__":
+    run((Config, main))

@@ -1,0 +1,242 @@
+"""What the two training loops share: the settings, the optimizer, the schedule, checkpoints and resume, the metrics log.
+
+A run's folder:
+
+    config.json             the resolved settings
+    metrics.jsonl           one line per optimizer step, and one per evaluation
+    checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them)
+    model/                  the result, a Hugging Face folder: the best by validation loss, or the last without validation
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Iterator
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from checkpoint import DTYPES, load_config, save_checkpoint
+from cli import BadInput, json_line, print_config, read_json, read_jsonl, resolved, write_json
+from model import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
+    out: Annotated[str, "folder of the run to write"]
+    lr: Annotated[float, "peak learning rate", (0, None)]
+    batch_size: Annotated[int, "examples (or pairs) per optimizer step", (1, None)] = 128
+    micro_tokens: Annotated[int, "tokens per forward pass: lower it if memory runs out; a longer example is left out", (16, None)] = 8192
+    epochs: Annotated[int, "passes over the training data", (1, None)] = 1
+    max_steps: Annotated[int | None, "stop after so many optimizer steps", (1, None)] = None
+    warmup: Annotated[float, "share of the steps in which the learning rate rises from 0", (0, 1)] = 0.03
+    schedule: Annotated[str, "of the learning rate after the warm-up", ("cosine", "constant")] = "cosine"
+    weight_decay: Annotated[float, "of matrices, decoupled (AdamW)", (0, None)] = 0.0
+    beta2: Annotated[float, "AdamW's second decay rate", (0, 1)] = 0.999
+    clip: Annotated[float, "largest norm of the gradient", (0, None)] = 1.0
+    eval_every: Annotated[int, "optimizer steps between validations (and after the last step)", (1, None)] = 100
+    save_every: Annotated[int, "optimizer steps between checkpoints", (1, None)] = 100
+    keep: Annotated[int, "checkpoints kept", (1, None)] = 1
+    checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass: less memory, a third more time"] = False
+    save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
+    seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
+    device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
+    overwrite: Annotated[bool, "replace an existing --out"] = False
+
+
+def epoch_batches(n: int, config: TrainConfig) -> tuple[int, callable]:
+    """(number of optimizer steps, step -> the numbers of its examples). The order depends on seed and epoch alone,
+    so a resumed run needs no more than the number of its step."""
+    per_epoch = math.ceil(n / config.batch_size)
+    steps = min(per_epoch * config.epochs, config.max_steps or math.inf)
+
+    def numbers(step: int) -> list[int]:
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng((config.seed, epoch)).permutation(n)
+        return order[place * config.batch_size:(place + 1) * config.batch_size].tolist()
+    return steps, numbers
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up from lr / warm-up steps, then constant or a cosine to 0 that ends after the last step."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def precision(config: TrainConfig) -> torch.autocast:
+    """fp32 master weights; on CUDA the matrix products alone run in bf16."""
+    device = torch.device(config.device).type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+
+
+class Run:
+    """One training run: its folder, its optimizer, where it stands. The loop itself stands in the scripts."""
+
+    def __init__(self, config: TrainConfig, model: Decoder, tokenizer_from: str | Path, prompt: str | None, steps: int):
+        self.config, self.model, self.tokenizer_from, self.prompt, self.steps = config, model, tokenizer_from, prompt, steps
+        self.out = Path(config.out)
+        model.checkpoint_activations = config.checkpoint_activations
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
+                                            {"params": others, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        self.step, self.best, self.left_out, self.stop_signal = 0, math.inf, set(), None
+        checkpoints = self._checkpoints()
+        if config.resume and checkpoints:
+            self._restore(checkpoints[-1])
+        elif not config.resume and self.out.exists():
+            shutil.rmtree(self.out)
+        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not (self.out / "config.json").exists():
+            write_json(self.out / "config.json", resolved(config))
+        self._trim_log()
+        self.log_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda number, frame: setattr(self, "stop_signal", signal.Signals(number).name))
+
+    # ------------------------------------------------------------------------------------------ the loop's parts
+
+    def progress(self) -> Iterator[int]:
+        """The steps still to do, under a bar; a checkpoint every --save-every steps and when a signal asks to stop."""
+        self.bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step")
+        while self.step < self.steps:
+            start = time.perf_counter()
+            yield self.step
+            self.seconds = time.perf_counter() - start
+            self.step += 1
+            self.bar.update()
+            if self.stop_signal or self.step % self.config.save_every == 0 or self.step == self.steps:
+                self.save()
+            if self.stop_signal and self.step < self.steps:
+                raise BadInput(f"stopped by {self.stop_signal} after step {self.step}, which is saved; "
+                               f"give the same command with --resume to go on")
+        self.bar.close()
+
+    def update(self, loss: float, examples: list[int]) -> dict[str, float]:
+        """One optimizer step on the gradients that lie in the parameters. -> learning rate and gradient norm, for the log.
+
+        Raises BadInput before anything is changed where loss or gradient is not finite.
+        """
+        norm = float(clip_grad_norm_(self.model.parameters(), self.config.clip))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated; the last "
+                           f"checkpoint is whole; lower --lr or look at these examples")
+        rate = learning_rate(self.step, self.steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"lr": rate, "grad_norm": norm}
+
+    def log(self, split: str, metrics: dict, shown: tuple[str, ...]) -> None:
+        """Append a line to metrics.jsonl and show some of it in the bar."""
+        self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
+        self.log_file.flush()
+        line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
+        if split == "train":
+            self.bar.set_postfix_str(line)
+        else:
+            self.bar.write(f"step {self.step + 1}: {split} {line}")
+
+    def report_long(self, path: Path, long: list[int], length) -> None:
+        """Name each over-long example once, when it is first met."""
+        for i in long:
+            if (str(path), i) not in self.left_out:
+                self.left_out.add((str(path), i))
+                self.bar.write(f"left out: {path} example {i + 1} has {length(i)} tokens, more than --micro-tokens {self.config.micro_tokens}")
+
+    def due(self) -> bool:
+        """Is it time to validate, after this step?"""
+        return (self.step + 1) % self.config.eval_every == 0 or self.step + 1 == self.steps
+
+    def keep_if_best(self, loss: float) -> None:
+        if loss < self.best:
+            self.best = loss
+            self.save_model()
+
+    def save_model(self) -> None:
+        save_checkpoint(self.out / "model", self.model, self.tokenizer_from, self.prompt, DTYPES[self.config.save_dtype])
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.out / "checkpoints").glob("step-*[0-9]"))
+
+    def save(self) -> None:
+        """Weights, both moments, step and best so far; written aside and renamed, then older ones go."""
+        folder = self.out / "checkpoints" / f"step-{self.step:08d}"
+        aside = folder.with_suffix(".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        parameters = dict(self.model.named_parameters())
+        save_file({name: p.detach() for name, p in parameters.items()}, aside / "model.safetensors")
+        save_file({f"{name}.{key}": value for name, p in parameters.items() for key, value in self.optimizer.state[p].items()},
+                  aside / "optimizer.safetensors")
+        write_json(aside / "state.json", {"step": self.step, "best": None if self.best == math.inf else self.best,
+                                          "left_out": sorted(self.left_out)})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        for old in self._checkpoints()[:-self.config.keep]:
+            shutil.rmtree(old)
+
+    def _restore(self, folder: Path) -> None:
+        state = read_json(folder / "state.json")
+        self.step, self.best = state["step"], math.inf if state["best"] is None else state["best"]
+        self.left_out = {tuple(pair) for pair in state["left_out"]}
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        moments = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
+        for name, p in self.model.named_parameters():
+            self.optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        print(f"resumed from {folder}")
+
+    def _trim_log(self) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] < self.step]
+            path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def check_out(config: TrainConfig) -> None:
+    """Before any work: refuse an existing folder, or one that was made with other settings. Prints the config."""
+    print_config(config)
+    out = Path(config.out)
+    if out.exists() and not (config.resume or config.overwrite):
+        raise BadInput(f"{out}: exists already; give --resume to go on, --overwrite to replace it, or another --out")
+    if out.exists() and config.overwrite and any(out.iterdir()) and not (out / "checkpoints").is_dir():
+        raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
+    if config.resume and (out / "config.json").exists():
+        before = read_json(out / "config.json")
+        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device")}
+        changed = [name for name in ours if before.get(name) != ours[name]]
+        if changed:
+            raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "
+                           f"({before.get(changed[0])!r}); resume with the same settings")
+
+
+def print_budget(model: Decoder, config: TrainConfig, examples: int, steps: int, tokens: int) -> None:
+    """Parameters, tokens per step, steps, estimated memory: before step 0. `tokens`: in the trees of the first step."""
+    c = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    activation_bytes = 2 if torch.device(config.device).type == "cuda" else 4
+    kept = 2 * c.hidden_size if config.checkpoint_activations else (
+        6 * c.hidden_size + 2 * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size)
+    activations = config.micro_tokens * c.num_hidden_layers * kept * activation_bytes
+    print(f"budget: {parameters:,} parameters; {examples:,} examples, {steps:,} steps of {config.batch_size}; first step {tokens:,} tokens in trees "
+          f"of at most {config.micro_tokens:,}\n"
+          f"memory: about {parameters * 16 / 1e9:.2f} GB for fp32 weights, gradients and both moments, "
+          f"{activations / 1e9:.2f} GB for activations at full trees" + (" (checkpointed)" if config.checkpoint_activations else ""))
