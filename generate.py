@@ -18,8 +18,8 @@ import torch
 
 from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix
 
-PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens
-CANDIDATES = 64        # top-p looks for the nucleus among so many tokens first
+PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
+CANDIDATES = (64, 1024)  # top-p looks for the nucleus among so many tokens first, then among all
 
 
 class Request(NamedTuple):
@@ -45,26 +45,24 @@ def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw a token per row by inverting the nucleus's distribution function at u. (R, V), (R,) -> (R,) int64.
+    """Draw a token per row by inverting the nucleus's distribution function at u. (R, V), (R,) -> (R,) int64. Uses logits up.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p. It nearly always lies
-    within the first few tokens, so a full sort is left to the rows where it does not.
+    among the first few, so a row's vocabulary is sorted only as far as needed.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)  # in place: at this size, fresh memory costs more than the sums
     if top_p >= 1:  # everything is in the nucleus, in any order
-        return _invert((logits - log_total).exp(), u, top_p)
-    top, ids = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)  # (R, CANDIDATES), most likely first
-    p = (top - log_total).exp()
-    token = ids.gather(1, _invert(p, u, top_p)[:, None])[:, 0]
-    wide = torch.nonzero(p.sum(dim=-1) < top_p)[:, 0]  # rows whose nucleus is wider than the candidates
-    if len(wide):
-        top, ids = logits[wide].sort(dim=-1, descending=True)
-        place = _invert((top - log_total[wide]).exp(), u[wide], top_p)
-        token[wide] = ids.gather(1, place[:, None])[:, 0]
-    return token
+        return _invert(p, u, top_p)
+    token = torch.empty(len(p), dtype=torch.int64, device=p.device)
+    rows = torch.arange(len(p), device=p.device)  # those still without a token
+    for width in CANDIDATES + (p.shape[1],):
+        top, ids = p[rows].topk(min(width, p.shape[1]), dim=-1)  # (rows, width), most likely first
+        token[rows] = ids.gather(1, _invert(top, u[rows], top_p)[:, None])[:, 0]
+        rows = rows[top.sum(dim=-1) < top_p]  # their nucleus is wider
+        if width >= p.shape[1] or not len(rows):
+            return token
 
 
 def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -81,8 +79,9 @@ def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
     scores = at_least_fp32(q @ k.transpose(-1, -2))  # (..., N, L)
     if mask is not None:
         scores += mask
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    return (scores - lse).exp().to(v.dtype) @ v, lse.squeeze(-1)
+    highest = scores.amax(dim=-1, keepdim=True)
+    total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+    return (scores.to(v.dtype) @ v) / total, (highest + total.log()).squeeze(-1)
 
 
 class _Prompt(NamedTuple):
@@ -221,7 +220,7 @@ class Engine:
         self.length, self.done = extend(self.length, 0), extend(self.done, False)
         self.limit = extend(self.limit, min(self.max_new_tokens, self.model.config.max_position_embeddings - length))
         self.rows, self.longest = R + K, max(self.longest, 1)
-        self._append(slice(R, R + K), prompt.logits.expand(K, -1))
+        self._append(slice(R, R + K), prompt.logits.repeat(K, 1))
         self._regroup()
 
     @torch.no_grad()
@@ -288,11 +287,12 @@ class Engine:
         """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""
         logits = at_least_fp32(logits)
         at = self.length[rows]
+        p_yes = self._yes_against_no(logits)
         token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
         self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
         place = torch.arange(rows.start, rows.stop, device=at.device)
         self.tokens[place, at] = token
-        self.p_yes[place, at] = self._yes_against_no(logits)
+        self.p_yes[place, at] = p_yes
         self.length[rows] = at + 1
         self.done[rows] = torch.isin(token, self.eos) | (at + 1 >= self.limit[rows])
         self.new_tokens += len(place)
