@@ -52,7 +52,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     """Read config.json in either dialect. Raises BadInput that names the field for anything not implemented."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such checkpoint folder; give a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
+        raise BadInput(f"{folder}: no such checkpoint folder; give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
     return parse_config(expect(read_json(path), dict, str(path)), str(path))
 
 

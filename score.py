@@ -188,22 +188,28 @@ def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
                        | accuracies(chosen, k) | {
                 "unparsed": 100 * sum(a["verdict"] is None for a in analyses) / len(analyses),
                 "truncated": 100 * sum(not a["finished"] for a in analyses) / len(analyses),
+                "forced": sum(a["forced"] for a in analyses),
                 "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in judged),
                 "tokens_per_step": sum(a["n_tokens"] for a in analyses) / len(judged)})
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):
-            mean = {name: sum(row[name] for row in own) / len(own) for name in ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")}
-            rows.append(own[0] | mean | {"source": "average"} | {name: sum(row[name] for row in own) for name in ("solutions", "unlabelled", "null_rewards")})
+            means = ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")
+            sums = ("solutions", "unlabelled", "forced", "null_rewards")
+            rows.append({"source": "average", "k": k} | {name: sum(row[name] for row in own) / len(own) for name in means}
+                        | {name: sum(row[name] for row in own) for name in sums})
     return rows
 
 
 def print_summary(rows: list[dict]) -> None:
-    print(f"\n{'source':<16}{'K':>4}{'solutions':>11}{'error acc.':>12}{'correct acc.':>14}{'F1':>7}{'unparsed %':>12}{'truncated %':>13}{'null':>6}{'tokens/step':>13}")
+    print(f"\n{'source':<16}{'K':>4}{'solutions':>11}{'error acc.':>12}{'correct acc.':>14}{'F1':>7}{'unparsed %':>12}{'truncated %':>13}{'forced':>8}{'null':>6}{'tokens/step':>13}")
     for row in rows:
         error, correct, f1 = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("error_accuracy", "correct_accuracy", "f1"))
         print(f"{row['source']:<16}{row['k']:>4}{row['solutions']:>11}{error:>12}{correct:>14}{f1:>7}{row['unparsed']:>12.1f}"
-              f"{row['truncated']:>13.1f}{row['null_rewards']:>6}{row['tokens_per_step']:>13.0f}")
-    print("(error and correct accuracy and F1 in percent; null: steps without any P(Yes), never predicted wrong)")
+              f"{row['truncated']:>13.1f}{row['forced']:>8}{row['null_rewards']:>6}{row['tokens_per_step']:>13.0f}")
+    print("(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; forced: those of them that were read\n"
+          " after an added verification line; null: steps without any P(Yes), never predicted wrong)")
+    if unlabelled := sum(row["unlabelled"] for row in rows if row["k"] == rows[0]["k"] and row["source"] != "average"):
+        print(f"{unlabelled} solutions have no label and count in no accuracy")
 
 
 def print_solution(config: Config, line: dict) -> None:
