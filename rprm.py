@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
 QUESTION = "Is the step correct (Yes/No)?"
 VERIFICATION = f"Verification: {QUESTION}"
-VERDICT_LINE = re.compile(r".*" + re.escape(QUESTION) + r"[\s*]*(Yes|No)[\s.*]*")
+VERDICT_LINE = re.compile(r".*" + re.escape(QUESTION) + r" (Yes|No)[\s.]*")  # " Yes" and " No" are the tokens that P(Yes) compares
 LOGPROB_CHUNK = 256  # response positions that pass the LM head at once: (256, V) logits, never (T, V)
 
 
