@@ -15,7 +15,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
 
 EXIT_BAD_INPUT = 2
 

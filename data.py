@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Annotated, Iterable, Iterator
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
+from checkpoint import PROMPT_FILE, ChatTokenizer
 from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
 from readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, has_one_verdict, load_prompt
+from rprm import VERIFICATION, Analysis, Case, Prompt, SamplerConfig, has_one_verdict, load_prompt, load_sampler
 
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -63,22 +62,14 @@ def cases(config: CasesConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------- samples
 
-@dataclass(frozen=True)
-class SampleConfig:
-    model: Annotated[str, "the teacher or the student: a Hugging Face folder"]
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplerConfig):
     cases: Annotated[str, "cases.jsonl"]
     out: Annotated[str, "samples.jsonl to write"]
     n: Annotated[int, "analyses per case", (1, None)] = 4
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
-    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
-    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    batch_size: Annotated[int, "cases side by side", (1, None)] = 16
-    complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack it, for a teacher that forgets the form"] = False
+    complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack it, "
+                              "for a teacher that forgets the form"] = False
     limit: Annotated[int | None, "only the first so many cases", (1, None)] = None
-    seed: Annotated[int, "seed of the sampling"] = 0
-    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
-    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
-    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
     resume: Annotated[bool, "go on with a killed run"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -87,18 +78,14 @@ def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
     print_config(config)
     rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
-    sampling = Sampling(config.n, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size,
-                        force=config.complete, complete=config.complete)
     counts, start = Counter(), time.perf_counter()
     with Journal(config.out, config) as journal:
         for n, line in enumerate(journal.done):
             if n >= len(rows) or line.get("id") != rows[n][0]:
                 raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of case {n + 1} in {config.cases}; give --overwrite to start anew")
             count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
-        prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE)
-        write_prompt(config.out, prompt)
-        sampler = Sampler(model, tokenizer, prompt, sampling)
+        sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
+        write_prompt(config.out, sampler.prompt)
         todo = rows[len(journal.done):]
         bar = tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case")
         for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
@@ -233,7 +220,9 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
 # ---------------------------------------------------------------------------------------------- what the filters share
 
 def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> None:
-    """Split by problem, balance each side by verdict, write both files. Two passes over a stream, so nothing is held but a byte or two per example.
+    """Split by problem, balance each side by verdict, write both files.
+
+    Two passes over a stream, so that nothing is held but a few bytes per example.
 
     examples(counts) yields (case, verdict, line); the same again at each call.
     """
@@ -255,7 +244,8 @@ def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> No
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
     if not (keep & ~sides).any():
         print_table("nothing kept", counts)
-        raise BadInput(f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); sample more, or leave out a filter")
+        raise BadInput(f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); "
+                       f"sample more, or leave out a filter")
     with writing(out) as train_file, writing(held_out) as validation_file:
         for n, (case, verdict, line) in enumerate(examples(Counter())):
             if keep[n]:

@@ -183,7 +183,7 @@ class Tree:
     def __init__(self, sequences: list[list[int]]):
         arrays = [np.asarray(s, dtype=np.int64) for s in sequences]
         self.paths: list[np.ndarray] = [None] * len(arrays)
-        ids, positions, ends, size = [], [], [], 0
+        ids, positions, size = [], [], 0
         end = np.zeros(sum(map(len, arrays)), dtype=np.int64)
         path = last = np.zeros(0, dtype=np.int64)
         for i in sorted(range(len(arrays)), key=lambda i: sequences[i]):

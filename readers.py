@@ -83,7 +83,8 @@ def choose_reader(row: dict, where: str) -> Callable:
     for names, reader in readers.items():
         if all(name in row for name in names):
             return reader
-    raise BadInput(f"{where}: fields {', '.join(map(str, row))[:80]} are no known format (ProcessBench, PRM800K, Math-Shepherd, R-PRM seed rows); convert the file")
+    raise BadInput(f"{where}: fields {', '.join(map(str, row))[:80]} are no known format (ProcessBench, PRM800K, Math-Shepherd, "
+                   f"R-PRM seed rows); convert the file")
 
 
 def _until_first_error(problem: str, steps: list[str], correct: list[bool], counts: Counter) -> Labelled:

@@ -216,6 +216,27 @@ class Sampler:
         return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(texts)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """The flags of everything that samples."""
+    model: Annotated[str, "checkpoint: a Hugging Face folder"]
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
+    batch_size: Annotated[int, "cases side by side", (1, None)] = 16
+    seed: Annotated[int, "seed of the sampling"] = 0
+    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
+    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
+    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
+    """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
+    prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, direct)
+    return Sampler(load_model(config.model, DTYPES[config.dtype], config.device), load_tokenizer(config.model), prompt,
+                   Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force, complete))
+
+
 def row_seed(seed: int, case: Case, k: int) -> int:
     """A 64-bit number from the seed, what the case says, and the sample's number."""
     content = repr((seed, case.problem, tuple(case.previous_steps), case.now_step, k)).encode("utf-8", "surrogatepass")
@@ -281,20 +302,14 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
 
 # ---------------------------------------------------------------------------------------------- one case, shown
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplerConfig):
     model: Annotated[str, "checkpoint: a Hugging Face folder"] = str(DEFAULT_MODEL)
     problem: Annotated[str | None, "the problem's text (default: a built-in case)"] = None
     step: Annotated[tuple[str, ...], "the solution's steps; the last one is judged (with --problem)"] = ()
-    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
     k: Annotated[int, "analyses", (1, None)] = 10
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
-    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 512
-    seed: Annotated[int, "seed of the sampling"] = 0
     force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
-    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
-    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 BUILT_IN = Case("Mia has 14 stickers. She buys 27 more stickers. Then she gives 9 stickers to Tom. How many stickers does Mia have now?",
@@ -306,9 +321,7 @@ def main(config: Config) -> None:
     if (config.problem is None) != (not config.step):
         raise BadInput("--problem and --step go together: give both, or neither for the built-in case")
     case = Case(config.problem, config.step[:-1], config.step[-1]) if config.step else BUILT_IN
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, DTYPES[config.dtype], config.device)
-    sampling = Sampling(config.k, config.temperature, config.top_p, config.max_new_tokens, config.seed, 1, config.force)
-    sampler = Sampler(model, tokenizer, load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE), sampling)
+    sampler = load_sampler(config, config.k, config.force)
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start

@@ -14,18 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Iterator
 
-import torch
 from tqdm import tqdm
 
-from checkpoint import DTYPES, PROMPT_FILE, load_model, load_tokenizer
 from cli import BadInput, Journal, print_config, run, write_json
 from data import in_order, read_analyses
 from readers import Solution, read_rows, read_solution
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, Sampling, load_prompt, reward, show_p_yes, show_verdict
+from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, SamplerConfig, load_sampler, reward, show_p_yes,
+                  show_verdict)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplerConfig):
     model: Annotated[str, "checkpoint: a Hugging Face folder"] = str(DEFAULT_MODEL)
     problem: Annotated[str | None, "one solution: the problem's text"] = None
     step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
@@ -37,15 +36,7 @@ class Config:
     direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = False
     show: Annotated[bool, "print the analyses"] = False
     limit: Annotated[int | None, "only the first so many solutions of each file", (1, None)] = None
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
-    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
-    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    batch_size: Annotated[int, "steps judged side by side", (1, None)] = 16
-    seed: Annotated[int, "seed of the sampling"] = 0
     force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
-    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
-    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
-    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
     resume: Annotated[bool, "go on with a killed run (with --out)"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -58,9 +49,7 @@ def main(config: Config) -> None:
         for n, line in enumerate(lines):
             if n >= len(found) or (line.get("source"), line.get("id")) != (found[n][0], found[n][1].id):
                 raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of solution {n + 1}; give --overwrite to start anew")
-        sampler = Sampler(load_model(config.model, DTYPES[config.dtype], config.device), load_tokenizer(config.model),
-                          load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, config.direct),
-                          Sampling(max(config.k), config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, config.force))
+        sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
         todo, start = found[len(lines):], time.perf_counter()
         bar = tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1)
         for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
@@ -179,18 +168,7 @@ def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
     sources = list(dict.fromkeys(line["source"] for line in lines))
     rows = []
     for k in sorted(ks):
-        own = []
-        for source in sources:
-            chosen = [line for line in lines if line["source"] == source]
-            analyses = [a for line in chosen for step in line["samples"] for a in step[:k]]
-            judged = [step[:k] for line in chosen for step in line["samples"]]
-            own.append({"source": source, "k": k, "solutions": len(chosen), "unlabelled": sum(line["label"] is None for line in chosen)}
-                       | accuracies(chosen, k) | {
-                "unparsed": 100 * sum(a["verdict"] is None for a in analyses) / len(analyses),
-                "truncated": 100 * sum(not a["finished"] for a in analyses) / len(analyses),
-                "forced": sum(a["forced"] for a in analyses),
-                "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in judged),
-                "tokens_per_step": sum(a["n_tokens"] for a in analyses) / len(judged)})
+        own = [summary_row(source, [line for line in lines if line["source"] == source], k) for source in sources]
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):
             means = ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")
@@ -200,14 +178,32 @@ def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
     return rows
 
 
+def summary_row(source: str, lines: list[dict], k: int) -> dict:
+    """The accuracies of one file at one K, and what its analyses were like (rates in percent)."""
+    steps = [analyses[:k] for line in lines for analyses in line["samples"]]
+    analyses = [a for step in steps for a in step]
+    return {"source": source, "k": k, "solutions": len(lines), "unlabelled": sum(line["label"] is None for line in lines),
+            **accuracies(lines, k),
+            "unparsed": 100 * sum(a["verdict"] is None for a in analyses) / len(analyses),
+            "truncated": 100 * sum(not a["finished"] for a in analyses) / len(analyses),
+            "forced": sum(a["forced"] for a in analyses),
+            "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in steps),
+            "tokens_per_step": sum(a["n_tokens"] for a in analyses) / len(steps)}
+
+
+COLUMNS = (("K", "k", 4, "d"), ("solutions", "solutions", 11, "d"), ("error acc.", "error_accuracy", 12, ".1f"),
+           ("correct acc.", "correct_accuracy", 14, ".1f"), ("F1", "f1", 7, ".1f"), ("unparsed %", "unparsed", 12, ".1f"),
+           ("truncated %", "truncated", 13, ".1f"), ("forced", "forced", 8, "d"), ("null", "null_rewards", 6, "d"),
+           ("tokens/step", "tokens_per_step", 13, ".0f"))
+
+
 def print_summary(rows: list[dict]) -> None:
-    print(f"\n{'source':<16}{'K':>4}{'solutions':>11}{'error acc.':>12}{'correct acc.':>14}{'F1':>7}{'unparsed %':>12}{'truncated %':>13}{'forced':>8}{'null':>6}{'tokens/step':>13}")
+    print(f"\n{'source':<16}" + "".join(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
     for row in rows:
-        error, correct, f1 = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("error_accuracy", "correct_accuracy", "f1"))
-        print(f"{row['source']:<16}{row['k']:>4}{row['solutions']:>11}{error:>12}{correct:>14}{f1:>7}{row['unparsed']:>12.1f}"
-              f"{row['truncated']:>13.1f}{row['forced']:>8}{row['null_rewards']:>6}{row['tokens_per_step']:>13.0f}")
-    print("(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; forced: those of them that were read\n"
-          " after an added verification line; null: steps without any P(Yes), never predicted wrong)")
+        cells = (f"{'-' if row[name] is None else format(row[name], form):>{width}}" for _, name, width, form in COLUMNS)
+        print(f"{row['source']:<16}" + "".join(cells))
+    print("(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; forced: those of\n"
+          " them that were read after an added verification line; null: steps without any P(Yes), never predicted wrong)")
     if unlabelled := sum(row["unlabelled"] for row in rows if row["k"] == rows[0]["k"] and row["source"] != "average"):
         print(f"{unlabelled} solutions have no label and count in no accuracy")
 

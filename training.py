@@ -7,7 +7,6 @@ A run's folder:
     checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them)
     model/                  the result, a Hugging Face folder: the best by validation loss, or the last without validation
 """
-import dataclasses
 import json
 import math
 import os
@@ -24,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import DTYPES, load_config, save_checkpoint
-from cli import BadInput, json_line, print_config, read_json, read_jsonl, resolved, write_json
+from checkpoint import DTYPES, save_checkpoint
+from cli import BadInput, json_line, print_config, read_json, resolved, write_json
 from model import Decoder
 
 
