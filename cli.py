@@ -244,6 +244,12 @@ class Journal:
         with open(self.part, "r+b") as file:
             file.truncate(len(whole))
 
+    def check(self, ids: list[str]) -> None:
+        """BadInput unless what was left is the beginning of this run's work."""
+        for number, line in enumerate(self.done, 1):
+            if number > len(ids) or line.get("id") != ids[number - 1]:
+                raise BadInput(f"{self.part}:{number}: field 'id' is not that of item {number} of the input; give --overwrite to start anew")
+
     def __enter__(self):
         self.file = open(self.part, "a", encoding="utf-8")
         return self

@@ -32,7 +32,7 @@ from rprm import VERIFICATION, Analysis, Case, Prompt, SamplerConfig, has_one_ve
 
 @dataclass(frozen=True)
 class CasesConfig:
-    input: Annotated[tuple[str, ...], "files: ProcessBench, PRM800K, Math-Shepherd or official R-PRM seed rows (told apart by their fields)"]
+    input: Annotated[tuple[str, ...], "files of ProcessBench, PRM800K, Math-Shepherd or R-PRM's seed rows, told apart by their fields"]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
     overwrite: Annotated[bool, "replace an existing output"] = False
@@ -80,9 +80,8 @@ def sample(config: SampleConfig) -> None:
     rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
     counts, start = Counter(), time.perf_counter()
     with Journal(config.out, config) as journal:
+        journal.check([case_id for case_id, _ in rows])
         for n, line in enumerate(journal.done):
-            if n >= len(rows) or line.get("id") != rows[n][0]:
-                raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of case {n + 1} in {config.cases}; give --overwrite to start anew")
             count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
         sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
         write_prompt(config.out, sampler.prompt)
@@ -296,13 +295,15 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
         here = f"{where}: field 'analyses'[{i}]"
         expect(a, dict, here)
         verdict, p_yes = a.get("verdict"), a.get("p_yes")
-        found.append(Analysis(get_field(a, "text", str, here), None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                              None if p_yes is None else float(p_yes), get_field(a, "n_tokens", int, here),
-                              get_field(a, "finished", bool, here), bool(a.get("forced", False))))
+        found.append(Analysis(text=get_field(a, "text", str, here),
+                              verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
+                              p_yes=None if p_yes is None else float(expect(p_yes, float, f"{here}.p_yes")),
+                              n_tokens=get_field(a, "n_tokens", int, here), finished=get_field(a, "finished", bool, here),
+                              forced=bool(a.get("forced", False))))
     return found
 
 
-# ---------------------------------------------------------------------------------------------- training examples, packed into trees
+# ---------------------------------------------------------------------------------------------- training examples, in trees
 
 # the fields of a training line: SFT (ours, the official files', plain text) and pairs (ours, the official files')
 SFT_FIELDS = (("prompt", "response"), ("instruction", "output"), ("text",))
@@ -355,10 +356,10 @@ class Examples:
 
 @dataclass
 class MicroBatch:
-    """Examples in one tree. Their sequences, prompt + response, stand in the order of `examples`: one each, or chosen and rejected."""
+    """Examples in one tree. The sequences, prompt + response, are one per example, or two: chosen and rejected."""
     tree: Tree
     starts: list[int]      # where each sequence's response begins
-    examples: list[int]    # the numbers of the examples
+    examples: list[int]    # the numbers of the examples, in the order of their sequences
     lengths: list[int]     # tokens of each response
 
 

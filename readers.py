@@ -126,7 +126,8 @@ def prm800k(row: dict, where: str, counts: Counter) -> Labelled:
                 raise BadInput(f"{here}: field 'chosen_completion': {chosen!r} is out of range (0 to {len(completions) - 1}); correct it")
             previous.append(completions[chosen]["text"])
         elif human is not None:
-            previous.append(get_field(human, "text", str, here) if isinstance(human, dict) else expect(human, str, f"{here}: field 'human_completion'"))
+            human = human.get("text") if isinstance(human, dict) else human
+            previous.append(expect(human, str, f"{here}: field 'human_completion'"))
         else:
             break  # the solution ends here
     return found
@@ -158,6 +159,7 @@ def seed_row(row: dict, where: str, counts: Counter) -> Labelled:
     previous = row.get("previous-steps") or []
     if isinstance(previous, str):
         previous = re.split(r"(?:^|\n)\s*Step \d+:", previous)
-    steps = [expect(s, str, f"{where}: field 'previous-steps'").strip() for s in expect(previous, list, f"{where}: field 'previous-steps'")]
+    here = f"{where}: field 'previous-steps'"
+    steps = [expect(s, str, here).strip() for s in expect(previous, list, here)]
     now = re.sub(r"^\s*Step \d+:", "", _text(row, "now-step", where)).strip()
     return [("0", Case(_text(row, "query", where), tuple(s for s in steps if s), now, judge == "Positive"))]

@@ -73,7 +73,7 @@ class Prompt:
 
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
-    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data, where there is one; else the project's own."""
+    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data; else the project's own."""
     own = HERE / "prompts" / ("direct.txt" if direct else "verify.txt")
     path = Path(prompt_file) if prompt_file else travelled if travelled and travelled.is_file() else own
     try:
@@ -203,7 +203,8 @@ class Sampler:
                 [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts])):
             draw = np.random.default_rng(row_seed(self.sampling.seed, case, i) % 2 ** 63).random()
             line = f"{VERIFICATION} {'Yes' if draw < p_yes else 'No'}"
-            found[i] = replace(found[i], text=f"{text}\n{line}" if text else line, verdict=bool(draw < p_yes), p_yes=p_yes, finished=True, forced=True)
+            found[i] = replace(found[i], text=f"{text}\n{line}" if text else line, verdict=bool(draw < p_yes), p_yes=p_yes,
+                               finished=True, forced=True)
         return found
 
     def _verification(self, text: str) -> list[int]:
@@ -249,7 +250,7 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
     return sum(p_yes) / len(p_yes) if p_yes else None
 
 
-# ---------------------------------------------------------------------------------------------- training: log-probabilities and the two losses
+# ---------------------------------------------------------------------------------------------- the two losses
 
 def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int = LOGPROB_CHUNK) -> torch.Tensor:
     """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
@@ -277,7 +278,10 @@ def _token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) 
 
 
 def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """L = -sum_j log p(y_j | case, y_<j) / n_tokens. logprobs (S,): each response's sum; n_tokens: the optimizer step's supervised tokens."""
+    """L = -sum_j log p(y_j | case, y_<j) / n_tokens (the paper's SFT objective).
+
+    logprobs (S,): each response's sum; n_tokens: the supervised tokens of the whole optimizer step.
+    """
     return -logprobs.sum() / n_tokens
 
 
@@ -334,7 +338,7 @@ def main(config: Config) -> None:
         print(a.text)
     value = reward(analyses)
     counted = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
-    print(f"\nforced: {sum(a.forced for a in analyses)} of {config.k} analyses had no verdict of their own and were read after an added line")
+    print(f"\nforced: {sum(a.forced for a in analyses)} of {config.k} analyses had no verdict and were read after an added line")
     if value is None:
         print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
     else:

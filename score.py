@@ -46,9 +46,8 @@ def main(config: Config) -> None:
     found = solutions(config)
     with Journal(config.out, config) if config.out else nullcontext() as journal:
         lines = journal.done if journal else []
-        for n, line in enumerate(lines):
-            if n >= len(found) or (line.get("source"), line.get("id")) != (found[n][0], found[n][1].id):
-                raise BadInput(f"{journal.part}:{n + 1}: field 'id' is not that of solution {n + 1}; give --overwrite to start anew")
+        if journal:
+            journal.check([solution.id for _, solution in found])
         sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
         todo, start = found[len(lines):], time.perf_counter()
         bar = tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1)
@@ -57,7 +56,7 @@ def main(config: Config) -> None:
             if journal:
                 journal.write(lines[-1])
             bar.update()
-            bar.set_postfix_str(f"F1 {f1_of(lines, max(config.k)):.1f}, {sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s")
+            bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
         bar.close()
     if len(found) == 1:
         print_solution(config, lines[0])
@@ -66,8 +65,11 @@ def main(config: Config) -> None:
         print_summary(table)
         if config.out:
             write_json(Path(config.out).with_suffix(".summary.json"), table)
-    seconds = time.perf_counter() - start
-    print(f"model: {config.model}; {seconds:.1f} s, {sampler.engine.new_tokens} tokens sampled ({sampler.engine.new_tokens / seconds:.0f} tokens/s)")
+    print(f"model: {config.model}; {time.perf_counter() - start:.1f} s, {sampler.engine.new_tokens} tokens sampled ({rate(sampler, start)})")
+
+
+def rate(sampler: Sampler, start: float) -> str:
+    return f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s"
 
 
 def solutions(config: Config) -> list[tuple[str, Solution]]:
@@ -141,17 +143,13 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
 
 def score_line(config: Config, source: str, solution: Solution, steps: list[list[Analysis]]) -> dict:
     """The line of scores.jsonl; rewards and prediction at the largest K, predictions at each."""
-    return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps), "label": solution.label,
-            "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
+    return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps),
+            "label": solution.label, "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
             "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
             "samples": [[asdict(a) for a in analyses] for analyses in steps]}
 
 
 # ---------------------------------------------------------------------------------------------- tables
-
-def f1_of(lines: list[dict], k: int) -> float:
-    return accuracies(lines, k)["f1"] or 0.0
-
 
 def accuracies(lines: list[dict], k: int) -> dict[str, float | None]:
     """ProcessBench's three numbers in percent over labelled solutions. None where there is nothing to take them over."""
@@ -219,8 +217,8 @@ def print_solution(config: Config, line: dict) -> None:
         print(f"Step {t + 1}: reward {shown}  {'wrong' if value is not None and value < config.threshold else 'right'}  "
               f"verdicts {counts[0]} Yes, {counts[1]} No, {counts[2]} missing  | {step}")
         for i, a in enumerate(analyses if config.show else [], 1):
-            print(f"  --- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{'' if a.finished else ', cut off'}\n    "
-                  + a.text.replace("\n", "\n    "))
+            print(f"  --- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens"
+                  + ("" if a.finished else ", cut off") + "\n    " + a.text.replace("\n", "\n    "))
     judged = len(line["samples"])
     if judged < len(line["steps"]):
         print(f"(steps {judged + 1} to {len(line['steps'])} not judged: --all-steps goes on)")

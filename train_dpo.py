@@ -67,9 +67,7 @@ def main(config: Config) -> None:
             result = evaluate(config, model, validation, validation_reference)
             run.log("validation", result, ("loss", "accuracy", "margin", "chosen_logprob"))
             run.keep_if_best(result["loss"])
-    if validation is None:
-        run.save_model()
-    print(f"model: {run.out / 'model'}" + (f" (validation loss {run.best:.4f})" if validation else "") + f"; left out as over-long: {len(run.left_out)}")
+    run.finish(validated=validation is not None)
 
 
 def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np.ndarray, metrics: "Means") -> torch.Tensor:

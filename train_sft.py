@@ -54,15 +54,13 @@ def main(config: Config) -> None:
             loss.backward()
             total += loss.item()
         metrics = run.update(total, numbers(step))
-        run.log("train", {"loss": total, "tokens": n_tokens, "tree_tokens": sum(len(b.tree) for b in batches), "left_out": len(long)} | metrics,
-                ("loss", "tokens", "lr"))
+        tree_tokens = sum(len(batch.tree) for batch in batches)
+        run.log("train", {"loss": total, "tokens": n_tokens, "tree_tokens": tree_tokens, "left_out": len(long)} | metrics, ("loss", "lr"))
         if validation and run.due():
             loss = evaluate(run, model, validation)
             run.log("validation", {"loss": loss}, ("loss",))
             run.keep_if_best(loss)
-    if validation is None:
-        run.save_model()
-    print(f"model: {run.out / 'model'}" + (f" (validation loss {run.best:.4f})" if validation else "") + f"; left out as over-long: {len(run.left_out)}")
+    run.finish(validated=validation is not None)
 
 
 @torch.no_grad()

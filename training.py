@@ -91,8 +91,8 @@ class Run:
         model.checkpoint_activations = config.checkpoint_activations
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                                            {"params": others, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                           lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.step, self.best, self.left_out, self.stop_signal = 0, math.inf, set(), None
         checkpoints = self._checkpoints()
         if config.resume and checkpoints:
@@ -132,8 +132,8 @@ class Run:
         """
         norm = float(clip_grad_norm_(self.model.parameters(), self.config.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated; the last "
-                           f"checkpoint is whole; lower --lr or look at these examples")
+            raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated, and the "
+                           f"last checkpoint is whole; lower --lr or look at these examples")
         rate = learning_rate(self.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -166,6 +166,13 @@ class Run:
         if loss < self.best:
             self.best = loss
             self.save_model()
+
+    def finish(self, validated: bool) -> None:
+        """After the last step: without validations the last model is the result."""
+        if not validated:
+            self.save_model()
+        print(f"model: {self.out / 'model'}" + (f" (validation loss {self.best:.4f})" if validated else "")
+              + f"; left out as over-long: {len(self.left_out)}")
 
     def save_model(self) -> None:
         save_checkpoint(self.out / "model", self.model, self.tokenizer_from, self.prompt, DTYPES[self.config.save_dtype])
