@@ -156,7 +156,8 @@ NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an obje
 
 def expect(value: Any, kind: type, where: str) -> Any:
     """`value` if it is of `kind` (a bool is not a number); else BadInput."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise BadInput(f"{where}: expected {NAMES[kind]}, found {json.dumps(value)[:60]}; correct it")
     return value
 
