@@ -231,7 +231,7 @@ class Journal:
             write_json(self.config_path, self.config)
 
     def _check_config(self) -> None:
-        before = read_json(self.config_path)
+        before = expect(read_json(self.config_path), dict, str(self.config_path))
         changed = [k for k in self.config if before.get(k) != self.config[k]]
         if changed:
             raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "

@@ -293,8 +293,8 @@ class Engine:
         place = torch.arange(rows.start, rows.stop, device=at.device)
         self.tokens[place, at] = token
         self.p_yes[place, at] = p_yes
-        self.length[rows] = at + 1
-        self.done[rows] = torch.isin(token, self.eos) | (at + 1 >= self.limit[rows])
+        self.length[rows] += 1  # `at` is a view and moves along
+        self.done[rows] = torch.isin(token, self.eos) | (self.length[rows] >= self.limit[rows])
         self.new_tokens += len(place)
 
     def _retire(self) -> Iterator[tuple[int, list[Continuation]]]:

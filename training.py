@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, json_line, print_config, read_json, resolved, write_json
+from cli import BadInput, expect, json_line, print_config, read_json, resolved, write_json
 from model import Decoder
 
 
@@ -226,7 +226,7 @@ def check_out(config: TrainConfig) -> None:
     if out.exists() and config.overwrite and any(out.iterdir()) and not (out / "checkpoints").is_dir():
         raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
     if config.resume and (out / "config.json").exists():
-        before = read_json(out / "config.json")
+        before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
         ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device")}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:

@@ -1,0 +1,399 @@
+"""The ground floor: command lines from dataclasses, readers that name the place of an error, files whole or absent."""
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import pytest
+
+import cli
+from cli import BadInput, Journal
+from conftest import ROOT
+
+
+# ---------------------------------------------------------------------------------------------- command lines
+
+@dataclass(frozen=True)
+class Config:
+    model: Annotated[str, "a folder"]
+    out: Annotated[str | None, "a file"] = None
+    k: Annotated[int, "samples", (1, None)] = 10
+    top_p: Annotated[float, "nucleus, of 100%", (0.0, 1.0)] = 0.95
+    seed: Annotated[int | None, "seed"] = None
+    at: Annotated[tuple[int, ...], "values of k"] = (1, 10)
+    device: Annotated[str, "where", ("cpu", "cuda")] = "cpu"
+    force: Annotated[bool, "force a verdict"] = True
+
+
+@dataclass(frozen=True)
+class Other:
+    steps: Annotated[int, "steps"] = 3
+
+
+def parse(*argv: str) -> Config:
+    """The config that `cli.run` makes of a command line."""
+    got = []
+
+    def main(config: Config) -> None:
+        """Take the config."""
+        got.append(config)
+    cli.run((Config, main), argv=list(argv))
+    return got[0]
+
+
+def refused(capsys, *argv: str) -> str:
+    """What stands on stderr when the command line is refused, which must be with exit code 2 and no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    return error
+
+
+def test_defaults_come_from_the_dataclass():
+    assert parse("--model", "m") == Config(model="m")
+
+
+def test_every_field_is_a_flag_of_its_type():
+    got = parse("--model", "m", "--out", "o", "--k", "3", "--top-p", "0.5", "--seed", "7", "--at", "2", "4", "8",
+                "--device", "cuda", "--no-force")
+    assert got == Config("m", "o", 3, 0.5, 7, (2, 4, 8), "cuda", False)
+    assert parse("--model", "m", "--force").force is True
+
+
+def test_tuple_fields_are_tuples():
+    assert parse("--model", "m", "--at", "5").at == (5,)
+    assert parse("--model", "m", "--at", "5", "6", "--at", "7").at == (5, 6, 7)  # a flag given twice loses nothing
+    assert isinstance(parse("--model", "m").at, tuple)
+
+
+@pytest.mark.parametrize("argv, names", [
+    (["--model", "m", "--modle", "m"], "--modle"),
+    (["--model", "m", "--top", "0.5"], "--top "),  # no abbreviations: a new flag must not change what an old command means
+    (["--model", "m", "--top_p", "0.5"], "--top_p"),
+    (["--model", "m", "stray"], "stray"),
+    ([], "--model"),
+    (["--model", "m", "--k", "0"], "--k"),
+    (["--model", "m", "--k", "2.5"], "--k"),
+    (["--model", "m", "--k"], "--k"),
+    (["--model", "m", "--top-p", "1.01"], "--top-p"),
+    (["--model", "m", "--top-p", "-0.01"], "--top-p"),
+    (["--model", "m", "--top-p", "nan"], "--top-p"),
+    (["--model", "m", "--seed", "x"], "--seed"),
+    (["--model", "m", "--at"], "--at"),
+    (["--model", "m", "--at", "1", "x"], "--at"),
+    (["--model", "m", "--device", "tpu"], "--device"),
+    (["--model", "m", "--force", "yes"], "yes"),
+])
+def test_bad_flags_are_refused_by_name(capsys, argv, names):
+    assert names in refused(capsys, *argv).splitlines()[-1]
+
+
+def test_a_range_is_told_and_includes_its_ends(capsys):
+    assert "from 0.0 to 1.0" in refused(capsys, "--model", "m", "--top-p", "2")
+    assert "at least 1" in refused(capsys, "--model", "m", "--k", "-3")
+    assert parse("--model", "m", "--top-p", "1", "--k", "1").top_p == 1.0
+    assert parse("--model", "m", "--top-p", "0").top_p == 0.0
+
+
+def test_help_shows_each_flag_with_its_text_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for part in ("--top-p FLOAT nucleus, of 100% (default: 0.95)", "--at INT [INT ...] values of k (default: 1 10)", "--no-force"):
+        assert part in text
+
+
+def test_the_first_word_chooses_the_command(capsys):
+    called = []
+
+    def cases(config: Config) -> None:
+        """Make cases."""
+        called.append(("cases", config))
+
+    def pairs(config: Other) -> None:
+        """Make pairs."""
+        called.append(("pairs", config))
+    commands = (Config, cases), (Other, pairs)
+    cli.run(*commands, argv=["pairs", "--steps", "5"])
+    cli.run(*commands, argv=["cases", "--model", "m"])
+    assert called == [("pairs", Other(5)), ("cases", Config("m"))]
+    for argv in ([], ["nothing"], ["pairs", "--model", "m"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(*commands, argv=argv)
+        assert stop.value.code == 2
+    assert len(called) == 2 and "Traceback" not in capsys.readouterr().err
+
+
+SCRIPT = '''"""A script that fails."""
+from dataclasses import dataclass
+from typing import Annotated
+import cli
+
+@dataclass(frozen=True)
+class Config:
+    path: Annotated[str, "a file"]
+
+def main(config):
+    open(config.path).close()
+    raise cli.BadInput("samples.jsonl:3: field 'verdict' is missing;\\nadd it")
+
+cli.run((Config, main))
+'''
+
+
+def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    for path, said in (("no/such/file", "no/such/file: No such file or directory"),
+                       (str(script), "samples.jsonl:3: field 'verdict' is missing; add it")):
+        done = subprocess.run([sys.executable, script, "--path", path], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+        assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {said}\n", "")
+
+
+def test_an_error_in_the_program_is_not_hidden():
+    """Only what the user gave is reported in one line; a bug keeps its traceback."""
+    def main(config):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        cli.run((Other, main), argv=[])
+
+
+def test_the_resolved_config_is_json(capsys):
+    cli.print_config(Config("m", at=(1, 2)))
+    line = capsys.readouterr().out
+    assert line.startswith("config: ") and json.loads(line.removeprefix("config: "))["at"] == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+def says(error: pytest.ExceptionInfo, *parts: str) -> None:
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_read_jsonl_gives_each_object_with_its_place(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n  \n{"text": "line\u2028separator, é"}', encoding="utf-8")
+    assert list(cli.read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"text": "line\u2028separator, é"})]
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1', b"nonsense", b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"[1, 2]", b"3", b"[" * 100_000],
+                         ids=["torn", "no JSON", "not UTF-8", "lone surrogate", "list", "number", "too deep"])
+def test_read_jsonl_names_file_and_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    rows = cli.read_jsonl(path)
+    assert next(rows)[1] == {"a": 1}
+    with pytest.raises(BadInput) as error:
+        next(rows)
+    says(error, f"{path}:3: ")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for read in (cli.read_json, lambda path: next(cli.read_jsonl(path))):
+        with pytest.raises(BadInput) as error:
+            read(tmp_path / "none.json")
+        says(error, str(tmp_path / "none.json"), "no such file")
+
+
+def test_read_json_names_the_broken_file(tmp_path):
+    (tmp_path / "a.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BadInput) as error:
+        cli.read_json(tmp_path / "a.json")
+    says(error, str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (str, "x", 3), (int, 3, 3.5), (int, -1, True), (float, 0.5, "0.5"), (float, 1, None), (float, 1.0, False),
+    (dict, {}, []), (list, [], {}), (bool, False, 0), (str, "", None)])
+def test_a_field_must_be_of_its_kind(kind, good, bad):
+    assert cli.get_field({"f": good}, "f", kind, "a.jsonl:7") == good
+    with pytest.raises(BadInput) as error:
+        cli.get_field({"f": bad}, "f", kind, "a.jsonl:7")
+    says(error, "a.jsonl:7: field 'f'", cli.NAMES[kind])
+
+
+def test_a_missing_field_is_named_with_those_found():
+    with pytest.raises(BadInput) as error:
+        cli.get_field({"id": 1, "text": 2}, "label", bool, "a.jsonl:7")
+    says(error, "a.jsonl:7: field 'label' is missing", "id, text")
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+def files(folder) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+def test_writing_makes_the_file_and_its_folder(tmp_path):
+    with cli.writing(tmp_path / "new" / "a.txt") as file:
+        file.write("é\n")
+    assert files(tmp_path / "new") == {"a.txt": "é\n"}
+
+
+@pytest.mark.parametrize("error", [ValueError, BadInput, KeyboardInterrupt])
+def test_writing_leaves_nothing_after_an_error(tmp_path, error):
+    with pytest.raises(error):
+        with cli.writing(tmp_path / "a.txt") as file:
+            file.write("half")
+            raise error
+    assert files(tmp_path) == {}
+
+
+def test_writing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(ValueError):
+        with cli.writing(path) as file:
+            file.write("half")
+            file.flush()
+            assert path.read_text(encoding="utf-8") == "old"
+            raise ValueError
+    assert files(tmp_path) == {"a.txt": "old"}
+    with cli.writing(path) as file:
+        file.write("new")
+    assert files(tmp_path) == {"a.txt": "new"}
+
+
+def test_written_json_reads_back(tmp_path):
+    value = {"text": "é\u2028\n", "list": [1, 2.5, None, True]}
+    cli.write_json(tmp_path / "a.json", value)
+    assert cli.read_json(tmp_path / "a.json") == value
+    assert cli.json_line(value).count("\n") == 1 and json.loads(cli.json_line(value)) == value
+
+
+def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
+    cli.refuse_existing(tmp_path / "a", overwrite=False)
+    (tmp_path / "a").touch()
+    cli.refuse_existing(tmp_path / "a", overwrite=True)
+    with pytest.raises(BadInput) as error:
+        cli.refuse_existing(tmp_path / "a", overwrite=False)
+    says(error, str(tmp_path / "a"), "--overwrite")
+
+
+# ---------------------------------------------------------------------------------------------- a resumable output
+
+@dataclass(frozen=True)
+class Job:
+    seed: int = 0
+    at: tuple[int, ...] = (1, 2)
+    max_steps: int = 3
+    resume: bool = False
+    overwrite: bool = False
+
+
+RESUME, OVERWRITE = Job(resume=True), Job(overwrite=True)
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """OUT of a run that died in the middle of its third line."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError):
+        with Journal(out, Job()) as journal:
+            journal.write({"n": 0})
+            journal.write({"n": 1, "text": "é\u2028"})
+            raise RuntimeError
+    with open(f"{out}.part", "ab") as file:
+        file.write('{"n": 2, "text": "é'.encode()[:-1])  # torn within a character
+    return out
+
+
+def test_a_journal_becomes_the_output_at_the_end(tmp_path):
+    out = tmp_path / "new" / "out.jsonl"
+    with Journal(out, Job()) as journal:
+        assert journal.done == []
+        journal.write({"n": 0})
+        assert rows(journal.part) == [{"n": 0}] and not out.exists()  # a kill now would lose nothing
+    assert rows(out) == [{"n": 0}]
+    assert {path.name for path in out.parent.iterdir()} == {"out.jsonl", "out.jsonl.config.json"}
+    assert cli.read_json(f"{out}.config.json") == {"seed": 0, "at": [1, 2], "max_steps": 3}
+
+
+def test_a_killed_run_resumes_after_its_last_whole_line(killed):
+    assert not killed.exists()
+    with Journal(killed, RESUME) as journal:
+        assert journal.done == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
+        journal.write({"n": 2})
+    assert [row["n"] for row in rows(killed)] == [0, 1, 2]
+    assert not journal.part.exists()
+
+
+def test_resuming_twice_loses_nothing(killed):
+    for n in (2, 3):
+        with pytest.raises(RuntimeError):
+            with Journal(killed, RESUME) as journal:
+                assert len(journal.done) == n
+                journal.write({"n": n})
+                raise RuntimeError
+    with Journal(killed, RESUME) as journal:
+        pass
+    assert [row["n"] for row in rows(killed)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"at": (1, 2, 3)}, {"max_steps": 4}])
+def test_a_changed_config_is_not_resumed(killed, changed):
+    before = {p.name: p.read_bytes() for p in killed.parent.iterdir()}
+    with pytest.raises(BadInput) as error:
+        Journal(killed, replace(RESUME, **changed))
+    says(error, "--" + next(iter(changed)).replace("_", "-"), f"{killed}.config.json")
+    assert {p.name: p.read_bytes() for p in killed.parent.iterdir()} == before
+
+
+def test_an_unfinished_run_is_not_thrown_away_unasked(killed):
+    with pytest.raises(BadInput) as error:
+        Journal(killed, Job())
+    says(error, f"{killed}.part", "--resume", "--overwrite")
+    with Journal(killed, OVERWRITE) as journal:
+        assert journal.done == []
+    assert rows(killed) == []
+
+
+def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
+    out = tmp_path / "out.jsonl"
+    with Journal(out, Job()) as journal:
+        journal.write({"n": 0})
+    for config, word in ((RESUME, "complete"), (Job(), "exists already")):
+        with pytest.raises(BadInput) as error:
+            Journal(out, config)
+        says(error, str(out), word, "--overwrite")
+    assert rows(out) == [{"n": 0}]
+
+
+def test_overwriting_keeps_the_old_output_until_the_end(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"old": 1}\n', encoding="utf-8")
+    with Journal(out, OVERWRITE) as journal:
+        journal.write({"n": 0})
+        assert rows(out) == [{"old": 1}]
+    assert rows(out) == [{"n": 0}]
+
+
+def test_resume_without_an_earlier_run_starts_one(tmp_path):
+    with Journal(tmp_path / "out.jsonl", RESUME) as journal:
+        assert journal.done == []
+    assert rows(tmp_path / "out.jsonl") == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"], ids=["missing", "broken", "no object"])
+def test_a_spoilt_config_of_the_killed_run_is_named(killed, content):
+    path = killed.with_name(killed.name + ".config.json")
+    path.unlink() if content is None else path.write_text(content, encoding="utf-8")
+    with pytest.raises(BadInput) as error:
+        Journal(killed, RESUME)
+    says(error, str(path))
+
+
+def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
+    with open(f"{killed}.part", "ab") as file:
+        file.write(b'\n{"n": 3}\n')  # the torn line is now a line of its own
+    with pytest.raises(BadInput) as error:
+        Journal(killed, RESUME)
+    says(error, f"{killed}.part:3")

@@ -1,0 +1,438 @@
+"""The sampling engine against a loop that makes a full pass for every token, and against Transformers' greedy decoding."""
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import generate
+from checkpoint import load_model
+from generate import Continuation, Engine, Request, sample, uniform
+from model import Tree, TreeAttention
+
+YES_NO = (41, 97)
+EOS = [3, 50, 51, 120, 200, 301, 302, 303, 350, 399]  # so many that rows end at different lengths
+MASK = 2 ** 64 - 1
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return load_model(tiny_folder)
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+
+def splitmix64(seed: int, t: int) -> int:
+    """The t-th output of the published generator (t from 1), in Python's integers."""
+    x = (seed + t * 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def nucleus(logits, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, probabilities) of the nucleus, most likely first, in fp64 and as its definition says."""
+    x = np.asarray(logits, dtype=np.float64) / temperature
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    n, mass = 0, 0.0
+    while n < len(p) and (mass < top_p or top_p == 1):
+        mass += p[order[n]]
+        n += 1
+    return order[:n], p[order[:n]] / p[order[:n]].sum()
+
+
+def draw(logits, u: float, temperature: float, top_p: float) -> int:
+    if temperature == 0:
+        return int(np.argmax(logits))
+    tokens, p = nucleus(logits, temperature, top_p)
+    if top_p == 1:  # any order will do there: the engine's is that of the vocabulary
+        order = np.argsort(tokens)
+        tokens, p = tokens[order], p[order]
+    return int(tokens[min(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1)])
+
+
+@torch.no_grad()
+def full_pass(model, ids: list[int]) -> torch.Tensor:
+    """The logits after a sequence (V,)."""
+    tree = Tree([ids])
+    return model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end)))[-1]
+
+
+def yes_against_no(logits: torch.Tensor) -> float:
+    return torch.stack([logits[YES_NO[0]], logits[YES_NO[1]]]).double().softmax(0)[0].item()
+
+
+def naive(model, ids: list[int], seed: int, temperature: float, top_p: float, max_new_tokens: int) -> Continuation:
+    """One continuation, token by token, each from a pass over everything before it."""
+    new, p_yes = [], []
+    while len(new) < max_new_tokens:
+        logits = full_pass(model, ids + new)
+        p_yes.append(yes_against_no(logits))
+        token = draw(logits.numpy(), (splitmix64(seed, len(new)) >> 40) / 2 ** 24, temperature, top_p)
+        if token in EOS:
+            return Continuation(new, p_yes, True)
+        new.append(token)
+    return Continuation(new, p_yes, False)
+
+
+# ---------------------------------------------------------------------------------------------- helpers
+
+def random_ids(n: int, seed: int) -> list[int]:
+    return random.Random(seed).choices([i for i in range(4, 400) if i not in EOS], k=n)
+
+
+def shared_prompts(n: int, shared: int = 40) -> list[list[int]]:
+    """Prompts that share their first tokens, as cases share the instructions."""
+    return [random_ids(shared, 0) + [4 + i] + random_ids(3 + 5 * i % 17, 100 + i) for i in range(n)]
+
+
+def requests_of(prompts: list[list[int]], k: int) -> list[Request]:
+    """Seeds depend on the prompt alone, as those of a case do."""
+    return [Request(ids, [random.Random(f"{ids} {i}").getrandbits(64) - 2 ** 63 for i in range(k)]) for ids in prompts]
+
+
+def engine_of(model, max_rows: int = 160, temperature: float = 0.5, top_p: float = 0.95, max_new_tokens: int = 16) -> Engine:
+    return Engine(model, EOS, YES_NO, temperature, top_p, max_new_tokens, max_rows)
+
+
+def run(engine: Engine, requests) -> list[list[Continuation]]:
+    """The continuations of every request, each given once, in the order of the requests."""
+    found = list(engine.run(requests))
+    assert sorted(index for index, _ in found) == list(range(len(found)))
+    return [continuations for _, continuations in sorted(found, key=lambda pair: pair[0])]
+
+
+def assert_same(found: list[list[Continuation]], expected: list[list[Continuation]]) -> None:
+    """The same tokens and ends; P(Yes) at every position within 1e-5."""
+    assert [[c.ids for c in row] for row in found] == [[c.ids for c in row] for row in expected]
+    assert [[c.finished for c in row] for row in found] == [[c.finished for c in row] for row in expected]
+    for a, b in zip(sum(found, []), sum(expected, [])):
+        assert a.p_yes == pytest.approx(b.p_yes, abs=1e-5) and len(a.p_yes) == len(b.p_yes)
+
+
+def assert_as_naive(model, engine: Engine, requests: list[Request]) -> list[list[Continuation]]:
+    expected = [[naive(model, r.ids, seed, engine.temperature, engine.top_p, engine.max_new_tokens) for seed in r.seeds]
+                for r in requests]
+    found = run(engine, requests)
+    assert_same(found, expected)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- against the references
+
+@pytest.mark.parametrize("temperature, top_p", [(0.95, 0.95), (0.4, 0.8), (1.0, 1.0), (0.0, 0.95)])
+def test_samples_equal_a_full_pass_per_token(model, temperature, top_p):
+    """Tokens, ends and P(Yes) at every position. Odds that rounding alone moves a token on another machine: under 1%."""
+    found = assert_as_naive(model, engine_of(model, temperature=temperature, top_p=top_p, max_new_tokens=12),
+                            requests_of(shared_prompts(4), 3))
+    p_yes = [p for row in found for c in row for p in c.p_yes]
+    assert np.std(p_yes) > 0.05  # a constant would agree however wrong
+    if temperature:
+        assert len({tuple(c.ids) for row in found for c in row}) > 9  # seeds matter
+        assert {c.finished for row in found for c in row} == {True, False}
+
+
+def test_greedy_equals_transformers(model, tiny_folder):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    prompts = shared_prompts(6) + [random_ids(9, 5), random_ids(70, 6)]
+    found = run(engine_of(model, temperature=0, max_new_tokens=30), requests_of(prompts, 1))
+    ends = set()
+    for ids, [c] in zip(prompts, found):
+        expected = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
+                                      max_new_tokens=30, eos_token_id=EOS, pad_token_id=0)[0, len(ids):].tolist()
+        assert c.ids + expected[len(c.ids):] == expected and len(expected) - len(c.ids) == c.finished
+        assert c.finished == (expected[-1] in EOS)
+        ends.add(c.finished)
+    assert len(ends) == 2  # both kinds of end were met
+
+
+def test_transformers_probability_of_yes(model, tiny_folder):
+    """P(Yes) at a position is Transformers' softmax over the two logits there."""
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    [[c]] = run(engine_of(model), requests_of([random_ids(30, 1)], 1))
+    with torch.no_grad():
+        logits = reference(torch.tensor([random_ids(30, 1) + c.ids])).logits[0, 29:]
+    expected = logits[:, list(YES_NO)].softmax(-1)[:, 0].tolist()
+    assert c.p_yes == pytest.approx(expected[:len(c.p_yes)], abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- company
+
+def test_tokens_do_not_depend_on_the_batch(model):
+    """Batch sizes 1, 3 and 16, other company and another order give a prompt the same tokens."""
+    requests = requests_of(shared_prompts(16), 3)
+    whole = run(engine_of(model, max_rows=48), requests)
+    for batch_size in (1, 3):
+        assert_same(run(engine_of(model, max_rows=3 * batch_size), requests), whole)
+    alone = [run(engine_of(model), [request])[0] for request in requests]
+    assert_same(alone, whole)
+    assert_same(run(engine_of(model), requests[::-1])[::-1], whole)
+    strangers = requests_of([random_ids(55, 900 + i) for i in range(5)], 4)  # no common prefix, so no root at all
+    assert_same(run(engine_of(model), strangers + requests[:4])[5:], whole[:4])
+
+
+def test_fewer_samples_are_the_first_of_more(model):
+    prompts = shared_prompts(3)
+    one, ten = (run(engine_of(model), requests_of(prompts, k)) for k in (1, 10))
+    assert_same(one, [row[:1] for row in ten])
+
+
+def test_rows_are_retired_and_refilled(model):
+    """Many prompts through few rows equal one big batch, also where one prompt's samples alone are more than max_rows."""
+    requests = requests_of(shared_prompts(14), 3)
+    whole = run(engine_of(model, max_rows=1000, max_new_tokens=30), requests)
+    assert len({len(c.ids) for row in whole for c in row}) > 10
+    for max_rows in (2, 7):
+        engine = engine_of(model, max_rows=max_rows, max_new_tokens=30)
+        assert_same(run(engine, requests), whole)
+        assert engine.new_tokens == sum(len(c.p_yes) for row in whole for c in row)
+
+
+def test_no_more_rows_than_max_rows(model, monkeypatch):
+    engine, seen = engine_of(model, max_rows=7), []
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda: (seen.append(engine.rows), step()))
+    run(engine, requests_of(shared_prompts(12), 3))
+    assert max(seen) in (6, 7)  # two prompts of three rows, and perhaps the last row of one before them
+
+
+def test_short_rows_are_given_before_long_ones(model):
+    """A result comes as soon as its own rows end, not when the batch does."""
+    prompts = shared_prompts(12)
+    order = [index for index, _ in engine_of(model, max_new_tokens=60).run(requests_of(prompts, 1))]
+    lengths = [len(row[0].p_yes) for row in run(engine_of(model, max_new_tokens=60), requests_of(prompts, 1))]
+    assert [lengths[i] for i in order] == sorted(lengths) and order != sorted(order)
+
+
+def test_an_engine_runs_again(model):
+    """A second run with other prompts owes nothing to the first one."""
+    engine = engine_of(model)
+    run(engine, requests_of(shared_prompts(3), 2))
+    assert_as_naive(model, engine, requests_of([random_ids(20, 77), random_ids(5, 78)], 2))
+
+
+# ---------------------------------------------------------------------------------------------- kinds of prompts
+
+def branches() -> dict[str, list[list[int]]]:
+    a = random_ids(50, 0)
+    return {
+        "alone": [a],
+        "of one token": [[7]],
+        "no common prefix": [random_ids(20, i) for i in range(1, 5)],
+        "equal": [a, a, a],
+        "one a prefix of another": [a, a[:30], a[:31], a + random_ids(5, 1)],
+        "the root shrinks": [a, a[:40] + random_ids(20, 1), a[:12] + random_ids(40, 2), a + [9], a[:3] + random_ids(50, 4), random_ids(52, 3), a],
+    }
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 4096], ids=["a prompt at a time", "all at once"])
+@pytest.mark.parametrize("kind", branches())
+def test_every_kind_of_company_is_exact(model, monkeypatch, kind, prefill_tokens):
+    """Prefilled one at a time, a later prompt cuts the root while earlier ones are being decoded."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    engine, lengths = engine_of(model, max_rows=6, max_new_tokens=10), []
+    fit = engine._fit_root
+    monkeypatch.setattr(engine, "_fit_root", lambda prompts: (fit(prompts), lengths.append((len(engine.root_ids), engine.rows))))
+    requests = [Request(r.ids, [seed + i for seed in r.seeds]) for i, r in enumerate(requests_of(branches()[kind], 2))]
+    assert_as_naive(model, engine, requests)
+    if kind == "the root shrinks" and prefill_tokens == 1:
+        assert [length for length, _ in lengths] == [49, 40, 12, 12, 3, 0, 0]
+        assert all(rows for _, rows in lengths[1:])  # with rows in flight
+
+
+def test_a_request_that_waits_for_a_result(model):
+    """None in the stream: asked again later; a chain in which each prompt needs the result before it."""
+    prompts, results = shared_prompts(6), {}
+
+    def chain():
+        for request in requests_of(prompts[:3], 2):
+            yield request
+        for n, request in enumerate(requests_of(prompts[3:], 2)):
+            while n not in results:
+                yield None
+            yield request
+    for index, continuations in engine_of(model).run(chain()):
+        results[index] = continuations
+    assert_same([results[i] for i in range(6)], run(engine_of(model), requests_of(prompts, 2)))
+
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+@pytest.mark.parametrize("prefill_tokens", [1, 100, 4096])
+def test_shared_tokens_are_prefilled_once(model, monkeypatch, prefill_tokens):
+    """The instructions once for all prompts and a prompt once for its K samples, however the prompts are grouped."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    prompts = shared_prompts(12, shared=200)
+    for k in (1, 5):
+        engine = engine_of(model, max_rows=20, max_new_tokens=3)
+        run(engine, requests_of(prompts, k))
+        assert engine.prompt_tokens == sum(map(len, prompts))
+        assert engine.prefill_tokens == 200 + sum(len(ids) - 200 for ids in prompts)
+
+
+def test_prompts_of_one_group_share_what_they_share(model):
+    """Below the root too: a problem that some of the prompts have in common is prefilled once."""
+    a, problem = random_ids(60, 0), random_ids(30, 1)
+    prompts = [a + [5] + problem + [6, 7, 8], a + [5] + problem + [9, 10], a + [11] + problem]
+    engine = engine_of(model)
+    run(engine, requests_of(prompts, 2))
+    assert engine.prefill_tokens == len({tuple(p[:n]) for p in prompts for n in range(1, len(p) + 1)}) == 60 + 31 + 3 + 2 + 31
+
+
+# ---------------------------------------------------------------------------------------------- ends
+
+def test_any_end_of_text_id_ends_a_row(model):
+    """The sampled end is not among the tokens, but has a P(Yes); every id of the list is met as an end."""
+    found = run(engine_of(model, temperature=1, max_new_tokens=80), requests_of(shared_prompts(17), 8))
+    for c in sum(found, []):
+        assert not set(c.ids) & set(EOS)
+        assert len(c.p_yes) == len(c.ids) + c.finished
+        assert c.finished or len(c.ids) == 80
+    longer = Engine(model, EOS[:1], YES_NO, 1, 0.95, 80, 160)  # the same rows, where only the first id ends one
+    ends = {b.ids[len(a.ids)] if len(b.ids) > len(a.ids) else EOS[0]
+            for a, b in zip(sum(found, []), sum(run(longer, requests_of(shared_prompts(17), 8)), [])) if a.finished}
+    assert ends == set(EOS)
+
+
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_max_new_tokens(model, most):
+    found = run(engine_of(model, max_new_tokens=most), requests_of(shared_prompts(5), 4))
+    longer = run(engine_of(model, max_new_tokens=10), requests_of(shared_prompts(5), 4))
+    for a, b in zip(sum(found, []), sum(longer, [])):
+        assert a.ids == b.ids[:most] and a.finished == (b.finished and len(b.ids) < most)
+    assert any(len(c.ids) == most for c in sum(found, []))
+
+
+def test_the_context_ends_a_row(tiny_folder):
+    """No row grows beyond max_position_embeddings, whatever max_new_tokens says."""
+    model = load_model(tiny_folder)
+    model.config = dataclasses.replace(model.config, max_position_embeddings=48)
+    prompts = [random_ids(n, n) for n in (20, 40, 47)]
+    engine = Engine(model, [415], YES_NO, 1.0, 0.5, 4096, 16)
+    for ids, row in zip(prompts, run(engine, requests_of(prompts, 3))):
+        assert [(len(c.ids), c.finished) for c in row] == [(48 - len(ids), False)] * 3
+
+
+# ---------------------------------------------------------------------------------------------- reading P(Yes)
+
+@pytest.mark.parametrize("prefill_tokens", [30, 4096])
+@pytest.mark.parametrize("first", [None, "shared", "stranger"])
+def test_read_p_yes_equals_a_full_pass(model, monkeypatch, first, prefill_tokens):
+    """With no root, below the root of a run, and where the root is not theirs."""
+    engine = engine_of(model)
+    if first:
+        run(engine, requests_of(shared_prompts(4) if first == "shared" else [random_ids(30, 1), random_ids(30, 1)], 2))
+        assert len(engine.root_ids) > 25
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
+    sequences = shared_prompts(5) + [shared_prompts(5)[2]]
+    assert engine.read_p_yes(sequences) == pytest.approx([yes_against_no(full_pass(model, s)) for s in sequences], abs=1e-5)
+    sequences += [shared_prompts(1)[0][:40], [9]]  # no longer than the root
+    assert engine.read_p_yes(sequences) == pytest.approx([yes_against_no(full_pass(model, s)) for s in sequences], abs=1e-5)
+    assert engine.read_p_yes([]) == []
+
+
+# ---------------------------------------------------------------------------------------------- uniform
+
+def test_uniform_is_splitmix64():
+    """The published generator's top 24 bits; its first outputs for seed 1234567 stand in many implementations."""
+    assert [splitmix64(1234567, t) for t in (1, 2, 3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    rng = random.Random(0)
+    cases = [(rng.getrandbits(64), rng.randrange(5000)) for _ in range(2000)] + [(0, 0), (MASK, 1), (2 ** 63, 4095), (1234567, 1)]
+    seeds = torch.tensor([s - 2 ** 64 if s >= 2 ** 63 else s for s, _ in cases])
+    found = uniform(seeds, torch.tensor([t for _, t in cases]))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [(splitmix64(s, t) >> 40) / 2 ** 24 for s, t in cases]
+
+
+def test_uniform_is_uniform():
+    """On 300 neighbouring seeds × 300 positions: range, mean, variance, tenths; no correlation along either. 5 sigma each."""
+    n = 300
+    seeds = torch.arange(n).repeat_interleave(n) + 10 ** 12
+    u = uniform(seeds, torch.arange(n).repeat(n)).view(n, n).double()
+    assert u.min() >= 0 and u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12) / n
+    assert abs(u.var() - 1 / 12) < 5 * math.sqrt(1 / 180) / n
+    counts = torch.histc(u, 10, 0, 1)
+    assert (counts - n * n / 10).abs().max() < 5 * math.sqrt(n * n * 0.09)
+    x = (u - 0.5) * math.sqrt(12)
+    for lag in (1, 2, 7):
+        for a, b in ((x[lag:], x[:-lag]), (x[:, lag:], x[:, :-lag]), (x[lag:, lag:], x[:-lag, :-lag])):
+            assert abs((a * b).mean()) < 5 / math.sqrt(a.numel())
+    assert x.mean(0).abs().max() < 5 / math.sqrt(n) and x.mean(1).abs().max() < 5 / math.sqrt(n)
+
+
+# ---------------------------------------------------------------------------------------------- sample
+
+def counts_on_a_grid(logits: torch.Tensor, n: int, temperature: float, top_p: float) -> np.ndarray:
+    """How often each token is drawn at n evenly spaced values of u: (V,)."""
+    u = (torch.arange(n) + 0.5) / n
+    return np.bincount(sample(logits.repeat(n, 1), u, temperature, top_p).numpy(), minlength=len(logits))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (0.5, 0.95), (2.0, 0.3), (1.0, 1.0), (0.7, 0.01)])
+def test_draws_have_the_probabilities_of_the_nucleus(temperature, top_p):
+    """On an even grid of u a token's count is its probability's share to within one: no chance is involved."""
+    n, logits = 20000, 2 * torch.randn(50)
+    tokens, p = nucleus(logits.numpy(), temperature, top_p)
+    expected = np.zeros(50)
+    expected[tokens] = n * p
+    counts = counts_on_a_grid(logits.clone(), n, temperature, top_p)
+    assert np.abs(counts - expected).max() <= 1.2
+    assert not counts[expected == 0].any()  # nothing from outside the nucleus
+    assert (len(tokens) < 50) == (top_p < 1)
+
+
+def test_the_nucleus_reaches_top_p_exactly_as_defined():
+    """Probabilities 1/2, 1/4, 1/8, ...: the smallest set that reaches 0.75 has two tokens, that of 0.76 three."""
+    logits = -math.log(2) * torch.tensor([3.0, 0.0, 1.0, 2.0, 3.0]) + 0.25  # exact up to rounding: keep off the edges by 1e-3
+    for top_p, tokens in ((0.3, {1}), (0.499, {1}), (0.501, {1, 2}), (0.749, {1, 2}), (0.751, {1, 2, 3}), (0.9, {1, 2, 3, 0, 4})):
+        drawn = set(np.flatnonzero(counts_on_a_grid(logits.clone(), 999, 1.0, top_p)))
+        if top_p == 0.9:  # 0 and 4 are equally likely: either completes the nucleus
+            assert drawn in ({1, 2, 3, 0}, {1, 2, 3, 4})
+        else:
+            assert drawn == tokens
+
+
+def test_a_nucleus_wider_than_the_candidates():
+    """Rows whose nucleus lies within 64, within 1024, beyond both and in between, in one batch: each as its definition says."""
+    widths, rows = [], []
+    for scale in (0.3, 0.6, 2.0, 3.0, 4.0, 8.0):
+        rows.append(scale * torch.randn(3000))
+        widths.append(len(nucleus(rows[-1].numpy(), 1.0, 0.95)[0]))
+    assert min(widths) < 64 and any(64 < w < 1024 for w in widths) and any(1024 < w < 2900 for w in widths) and max(widths) < 3000
+    n = 400
+    u = ((torch.arange(n) + 0.5) / n).repeat_interleave(len(rows))
+    found = sample(torch.stack(rows).repeat(n, 1), u, 1.0, 0.95).view(n, len(rows)).T
+    for logits, tokens in zip(rows, found):
+        order, p = nucleus(logits.numpy(), 1.0, 0.95)
+        edges = np.cumsum(p)
+        place = {token: i for i, token in enumerate(order)}
+        for x, token in zip((np.arange(n) + 0.5) / n, tokens.tolist()):
+            i = place[token]  # u lies in the token's interval, give or take rounding: 3000 sums, and neighbours that change places
+            assert edges[i] - 2 * p[i] - 2e-5 <= x <= edges[i] + p[i] + 2e-5
+
+
+def test_temperature_0_takes_the_most_likely():
+    logits = torch.randn(20, 3000)
+    assert sample(logits.clone(), torch.rand(20), 0, 0.95).tolist() == logits.argmax(-1).tolist()
+
+
+def test_first_tokens_have_the_models_probabilities(model):
+    """4000 samples of one prompt by hashed seeds: chi-square against the exact nucleus. Odds of a false alarm: below 1e-6."""
+    ids = random_ids(30, 3)
+    [row] = run(engine_of(model, max_rows=4000, temperature=0.3, top_p=0.9, max_new_tokens=1), requests_of([ids], 4000))
+    ends = sum(c.finished for c in row)
+    counts = np.bincount([c.ids[0] for c in row if c.ids], minlength=416).astype(float)
+    tokens, p = nucleus(full_pass(model, ids).numpy(), 0.3, 0.9)
+    expected = np.zeros(416)
+    expected[tokens] = 4000 * p
+    inside, outside = [t for t in tokens if t not in EOS and expected[t] >= 5], [t for t in range(416) if expected[t] == 0]
+    assert len(inside) > 5 and not counts[outside].any()
+    assert abs(ends - expected[EOS].sum()) <= 5.5 * math.sqrt(max(expected[EOS].sum(), 1))
+    chi2, df = ((counts[inside] - expected[inside]) ** 2 / expected[inside]).sum(), len(inside)
+    assert chi2 < df + 5 * math.sqrt(2 * df) + 17  # Laurent and Massart: P(chi2 > df + 2 sqrt(df x) + 2x) < e^-x, with x = 14 at these df
