@@ -72,7 +72,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     kv_heads = size("num_key_value_heads", heads)
     head_dim = size("head_dim", max(hidden // heads, 1))
-    if heads % kv_heads or head_dim % 2:
+    if head_dim % 2:
+        raise BadInput(f"{where}: field 'head_dim': {head_dim} is odd, and rotary embeddings turn pairs; correct it")
+    if heads % kv_heads:
         raise BadInput(f"{where}: field 'num_key_value_heads': {heads} heads of size {head_dim} cannot be shared by {kv_heads}; correct it")
     theta, scaling = _rope(raw, where)
     config = ModelConfig(
@@ -106,6 +108,7 @@ def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
         raise BadInput(f"{where}: field '{field}': rope type {str(kind)[:40]!r} is not implemented (only default and llama3); use another checkpoint")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = {"rope_type": "llama3"} | {name: _number(rope, name, -1, f"{where}: field '{field}'") for name in names}
+    scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])  # Transformers warns of a float
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise BadInput(f"{where}: field '{field}': high_freq_factor must be above low_freq_factor; correct it")
     return theta, scaling
@@ -114,12 +117,13 @@ def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
 def _refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
     window = raw.get("sliding_window")
     windowed = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
+    kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
     asked = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(raw.get("attention_bias")) and config.model_type != "qwen2",
         "mlp_bias": bool(raw.get("mlp_bias")),
         "sliding_window": windowed and not (isinstance(window, int) and window >= config.max_position_embeddings),
-        "layer_types": any(kind != "full_attention" for kind in raw.get("layer_types") or []) and windowed,
+        "layer_types": any(kind != "full_attention" and (windowed or kind != "sliding_attention") for kind in kinds),
         "num_experts": bool(raw.get("num_experts")),
         "num_local_experts": bool(raw.get("num_local_experts")),
         "partial_rotary_factor": raw.get("partial_rotary_factor") not in (None, 1, 1.0),
@@ -246,13 +250,17 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer_from) / name).is_file():
-            shutil.copyfile(Path(tokenizer_from) / name, aside / name)
-    if prompt is not None:
-        (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
-    write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
-    _save_weights(aside, model, dtype, shard_bytes)
+    try:
+        for name in TOKENIZER_FILES:
+            if (Path(tokenizer_from) / name).is_file():
+                shutil.copyfile(Path(tokenizer_from) / name, aside / name)
+        if prompt is not None:
+            (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
+        write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
+        _save_weights(aside, model, dtype, shard_bytes)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if folder.exists():  # two renames: at any moment one of the two is whole
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -339,7 +347,8 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             config |= expect(read_json(folder / name), dict, str(folder / name))
-    tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+    tokens = {name: _token_text(config.get(name), f"{folder / 'tokenizer_config.json'}: field '{name}'")
+              for name in ("bos_token", "eos_token")}
     eos_ids = _eos_ids(folder, backend, tokens["eos_token"])
     tokenizer = ChatTokenizer(backend, [], [], eos_ids)
     before, after = _render_template(folder, config, tokens)
@@ -347,8 +356,8 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     return tokenizer
 
 
-def _token_text(token: str | dict | None) -> str:
-    return (token.get("content") if isinstance(token, dict) else token) or ""
+def _token_text(token: str | dict | None, where: str) -> str:
+    return expect((token.get("content") if isinstance(token, dict) else token) or "", str, where)
 
 
 def _eos_ids(folder: Path, backend: Tokenizer, eos_token: str) -> list[int]:
@@ -368,7 +377,10 @@ def _render_template(folder: Path, config: dict, tokens: dict[str, str]) -> tupl
     """What the checkpoint's chat template puts before and after the user's message. Without a template: nothing, and a newline."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except ValueError:
+            raise BadInput(f"{path}: not a text in UTF-8; download it again") from None
     else:
         path, source = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(source, list):  # several named templates
