@@ -84,7 +84,8 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, where), rope_theta=theta, rope_scaling=scaling,
         tie_word_embeddings=expect(raw.get("tie_word_embeddings", False), bool, f"{where}: field 'tie_word_embeddings'"),
         max_position_embeddings=size("max_position_embeddings", 32768),
-        qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3")
+        qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3",
+        initializer_range=_number(raw, "initializer_range", 0.02, where))
     _refuse_unimplemented(raw, config, where)
     return config
 
@@ -138,7 +139,7 @@ def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_ids: list[int]) 
     """The config.json of a saved checkpoint, in the dialect that Transformers 4 and 5 and vLLM read."""
     names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
-             "max_position_embeddings")
+             "max_position_embeddings", "initializer_range")
     return ({"architectures": [ARCHITECTURES[config.model_type]]} | {name: getattr(config, name) for name in names}
             | {"hidden_act": "silu", "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
             | ({"sliding_window": None} if config.model_type == "mistral" else {}))

@@ -349,7 +349,8 @@ class Examples:
             line = file.readline()
         prompt, *responses = self._texts(parse_json(line, f"{self.path}: example {i + 1}"), f"{self.path}: example {i + 1}")
         if not responses:
-            ids = self.tokenizer.encode_marked(prompt) + self.tokenizer.eos_ids[:1]
+            ids = self.tokenizer.encode_marked(prompt)
+            ids += [] if ids and ids[-1] in self.tokenizer.eos_ids else self.tokenizer.eos_ids[:1]
             return ids[:1], [ids[1:]]  # the first token has nothing to be predicted from
         return self.tokenizer.chat(prompt), [self.tokenizer.response(r) for r in responses]
 

@@ -36,6 +36,7 @@ class ModelConfig:
     max_position_embeddings: int
     qkv_bias: bool                  # Qwen2
     qk_norm: bool                   # Qwen3
+    initializer_range: float = 0.02  # standard deviation of random weights, for training from scratch
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,8 +154,8 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
-        """Random weights for training from scratch, as in GPT-2: N(0, std²), residual outputs scaled by 1/sqrt(2 layers)."""
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Random weights for training from scratch, as in GPT-2: N(0, initializer_range²), residual outputs scaled by 1/sqrt(2 layers)."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
                 p.zero_()
             else:
                 scale = (2 * len(self.layers)) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
-                p.normal_(0.0, std * scale, generator=generator)
+                p.normal_(0.0, self.config.initializer_range * scale, generator=generator)
 
 
 class Tree:

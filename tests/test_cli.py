@@ -360,7 +360,7 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
     with Journal(out, Job()) as journal:
         journal.write({"n": 0})
-    for config, word in ((RESUME, "complete"), (Job(), "exists already")):
+    for config, word in ((RESUME, ": is complete already"), (Job(), ": exists already")):
         with pytest.raises(BadInput) as error:
             Journal(out, config)
         says(error, str(out), word, "--overwrite")
