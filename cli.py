@@ -24,6 +24,14 @@ class BadInput(Exception):
     """Something the user gave cannot be used. The message is one line: what, where (file, line, field), and the remedy."""
 
 
+class Stopped(Exception):
+    """A signal asked to stop, and the work so far is saved. The message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 # ---------------------------------------------------------------------------------------------- command lines
 
 def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None:
@@ -55,6 +63,9 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
         sys.exit(_report(str(error)))
     except OSError as error:
         sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}"))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterator
@@ -24,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, expect, json_line, print_config, read_json, resolved, write_json
+from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json
 from model import Decoder
 
 
@@ -105,25 +104,24 @@ class Run:
         self._trim_log()
         self.log_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda number, frame: setattr(self, "stop_signal", signal.Signals(number).name))
+            signal.signal(name, lambda number, frame: setattr(self, "stop_signal", signal.Signals(number)))
 
     # ------------------------------------------------------------------------------------------ the loop's parts
 
     def progress(self) -> Iterator[int]:
         """The steps still to do, under a bar; a checkpoint every --save-every steps and when a signal asks to stop."""
-        self.bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step")
-        while self.step < self.steps:
-            start = time.perf_counter()
-            yield self.step
-            self.seconds = time.perf_counter() - start
-            self.step += 1
-            self.bar.update()
-            if self.stop_signal or self.step % self.config.save_every == 0 or self.step == self.steps:
-                self.save()
-            if self.stop_signal and self.step < self.steps:
-                raise BadInput(f"stopped by {self.stop_signal} after step {self.step}, which is saved; "
-                               f"give the same command with --resume to go on")
-        self.bar.close()
+        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step") as self.bar:
+            while self.step < self.steps:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                if self.stop_signal or self.step % self.config.save_every == 0 or self.step == self.steps:
+                    self.save()
+                if self.stop_signal and self.step < self.steps:
+                    break
+        if self.step < self.steps:
+            raise Stopped(f"stopped by {self.stop_signal.name} after step {self.step}, which is saved; "
+                          f"give the same command with --resume to go on", self.stop_signal)
 
     def update(self, loss: float, examples: list[int]) -> dict[str, float]:
         """One optimizer step on the gradients that lie in the parameters. -> learning rate and gradient norm, for the log.

@@ -1,0 +1,356 @@
+"""The two training scripts as a user runs them: data, schedule, overfitting, DPO, checkpoints, kills, refusals."""
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_dpo
+import train_sft
+from checkpoint import load_model, load_tokenizer
+from cli import BadInput
+from conftest import ROOT, make_config, write_checkpoint
+from data import PAIR_FIELDS, SFT_FIELDS, Examples
+from training import TrainConfig, epoch_batches, learning_rate
+
+WORDS = "apples pens boxes sum right mistake calculation problem step half answer".split()
+
+
+def text(rng, n):
+    return " ".join(rng.choice(WORDS) for _ in range(n))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def sft_rows(n, seed=0):
+    rng = random.Random(seed)
+    return [{"prompt": "Is it right? " + text(rng, 4), "response": text(rng, 5), "problem": "p"} for _ in range(n)]
+
+
+def pair_rows(n, seed=0):
+    """Chosen responses say Yes, rejected ones No: a preference that can be learned."""
+    rng = random.Random(seed)
+    return [{"prompt": "Is it right? " + text(rng, 3), "chosen": text(rng, 2) + " Yes", "rejected": text(rng, 2) + " No"} for _ in range(n)]
+
+
+def run_script(script, *arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=environment, **options)
+
+
+def metrics(out, split="train"):
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["split"] == split]
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------- order and schedule
+
+def config(**changes):
+    return dataclasses.replace(TrainConfig(out="x", lr=1.0, warmup=0.2, device="cpu"), **changes)
+
+
+def test_learning_rate_by_hand():
+    """10 steps, 2 of warm-up: 0.5, 1.0, then a cosine over 8 steps from 1."""
+    rates = [learning_rate(step, 10, config()) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate(9, 10, config(schedule="constant")) == 1.0
+    assert learning_rate(0, 1, config(warmup=0.0)) == 1.0
+
+
+def test_an_epoch_meets_every_example_once_in_an_order_of_its_own():
+    steps, numbers = epoch_batches(10, config(batch_size=4, epochs=2))
+    assert steps == 6
+    epochs = [[i for step in steps for i in numbers(step)] for steps in (range(3), range(3, 6))]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    assert epochs[0] != epochs[1]
+    again = epoch_batches(10, config(batch_size=4, epochs=2))[1]
+    assert [again(step) for step in range(6)] == [numbers(step) for step in range(6)]
+    assert epoch_batches(10, config(batch_size=4, epochs=2, seed=1))[1](0) != numbers(0)
+
+
+# ---------------------------------------------------------------------------------------------- examples
+
+def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
+    tokenizer = load_tokenizer(tiny_folder)
+    ours = Examples(write(tmp_path / "a", [{"prompt": "P <|im_end|>", "response": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
+    official = Examples(write(tmp_path / "b", [{"instruction": "P <|im_end|>", "output": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
+    assert ours == official == (tokenizer.chat("P <|im_end|>"), [tokenizer.response("R <|im_end|>")])
+    assert ours[1][0].count(tokenizer.eos_ids[0]) == 1  # what is spelled out is text; the one real end is ours
+    both = [Examples(write(tmp_path / name, [{field: "P", "chosen": "C", "rejected": "R"}]), PAIR_FIELDS, tokenizer)[0]
+            for name, field in (("c", "prompt"), ("d", "instruction"))]
+    assert both[0] == both[1] == (tokenizer.chat("P"), [tokenizer.response("C"), tokenizer.response("R")])
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_a_text_trains_every_token_but_the_first_and_means_its_special_tokens(tmp_path, tiny_folder, end):
+    tokenizer = load_tokenizer(tiny_folder)
+    first, [rest] = Examples(write(tmp_path / "a", [{"text": "<|im_start|>Yes it is" + end}]), SFT_FIELDS, tokenizer)[0]
+    assert tokenizer.decode(first) == "<|im_start|>"
+    assert tokenizer.decode(rest) == "Yes it is<|im_end|>"
+
+
+@pytest.mark.parametrize("line, field", [('{"prompt": "a"}', "'response' is missing"), ('{"prompt": 3, "response": "b"}', "'prompt'"),
+                                         ("[1]", "expected an object"), ('{"prompt": "a"', "not valid JSON")])
+def test_a_bad_line_is_named_before_training(tmp_path, tiny_folder, line, field):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    done = run_script("train_sft.py", "--model", tiny_folder, "--train", tmp_path / "train.jsonl", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{tmp_path / 'train.jsonl'}:2" in done.stderr and field in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- SFT
+
+def sft_config(tmp_path, model, rows, **changes):
+    settings = dict(model=model and str(model), train=write(tmp_path / "train.jsonl", rows), out=str(tmp_path / "out"), lr=3e-3,
+                    batch_size=4, micro_tokens=400, device="cpu", save_every=1000, overwrite=True)
+    return train_sft.Config(**(settings | changes))
+
+
+def test_eight_examples_are_overfitted(tmp_path, tiny_folder):
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, epochs=60))
+    assert metrics(tmp_path / "out")[-1]["loss"] < 0.05
+
+
+def test_the_result_opens_in_transformers_with_the_same_logits(tmp_path, tiny_folder):
+    from transformers import AutoModelForCausalLM
+    from model import Tree, TreeAttention
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8)))
+    model, tree = load_model(tmp_path / "out/model"), Tree([list(range(5, 40))])
+    ours = model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")(tree.ids[None]).logits[0]
+    assert (ours - theirs).abs().max() < 1e-4
+    before = load_model(tiny_folder)
+    assert not torch.equal(before.embed.weight, model.embed.weight)
+
+
+def test_a_step_does_not_depend_on_the_size_of_its_trees(tmp_path, tiny_folder):
+    """One optimizer step in one tree or in many: the same loss and gradient norm."""
+    found = []
+    for micro_tokens in (60, 10000):
+        train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(12), batch_size=12, micro_tokens=micro_tokens))
+        found.append(metrics(tmp_path / "out")[0])
+    assert found[0]["tree_tokens"] > found[1]["tree_tokens"]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+
+
+def test_over_long_examples_are_counted_and_named(tmp_path, tiny_folder, capsys):
+    rows = sft_rows(5)
+    rows[2]["response"] = "apples " * 300
+    train_sft.main(sft_config(tmp_path, tiny_folder, rows, batch_size=5, micro_tokens=200, epochs=2))
+    assert [row["left_out"] for row in metrics(tmp_path / "out")] == [1, 1]
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("example 3 has") == 1
+    assert "left out as over-long: 1" in printed.out
+
+
+def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
+    """Validation texts are unlike the training texts: overfitting makes them worse, so the best is not the last."""
+    rng = random.Random(5)
+    held_out = write(tmp_path / "validation.jsonl", [{"prompt": "?", "response": text(rng, 6)} for _ in range(4)])
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=held_out, epochs=30, eval_every=1, lr=1e-2))
+    losses = [row["loss"] for row in metrics(tmp_path / "out", "validation")]
+    assert min(losses) < losses[-1] - 0.01
+    from training import Run
+    model, tokenizer = load_model(tmp_path / "out/model"), load_tokenizer(tiny_folder)
+
+    class Stub:
+        config = sft_config(tmp_path, tiny_folder, sft_rows(4))
+        report_long = Run.report_long
+    assert train_sft.evaluate(Stub(), model, Examples(held_out, SFT_FIELDS, tokenizer)) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_from_scratch_trains_texts(tmp_path, tiny_folder):
+    folder = tmp_path / "new"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    rows = [{"text": "<|im_start|>half of 36 is 18"}] * 4
+    train_sft.main(sft_config(tmp_path, None, rows, from_scratch=str(folder / "config.json"), epochs=40, lr=1e-2))
+    losses = [row["loss"] for row in metrics(tmp_path / "out")]
+    assert losses[0] == pytest.approx(math.log(416), abs=0.5)  # a uniform guess over the vocabulary
+    assert losses[-1] < 0.1
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path, tiny_folder, monkeypatch):
+    """The third step's loss is NaN: two steps are logged, the checkpoint after them is whole, no model is written over."""
+    calls, loss = [], train_sft.sft_loss
+
+    def broken(logprobs, n_tokens):
+        calls.append(1)
+        return loss(logprobs, n_tokens) * (math.nan if len(calls) == 3 else 1)
+    monkeypatch.setattr(train_sft, "sft_loss", broken)
+    with pytest.raises(BadInput, match="step 2: loss nan"):
+        train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(16), save_every=1, micro_tokens=10000))
+    assert len(metrics(tmp_path / "out")) == 2
+    [kept] = (tmp_path / "out/checkpoints").iterdir()
+    assert kept.name == "step-00000002" and all(torch.isfinite(t).all() for t in load_state(kept).values())
+
+
+def load_state(folder):
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- DPO
+
+def dpo_config(tmp_path, model, rows, **changes):
+    settings = dict(model=str(model), train=write(tmp_path / "pairs.jsonl", rows), out=str(tmp_path / "dpo"), lr=3e-4, batch_size=8,
+                    micro_tokens=600, device="cpu", save_every=1000, overwrite=True)
+    return train_dpo.Config(**(settings | changes))
+
+
+def test_dpo_starts_at_log_2_and_learns_the_preference(tmp_path, tiny_folder):
+    held_in = write(tmp_path / "held_in.jsonl", pair_rows(24))
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(24), validation=held_in, epochs=8, eval_every=24))
+    first = metrics(tmp_path / "dpo")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(first["margin"]) < 1e-4
+    assert metrics(tmp_path / "dpo", "validation")[-1]["accuracy"] > 0.9
+
+
+def caches(tmp_path):
+    return sorted(tmp_path.glob("pairs.reference-*.npy"))
+
+
+def test_the_reference_is_computed_once_for_a_sweep_and_anew_for_other_pairs(tmp_path, tiny_folder, monkeypatch):
+    calls, compute = [], train_dpo.response_logprobs
+    monkeypatch.setattr(train_dpo, "response_logprobs", lambda model, *rest: calls.append(torch.is_grad_enabled()) or compute(model, *rest))
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(8), beta=0.1))
+    assert calls.count(False) > 0  # the reference pass has no gradient
+    [cache] = caches(tmp_path)
+    before = cache.read_bytes()
+    calls.clear()
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(8), beta=0.5))
+    assert calls.count(False) == 0 and caches(tmp_path) == [cache] and cache.read_bytes() == before
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(8, seed=1)))
+    assert len(caches(tmp_path)) == 2
+
+
+def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
+    """What the .part file already holds is kept; NaN rows are computed."""
+    settings = dpo_config(tmp_path, tiny_folder, pair_rows(20))
+    tokenizer, model = load_tokenizer(tiny_folder), load_model(tiny_folder)
+    pairs = Examples(settings.train, PAIR_FIELDS, tokenizer)
+    whole = train_dpo.reference_logprobs(settings, model, pairs)
+    [cache] = caches(tmp_path)
+    part = cache.with_suffix(".part")
+    torn = whole.copy()
+    torn[8:] = np.nan
+    torn[0] = 7.0  # a mark: it must not be computed again
+    np.save(part.with_suffix(".npy"), torn)
+    os.rename(cache, part)
+    again = train_dpo.reference_logprobs(settings, model, pairs)
+    assert (again[0] == 7.0).all() and np.array_equal(again[1:], whole[1:])
+    assert not part.exists()
+
+
+# ---------------------------------------------------------------------------------------------- killed and resumed
+
+def arguments(script, tmp_path, model):
+    rng = random.Random(9)
+    if script == "train_sft.py":
+        files = (write(tmp_path / "t.jsonl", sft_rows(120)), write(tmp_path / "v.jsonl", sft_rows(6, seed=1)))
+    else:
+        files = (write(tmp_path / "t.jsonl", pair_rows(120)), write(tmp_path / "v.jsonl", pair_rows(6, seed=1)))
+    return ["--model", model, "--train", files[0], "--validation", files[1], "--lr", 1e-3, "--batch-size", 4, "--micro-tokens", 400,
+            "--eval-every", 7, "--save-every", 3, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_dpo.py"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_folder, script):
+    """SIGKILL at two random moments, then --resume: metrics, last checkpoint and best model are the same files."""
+    given = arguments(script, tmp_path, tiny_folder)
+    assert run_script(script, *given, "--out", tmp_path / "whole").returncode == 0
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, given), "--out", str(tmp_path / "killed"), "--resume"]
+    for kill_at in random.Random(script).sample(range(3, 25), 2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        log, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 60
+        while process.poll() is None and time.time() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < kill_at):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run_script(script, *given, "--out", tmp_path / "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    whole, killed = files_of(tmp_path / "whole"), files_of(tmp_path / "killed")
+    for files in (whole, killed):
+        files.pop("config.json")  # says --out and --resume
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
+    command = [sys.executable, str(ROOT / "train_sft.py"), *map(str, arguments("train_sft.py", tmp_path, tiny_folder)), "--save-every", "1000",
+               "--epochs", "50", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not (tmp_path / "out/metrics.jsonl").exists() or not (tmp_path / "out/metrics.jsonl").stat().st_size:
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "--resume" in errors.splitlines()[-1]
+    [kept] = (tmp_path / "out/checkpoints").iterdir()
+    assert int(kept.name.removeprefix("step-")) == len(metrics(tmp_path / "out"))
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, tiny_folder):
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(24), save_every=1, keep=2))
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+def test_other_settings_existing_output_and_foreign_folders_are_refused(tmp_path, tiny_folder):
+    first = sft_config(tmp_path, tiny_folder, sft_rows(8))
+    train_sft.main(first)
+    with pytest.raises(BadInput, match="another --lr"):
+        train_sft.main(dataclasses.replace(first, resume=True, overwrite=False, lr=1e-5))
+    with pytest.raises(BadInput, match="exists already"):
+        train_sft.main(dataclasses.replace(first, overwrite=False))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match="not the folder of a training run"):
+        train_sft.main(dataclasses.replace(first, out=str(precious)))
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("flags, said", [(["--unknown", "1"], "unrecognized"), (["--lr", "-1"], "out of range"), (["--batch-size", "0"], "out of range"),
+                                         (["--lr", "nan"], "out of range")])
+def test_bad_flags_fail(tmp_path, tiny_folder, flags, said):
+    done = run_script("train_sft.py", "--model", tiny_folder, "--train", write(tmp_path / "t", sft_rows(1)), "--out", tmp_path / "out", *flags)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_of_model_and_from_scratch_is_needed(tmp_path, tiny_folder):
+    with pytest.raises(BadInput, match="give one of --model"):
+        train_sft.main(sft_config(tmp_path, None, sft_rows(1)))
+
+
+def test_weights_from_scratch_depend_on_the_seed_alone(tmp_path, tiny_tokenizer):
+    """The same seed gives the same weights from scratch, another seed others."""
+    folder = write_checkpoint(tmp_path / "model", make_config("qwen2", True), tiny_tokenizer)
+    found = []
+    for seed in (0, 0, 1):
+        model, _ = train_sft.initial_model(sft_config(tmp_path, None, sft_rows(1), from_scratch=str(folder / "config.json"), seed=seed))
+        found.append(model.embed.weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
