@@ -183,7 +183,7 @@ def test_from_scratch_trains_texts(tmp_path, tiny_folder):
     shutil.copytree(tiny_folder, folder)
     (folder / "model.safetensors").unlink()
     rows = [{"text": "<|im_start|>half of 36 is 18"}] * 4
-    train_sft.main(sft_config(tmp_path, None, rows, from_scratch=str(folder / "config.json"), epochs=40, lr=1e-2))
+    train_sft.main(sft_config(tmp_path, None, rows, from_scratch=str(folder / "config.json"), epochs=80, lr=1e-2))
     losses = [row["loss"] for row in metrics(tmp_path / "out")]
     assert losses[0] == pytest.approx(math.log(416), abs=0.5)  # a uniform guess over the vocabulary
     assert losses[-1] < 0.1
