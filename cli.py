@@ -217,7 +217,8 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
 class Journal:
     """A JSON-lines output that a killed run continues: OUT.part grows line by line and becomes OUT at the end.
 
-    with Journal(out, config) as journal:      # journal.done: the objects that an earlier, killed run left
+    journal = Journal(out, config)      # refuses what cannot be; journal.done: the objects that a killed run left
+    with journal:                       # from here on there are files
         journal.write(object)
 
     The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume` and `overwrite` apart.
@@ -233,13 +234,10 @@ class Journal:
         if not config.resume and self.part.exists() and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
         refuse_existing(out, config.overwrite)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        if config.resume and self.part.exists():
+        self.goes_on = config.resume and self.part.exists()
+        if self.goes_on:
             self._check_config()
             self._read_part()
-        else:
-            self.part.unlink(missing_ok=True)
-            write_json(self.config_path, self.config)
 
     def _check_config(self) -> None:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
@@ -263,6 +261,10 @@ class Journal:
                 raise BadInput(f"{self.part}:{number}: field 'id' is not that of item {number} of the input; give --overwrite to start anew")
 
     def __enter__(self):
+        if not self.goes_on:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.part.unlink(missing_ok=True)
+            write_json(self.config_path, self.config)
         self.file = open(self.part, "a", encoding="utf-8")
         return self
 

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Iterable, Iterator
 
@@ -43,20 +44,18 @@ def cases(config: CasesConfig) -> None:
     print_config(config)
     refuse_existing(config.out, config.overwrite)
     counts, seen, solutions = Counter(), set(), 0
+    rows = chain.from_iterable(read_labelled_steps(path, counts) for path in config.input)
     with writing(config.out) as file:
-        for path in config.input:
-            for row_id, found in tqdm(read_labelled_steps(path, counts), desc=Path(path).name, unit=" solutions"):
-                solutions += 1
-                for step, case in found:
-                    key = fingerprint(0, dataclasses.astuple(case))
-                    if key in seen:
-                        counts["dropped: the same case again"] += 1
-                        continue
-                    seen.add(key)
-                    counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
-                    file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
-                if config.limit and solutions >= config.limit:
-                    break
+        for row_id, found in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
+            solutions += 1
+            for step, case in found:
+                key = fingerprint(0, dataclasses.astuple(case))
+                if key in seen:
+                    counts["dropped: the same case again"] += 1
+                    continue
+                seen.add(key)
+                counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
+                file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
     print_table(f"cases from {solutions} solutions", counts)
 
 
@@ -79,21 +78,20 @@ def sample(config: SampleConfig) -> None:
     print_config(config)
     rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
     counts, start = Counter(), time.perf_counter()
-    with Journal(config.out, config) as journal:
-        journal.check([case_id for case_id, _ in rows])
-        for n, line in enumerate(journal.done):
-            count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
-        sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
+    journal = Journal(config.out, config)
+    journal.check([case_id for case_id, _ in rows])
+    for n, line in enumerate(journal.done):
+        count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
+    sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
+    todo = rows[len(journal.done):]
+    with journal, tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case") as bar:
         write_prompt(config.out, sampler.prompt)
-        todo = rows[len(journal.done):]
-        bar = tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case")
         for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
             journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
             count_analyses(counts, case, analyses)
             bar.update()
             bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
                                 f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
-        bar.close()
     print_table("analyses", counts)
 
 

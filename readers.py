@@ -161,5 +161,7 @@ def seed_row(row: dict, where: str, counts: Counter) -> Labelled:
         previous = re.split(r"(?:^|\n)\s*Step \d+:", previous)
     here = f"{where}: field 'previous-steps'"
     steps = [expect(s, str, here).strip() for s in expect(previous, list, here)]
-    now = re.sub(r"^\s*Step \d+:", "", _text(row, "now-step", where)).strip()
+    now = re.sub(r"^\s*Step \d+:", "", get_field(row, "now-step", str, where)).strip()
+    if not now:
+        raise BadInput(f"{where}: field 'now-step' is empty; fill it in or remove the line")
     return [("0", Case(_text(row, "query", where), tuple(s for s in steps if s), now, judge == "Positive"))]

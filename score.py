@@ -44,20 +44,19 @@ class Config(SamplerConfig):
 def main(config: Config) -> None:
     print_config(config)
     found = solutions(config)
-    with Journal(config.out, config) if config.out else nullcontext() as journal:
-        lines = journal.done if journal else []
-        if journal:
-            journal.check([solution.id for _, solution in found])
-        sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
-        todo, start = found[len(lines):], time.perf_counter()
-        bar = tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1)
+    journal = Journal(config.out, config) if config.out else None
+    lines = journal.done if journal else []
+    if journal:
+        journal.check([solution.id for _, solution in found])
+    sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
+    todo, start = found[len(lines):], time.perf_counter()
+    with journal or nullcontext(), tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1) as bar:
         for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
             lines.append(score_line(config, source, solution, judged))
             if journal:
                 journal.write(lines[-1])
             bar.update()
             bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-        bar.close()
     if len(found) == 1:
         print_solution(config, lines[0])
     else:
@@ -92,10 +91,11 @@ def solutions(config: Config) -> list[tuple[str, Solution]]:
 def judge_all(sampler: Sampler, config: Config, found: list[Solution]) -> Iterator[tuple[int, list[list[Analysis]]]]:
     """(index of the solution, the analyses of each judged step), as the solutions are completed.
 
-    The steps of a solution are judged one after the other, many solutions side by side.
+    Many solutions are judged side by side. The steps of one come one after the other, since none is needed after the
+    first predicted wrong; with --all-steps they need not wait for each other.
     """
-    steps: list[list[list[Analysis]]] = [[] for _ in found]  # solution -> judged steps -> analyses
     if config.direct:
+        steps = [[] for _ in found]  # solution -> judged steps -> analyses
         for first in range(0, len(found), config.batch_size):
             some = [(i, t) for i in range(first, min(first + config.batch_size, len(found))) for t in range(len(found[i].steps))]
             for (i, t), analysis in zip(some, sampler.direct([case_of(found[i], t) for i, t in some])):
@@ -103,23 +103,27 @@ def judge_all(sampler: Sampler, config: Config, found: list[Solution]) -> Iterat
                     steps[i].append([analysis])
             yield from ((i, steps[i]) for i in dict(some))
         return
-    waiting, asked = deque(range(len(found))), []  # solutions whose next step may be judged; which solution each case is of
+    judged: list[dict[int, list[Analysis]]] = [{} for _ in found]  # solution -> step -> analyses
+    first = ((i, t) for i, solution in enumerate(found) for t in range(len(solution.steps) if config.all_steps else 1))
+    waiting, asked, answered = deque(first), [], 0  # (solution, step)s that may be judged; those that were asked for, in order
 
     def cases() -> Iterator[Case | None]:
-        while waiting or len(asked) > sum(map(len, steps)):  # ... or while a case is being judged
+        while waiting or answered < len(asked):
             if waiting:
                 asked.append(waiting.popleft())
-                yield case_of(found[asked[-1]], len(steps[asked[-1]]))
+                yield case_of(found[asked[-1][0]], asked[-1][1])
             else:
-                yield None
+                yield None  # a case is being judged, and its answer may ask for another
 
     for n, analyses in sampler.analyses(cases()):
-        i = asked[n]
-        steps[i].append(analyses)
-        if complete(config, found[i], steps[i]):
-            yield i, steps[i]
-        else:
-            waiting.appendleft(i)  # before new solutions, so that few are open at a time
+        i, t = asked[n]
+        judged[i][t] = analyses
+        answered += 1
+        steps = [judged[i][t] for t in sorted(judged[i])]
+        if complete(config, found[i], steps):
+            yield i, steps
+        elif not config.all_steps:
+            waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
 def case_of(solution: Solution, t: int) -> Case:

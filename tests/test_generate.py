@@ -417,6 +417,14 @@ def test_a_nucleus_wider_than_the_candidates():
             assert edges[i] - 2 * p[i] - 2e-5 <= x <= edges[i] + p[i] + 2e-5
 
 
+def test_the_ends_of_the_range_of_u():
+    """u = 0 takes no token of probability 0 before the first possible one; the largest u takes none after the last."""
+    logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]])
+    for top_p, first, last in ((1.0, 1, 2), (0.95, 2, 1), (0.5, 2, 2)):  # below 1, the most likely token comes first
+        found = [sample(logits.clone(), torch.tensor([u]), 1.0, top_p).item() for u in (0.0, 1 - 2.0 ** -24)]
+        assert found == [first, last]
+
+
 def test_temperature_0_takes_the_most_likely():
     logits = torch.randn(20, 3000)
     assert sample(logits.clone(), torch.rand(20), 0, 0.95).tolist() == logits.argmax(-1).tolist()

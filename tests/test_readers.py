@@ -240,6 +240,7 @@ BAD_SHEPHERD = {
     "no tags": (shepherd("", "P Step 1: a") , "'input'"), "no first step": (shepherd("+", "P a ки"), "'input'"),
     "no problem": (shepherd("+", "Step 1: a ки"), "'input'"), "an empty step": (shepherd("++", "P Step 1: a ки\nStep 2: ки"), "'input'"),
     "another sign": (shepherd("+x+"), "'label'"), "a tag left": (shepherd("+"), "'label'"), "another text": (shepherd("+++") | {"label": "Q + - +"}, "'label'"),
+    "a letter changed": (shepherd("+++") | {"label": shepherd("+++")["label"].replace("buys", "pays")}, "'label'"),
     "label too short": (shepherd("+++") | {"label": shepherd("+++")["label"][:-1]}, "'label'"),
     "label a list": (shepherd("+++") | {"label": [1, 1, 0]}, "'label'"), "input null": (shepherd("+++") | {"input": None}, "'input'"),
 }

@@ -1,0 +1,101 @@
+"""The reward of all steps of some solutions, against Transformers' `generate` and a second pass for P(Yes).
+
+    python bench/reward.py --model FOLDER --data gsm8k.json
+
+The peer goes as the official code does: one case at a time, K analyses, then one full pass per analysis at batch size
+1 that reads P(Yes). The end-of-text token is off, so that both sides write the same number of tokens; as no analysis
+then has a verdict of its own, both read P(Yes) after an added verification line.
+"""
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
+import torch
+
+from bench.common import BenchConfig, Row, in_turn, load_words, median_run, print_rows, report
+from checkpoint import load_model
+from cli import print_config, run
+from readers import read_rows, read_solution
+from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BenchConfig):
+    solutions: Annotated[int, "the first so many of the file", (1, None)] = 5
+    k: Annotated[int, "analyses per step", (1, None)] = 10
+    max_new_tokens: Annotated[int, "tokens per analysis", (1, None)] = 64
+    peer_steps: Annotated[int, "how many of the steps the peer does", (1, None)] = 2
+    peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
+    full: Annotated[bool, "the peer does all steps"] = False
+
+
+def main(config: Config) -> None:
+    if config.side:
+        return report({"ours": ours, "peer": peer}[config.side](config))
+    print_config(config)
+    print_rows(measure(config))
+
+
+def measure(config: Config) -> list[Row]:
+    if config.full:
+        config = replace(config, peer_steps=10 ** 6)
+    sides = {"ours": replace(config, side="ours")}
+    sides |= {f"peer, {dtype}": replace(config, side="peer", peer_dtypes=(dtype,)) for dtype in config.peer_dtypes}
+    found = in_turn(__file__, sides, config.repeats)
+    medians = {name: median_run(runs, "steps_per_second") for name, runs in found.items()}
+    our = medians.pop("ours")
+    best_name, best = max(medians.items(), key=lambda item: item[1]["steps_per_second"])
+    ratio, same = our["steps_per_second"] / best["steps_per_second"], best["steps"]
+    note = (f"ours {our['steps']} steps in {our['seconds']:.1f} s; {best_name}, on {same} of them, {best['seconds']:.1f} s "
+            f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
+            f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}")
+    return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
+                our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None, our["peak_mb"], best["peak_mb"], note, found)]
+
+
+def cases_of(config: Config) -> list[Case]:
+    found = [read_solution(row, where) for where, row in read_rows(config.data)][:config.solutions]
+    return [Case(s.problem, s.steps[:t], s.steps[t]) for s in found for t in range(len(s.steps))]
+
+
+def ours(config: Config) -> dict:
+    tokenizer, prompt = load_words(config)
+    model, cases = load_model(config.model), cases_of(config)
+
+    def sampler(tokens: int) -> Sampler:
+        it = Sampler(model, tokenizer, prompt, Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed))
+        it.engine.eos = it.engine.eos[:0]  # end-of-text off
+        return it
+    list(sampler(2).analyses(cases[:1]))  # warm up
+    it, rewards = sampler(config.max_new_tokens), [None] * len(cases)
+    start = time.perf_counter()
+    for i, analyses in it.analyses(cases):
+        rewards[i] = reward(analyses)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "steps": len(cases), "steps_per_second": len(cases) / seconds, "rewards": rewards, "tokens": it.engine.new_tokens}
+
+
+def peer(config: Config) -> dict:
+    from bench.peer import generate, load, p_yes
+    [dtype] = config.peer_dtypes
+    tokenizer, prompt = load_words(config)
+    model, cases = load(config.model, dtype), cases_of(config)[:config.peer_steps]
+    prompts, line = [tokenizer.chat(prompt.fill(case)) for case in cases], tokenizer.encode("\n" + VERIFICATION)
+    generate(model, prompts[:1], 2, 2, [], 0.95, 0.95)  # warm up
+    torch.manual_seed(config.seed)
+    second, rewards, start = 0.0, [], time.perf_counter()
+    for ids in prompts:
+        analyses = generate(model, [ids], config.k, config.max_new_tokens, [], 0.95, 0.95)
+        then = time.perf_counter()
+        found = [p_yes(model, ids + analysis + line, yes_no_ids(tokenizer)) for analysis in analyses]
+        second += time.perf_counter() - then
+        rewards.append(sum(found) / len(found))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "p_yes_seconds": second, "steps": len(cases), "steps_per_second": len(cases) / seconds, "rewards": rewards}
+
+
+if __name__ == "__main__":
+    run((Config, main))

@@ -1,0 +1,116 @@
+"""Sampling against Transformers' `generate`: K continuations of each of 16 verification prompts.
+
+    python bench/sampling.py --model FOLDER --data gsm8k.json            # the peer on two of the prompts
+    python bench/sampling.py --model FOLDER --data gsm8k.json --full     # the peer on all of them, in batches of 1, 4 and 16
+    python bench/sampling.py --model SMALL --data test.jsonl --natural-ends --prompts 200 --new-tokens 200
+
+The peer is the best of its batch sizes and dtypes, ours is fp32. Figures are tokens per second, so the peer may do
+fewer prompts. Without --natural-ends the end-of-text token is switched off and both sides sample the same number.
+"""
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
+import torch
+
+from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_run, peak_mb, print_rows, prompt_ids,
+                          report, scattered_cases)
+from checkpoint import DTYPES, load_model
+from cli import print_config, run
+from generate import Engine, Request
+from rprm import row_seed, yes_no_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BenchConfig):
+    prompts: Annotated[int, "cases, drawn at random", (1, None)] = 16
+    k: Annotated[int, "continuations of each", (1, None)] = 10
+    new_tokens: Annotated[int, "tokens per continuation (at most, with --natural-ends)", (2, None)] = 64
+    rows: Annotated[int, "continuations that ours decodes side by side", (1, None)] = 160
+    natural_ends: Annotated[bool, "continuations end where the model ends them"] = False
+    temperature: Annotated[float, "sampling temperature", (0.01, None)] = 0.95
+    top_p: Annotated[float, "nucleus", (0.01, 1)] = 0.95
+    dtype: Annotated[str, "of our weights", ("float32", "bfloat16")] = "float32"
+    peer_prompts: Annotated[int, "how many of the prompts the peer does", (1, None)] = 2
+    peer_batches: Annotated[tuple[int, ...], "prompts side by side that the peer tries", (1, None)] = (1, 2)
+    peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
+    full: Annotated[bool, "the peer does all prompts, in batches of 1, 4 and 16"] = False
+
+
+def main(config: Config) -> None:
+    if config.side:
+        return report({"ours": ours, "peer": peer}[config.side](config))
+    print_config(config)
+    print_rows(measure(config))
+
+
+def measure(config: Config) -> list[Row]:
+    if config.full:
+        config = replace(config, peer_prompts=config.prompts, peer_batches=(1, 4, 16))
+    sides = {"ours": replace(config, side="ours")}
+    sides |= {f"peer, {dtype}, batches of {size}": replace(config, side="peer", peer_batches=(size,), peer_dtypes=(dtype,))
+              for size in config.peer_batches for dtype in config.peer_dtypes}
+    found = in_turn(__file__, sides, config.repeats)
+    medians = {name: median_run(runs, "tokens_per_second") for name, runs in found.items()}
+    our = medians.pop("ours")
+    best_name, best = max(medians.items(), key=lambda item: item[1]["tokens_per_second"])
+    ratio = our["tokens_per_second"] / best["tokens_per_second"]
+    share = our["decode_tokens_per_second"] / our["linear_tokens_per_second"]
+    each = our["tokens"] / config.prompts, best["tokens"] / best["prompts"]
+    bar = config.natural_ends or (share >= 0.6 and each[0] == each[1])
+    note = (f"ours {our['tokens']} tokens in {our['seconds']:.1f} s ({our['prefill_seconds']:.1f} s of it prefill: "
+            f"{our['prefill_tokens']} of {our['prompt_tokens']} prompt tokens computed); tokens per prompt {each[0]:.0f} / {each[1]:.0f}; "
+            f"decoding {our['decode_tokens_per_second']:.0f} tokens/s, the linear layers alone {our['linear_tokens_per_second']:.0f} "
+            f"at {our['linear_rows']} rows; {best_name} on {best['prompts']} of the {config.prompts} prompts; all of the peer's: "
+            + ", ".join(f"{name[6:]} {m['tokens_per_second']:.1f}" for name, m in medians.items()))
+    ends = "natural ends" if config.natural_ends else f"{config.new_tokens} tokens"
+    return [Row(f"sampling {config.prompts} prompts × K={config.k}, {ends}", "tokens/s", our["tokens_per_second"],
+                "≥ 8×" if config.natural_ends else "≥ 8×, roofline ≥ 60%", ratio >= 8 and bar, best["tokens_per_second"], ratio,
+                None if config.natural_ends else share, our["peak_mb"], best["peak_mb"], note, found)]
+
+
+def ours(config: Config) -> dict:
+    cases = scattered_cases(config.data, config.prompts, config.seed)
+    tokenizer, prompts = prompt_ids(config, cases)
+    model = load_model(config.model, DTYPES[config.dtype], "cpu")
+    eos = tokenizer.eos_ids if config.natural_ends else []
+
+    def engine(new_tokens: int) -> Engine:
+        return Engine(model, eos, yes_no_ids(tokenizer), config.temperature, config.top_p, new_tokens, config.rows)
+    requests = [Request(ids, [row_seed(config.seed, case, k) for k in range(config.k)]) for ids, case in zip(prompts, cases)]
+    list(engine(4).run(requests[:1]))  # warm up
+    it, prefill = engine(config.new_tokens), Clock()
+    it._prefill = prefill.around(it._prefill)
+    start = time.perf_counter()
+    for _ in it.run(requests):
+        pass
+    seconds, peak = time.perf_counter() - start, peak_mb()
+    drawn_by_prefill, rows = config.prompts * config.k, min(config.rows, config.prompts * config.k)
+    return {"seconds": seconds, "tokens": it.new_tokens, "tokens_per_second": it.new_tokens / seconds, "prefill_seconds": prefill.seconds,
+            "prompt_tokens": it.prompt_tokens, "prefill_tokens": it.prefill_tokens,
+            "decode_tokens_per_second": (it.new_tokens - drawn_by_prefill) / (seconds - prefill.seconds),
+            "linear_rows": rows, "linear_tokens_per_second": linear_rate(model, rows), "peak_mb": peak}
+
+
+def peer(config: Config) -> dict:
+    from bench.peer import generate, load
+    [dtype], [size] = config.peer_dtypes, config.peer_batches
+    tokenizer, prompts = prompt_ids(config, scattered_cases(config.data, config.prompts, config.seed)[:config.peer_prompts])
+    model = load(config.model, dtype)
+    eos = tokenizer.eos_ids if config.natural_ends else []
+    generate(model, prompts[:1], 2, 2, eos, config.temperature, config.top_p)  # warm up
+    torch.manual_seed(config.seed)
+    start, tokens = time.perf_counter(), 0
+    for first in range(0, len(prompts), size):
+        rows = generate(model, prompts[first:first + size], config.k, config.new_tokens, eos, config.temperature, config.top_p)
+        tokens += sum(map(len, rows))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "prompts": len(prompts),
+            "prompt_tokens": sum(map(len, prompts))}
+
+
+if __name__ == "__main__":
+    run((Config, main))
