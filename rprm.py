@@ -316,8 +316,8 @@ class Config(SamplerConfig):
     force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
 
 
-BUILT_IN = Case("Mia has 14 stickers. She buys 27 more stickers. Then she gives 9 stickers to Tom. How many stickers does Mia have now?",
-                ("Mia has 14 + 27 = 41 stickers after buying more.",), "Mia has 41 - 9 = 34 stickers left.")
+BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now to Ann, Mia sells 18. How many shells does Mia have now?",
+                ("After Tom: 34+27=61.",), "With Ann: 61-18=53.")
 
 
 def main(config: Config) -> None:
