@@ -99,7 +99,7 @@ def _number(raw: dict, name: str, default: float, where: str) -> float:
 
 def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
     """(theta, Llama-3 scaling or None) from `rope_theta` + `rope_scaling`, or from Transformers 5's `rope_parameters`."""
-    field = "rope_parameters" if raw.get("rope_parameters") is not None else "rope_scaling"
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # where both stand, Transformers takes the older
     rope = expect(raw.get(field) or {}, dict, f"{where}: field '{field}'")
     theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, where)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -116,7 +116,7 @@ def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
 
 
 def _refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", 4096)  # Transformers' default where the field is absent
     windowed = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
     kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
     asked = {
@@ -305,8 +305,10 @@ class ChatTokenizer:
     characters, never the token, so it can neither end a turn nor open one.
     """
     backend: Tokenizer
-    before: list[int]  # the template's tokens before the user's message
-    after: list[int]   # and after it, up to where the answer begins
+    before: list[int]  # the template's tokens before the user's message, up to the last special one
+    lead: str          # its plain text from there to the message, tokenised with it: "[INST] " and a word join
+    trail: str         # its plain text after the message, up to the next special token
+    after: list[int]   # and the rest, up to where the answer begins
     eos_ids: list[int]  # every id that ends an answer; the first one ends the answers we train on
 
     def encode(self, text: str) -> list[int]:
@@ -322,7 +324,7 @@ class ChatTokenizer:
 
     def chat(self, message: str) -> list[int]:
         """Token ids of the template with the user's message, ready for the answer."""
-        return self.before + self.encode(message) + self.after
+        return self.before + self.encode(self.lead + message + self.trail) + self.after
 
     def response(self, text: str) -> list[int]:
         """Token ids of an answer, with the end of the turn."""
@@ -351,9 +353,12 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     tokens = {name: _token_text(config.get(name), f"{folder / 'tokenizer_config.json'}: field '{name}'")
               for name in ("bos_token", "eos_token")}
     eos_ids = _eos_ids(folder, backend, tokens["eos_token"])
-    tokenizer = ChatTokenizer(backend, [], [], eos_ids)
     before, after = _render_template(folder, config, tokens)
-    tokenizer.before, tokenizer.after = tokenizer.encode_marked(before), tokenizer.encode_marked(after)
+    special = [token.content for token in backend.get_added_tokens_decoder().values()]
+    last = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
+    first = min((after.find(token) for token in special if token in after), default=len(after))
+    tokenizer = ChatTokenizer(backend, [], before[last:], after[:first], [], eos_ids)
+    tokenizer.before, tokenizer.after = tokenizer.encode_marked(before[:last]), tokenizer.encode_marked(after[first:])
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 Tokens are flat, (T, C), with no batch dimension and no padding. What a token may attend to is not the decoder's
 business: the caller hands in `attend(layer, q, k, v)`. Training and prefill give it the attention of a tree
-(`Tree.attention`, below); sampling gives it one over caches (generate.py).
+(`TreeAttention`, below); sampling gives it one over caches (generate.py).
 
 Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size, V vocabulary.
 """

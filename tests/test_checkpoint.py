@@ -570,7 +570,8 @@ def test_special_tokens_spelled_out_stay_text(tiny_folder, text):
     for again in range(2):  # the second time, after marked text has been encoded
         ids = tokenizer.encode(text)
         assert not special & set(ids) and tokenizer.decode(ids) == text
-        assert tokenizer.chat(text) == tokenizer.before + ids + tokenizer.after
+        assert tokenizer.decode(tokenizer.chat(text)) == f"{IM_START}user\n{text}{IM_END}\n{IM_START}assistant\n"
+        assert [i for i in tokenizer.chat(text) if i in special] == [0, 1, 0]
         assert tokenizer.response(text) == ids + [1]
         assert bool(special & set(tokenizer.encode_marked(text))) == ("|>" in text)
 
@@ -655,3 +656,32 @@ def test_format_strings_reach_no_internals(folder):
 def test_the_message_must_be_shown_exactly_once(folder, source, times):
     put_template(folder, source, "file")
     refused(load_tokenizer, folder, f"{folder / 'chat_template.jinja'}: ", f"{times} times, not once")
+
+
+@pytest.mark.parametrize("family, changes", [("mistral", {}), ("qwen2", {"use_sliding_window": True}), ("qwen3", {"use_sliding_window": True})])
+def test_a_window_that_is_on_by_default_is_refused(family, changes):
+    """Transformers reads a missing sliding_window as 4096; Mistral always uses it, Qwen where use_sliding_window says so."""
+    raw = make_config(family, True, max_position_embeddings=8192, **changes)
+    raw.pop("sliding_window", None)
+    expected = AutoConfig.for_model(**raw)
+    assert expected.sliding_window == 4096 < expected.max_position_embeddings
+    with pytest.raises(BadInput, match="field 'sliding_window'"):
+        parse_config(raw, "config.json")
+
+
+def test_where_both_dialects_stand_the_older_one_counts_as_in_transformers():
+    raw = make_config("llama", True, rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    assert AutoConfig.for_model(**raw).rope_parameters["rope_type"] == "yarn"
+    with pytest.raises(BadInput, match="'yarn'"):
+        parse_config(raw, "config.json")
+
+
+@pytest.mark.parametrize("message", ["Tom has 12 apples.", "how many", "7", "\n\nlines ", "x\n\n"])
+@pytest.mark.parametrize("source", [
+    "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}",  # Mistral's
+    "{% for m in messages %}{{ '<|im_start|>user\n' + m['content'] + '\n<|im_end|>' }}{% endfor %}\n",
+    "Question: {{ messages[0].content }}\nAnswer:"])
+def test_the_templates_text_beside_the_message_is_tokenised_with_it(folder, source, message):
+    """Where plain text touches the message, " Tom" is one token, and not a space and "Tom"."""
+    put_template(folder, source, "file")
+    assert load_tokenizer(folder).chat(message) == reference_chat(folder, message)
