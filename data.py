@@ -26,7 +26,7 @@ from checkpoint import PROMPT_FILE, ChatTokenizer
 from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
 from readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, SamplerConfig, has_one_verdict, load_prompt, load_sampler
+from rprm import VERIFICATION, Analysis, Case, Prompt, SamplerConfig, has_one_verdict, load_prompt, load_sampler, parse_verdict
 
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -56,6 +56,8 @@ def cases(config: CasesConfig) -> None:
                 seen.add(key)
                 counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
                 file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
+        if not solutions:
+            raise BadInput(f"{' '.join(config.input)}: has no solutions; check the file")
     print_table(f"cases from {solutions} solutions", counts)
 
 
@@ -139,7 +141,7 @@ def sft(config: SftConfig) -> None:
             for where, row in read_jsonl(path):
                 case = read_case(row.get("case", row), where)
                 if case.label is None:
-                    counts["dropped: case without a label"] += 1
+                    counts["dropped: analysis of a case without a label"] += 1 if config.direct else len(row.get("analyses", []))
                     continue
                 responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"] if config.direct else [
                     a.text for a in select(read_analyses(row, where), case, counts, {True: "kept"})["kept"]]
@@ -153,7 +155,7 @@ def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bo
     """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why."""
     found, texts = {name: [] for name in names.values()}, set()
     for a in analyses:
-        right = a.verdict == case.label
+        right = parse_verdict(a.text) == case.label
         reason = ("cut off at --max-new-tokens" if not a.finished else
                   "no verdict at the end, or several" if not has_one_verdict(a.text) else
                   "verdict not equal to the label" if right not in names else
@@ -190,7 +192,7 @@ def pairs(config: PairsConfig) -> None:
             for where, row in read_jsonl(path):
                 case = read_case(get_field(row, "case", dict, where), where)
                 if case.label is None:
-                    counts["dropped: case without a label"] += 1
+                    counts["dropped: analysis of a case without a label"] += len(row.get("analyses", []))
                     continue
                 found = select(read_analyses(row, where), case, counts, {True: "right", False: "wrong"})
                 right, wrong = found["right"], found["wrong"]

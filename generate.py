@@ -97,13 +97,15 @@ class Engine:
     """Sampling for one model and one set of parameters; `run` may be called again and again.
 
     max_rows: how many continuations are decoded side by side. eos_ids: the tokens that end one. yes_no: the two
-    token ids whose probabilities are compared. The counters say what was computed.
+    token ids whose probabilities are compared. reserve: positions of the model's context that sampling leaves free.
+    The counters say what was computed.
     """
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
-                 top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160):
+                 top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
         self.model, self.max_rows, self.yes_no = model, max_rows, yes_no
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
+        self.context = model.config.max_position_embeddings - reserve
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
@@ -113,7 +115,8 @@ class Engine:
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, list[Continuation]]]:
         """(index of the request, its K continuations), each as soon as its last row ends: not in order.
 
-        Where `requests` gives None, it has nothing at present and is asked again after the next step.
+        Where `requests` gives None, it has nothing at present and is asked again after the next step; with nothing
+        being decoded, None is the end.
         """
         self._reset()
         waiting = iter(requests)
@@ -156,7 +159,7 @@ class Engine:
         while size < PREFILL_TOKENS and len(group) < self.max_rows and (request := next(waiting, None)) is not None:
             group.append((self.requests, request, np.asarray(request.ids, dtype=np.int64)))
             self.requests += 1
-            size += len(request.ids) - (0 if self.root_ids is None else len(self.root_ids))
+            size += max(1, len(request.ids) - (0 if self.root_ids is None else len(self.root_ids)))
         if not group:
             return False
         self._fit_root([ids for _, _, ids in group])
@@ -218,7 +221,7 @@ class Engine:
         self.slot, self.number = extend(self.slot, P), extend(self.number, range(K))
         self.seed, self.start = extend(self.seed, prompt.request.seeds), extend(self.start, length)
         self.length, self.done = extend(self.length, 0), extend(self.done, False)
-        self.limit = extend(self.limit, min(self.max_new_tokens, self.model.config.max_position_embeddings - length))
+        self.limit = extend(self.limit, min(self.max_new_tokens, self.context - length))
         self.rows, self.longest = R + K, max(self.longest, 1)
         self._append(slice(R, R + K), prompt.logits.repeat(K, 1))
         self._regroup()

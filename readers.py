@@ -144,6 +144,7 @@ def math_shepherd(row: dict, where: str, counts: Counter) -> Labelled:
             raise BadInput(f"{where}: field 'label' is not 'input' with + or - in place of each tag (from character {at}); correct it")
         signs.append(label[at] == "+")
         at += 1
+    counts["dropped: text after Math-Shepherd's last tag"] += bool(pieces[-1].strip())
     head, mark, first = pieces[0].rpartition("Step 1:")
     steps = [re.sub(r"^\s*Step \d+:", "", piece).strip() for piece in [first, *pieces[1:-1]]]
     if not mark or not head.strip() or not signs or not all(steps):
@@ -160,7 +161,7 @@ def seed_row(row: dict, where: str, counts: Counter) -> Labelled:
     if isinstance(previous, str):
         previous = re.split(r"(?:^|\n)\s*Step \d+:", previous)
     here = f"{where}: field 'previous-steps'"
-    steps = [expect(s, str, here).strip() for s in expect(previous, list, here)]
+    steps = [re.sub(r"^\s*Step \d+:", "", expect(s, str, here)).strip() for s in expect(previous, list, here)]
     now = re.sub(r"^\s*Step \d+:", "", get_field(row, "now-step", str, where)).strip()
     if not now:
         raise BadInput(f"{where}: field 'now-step' is empty; fill it in or remove the line")

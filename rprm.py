@@ -147,15 +147,15 @@ class Sampler:
 
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling):
         self.model, self.tokenizer, self.prompt, self.sampling = model, tokenizer, prompt, sampling
+        self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, for a verdict to be read
         self.engine = Engine(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
-                             sampling.max_new_tokens, sampling.batch_size * sampling.k)
+                             sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
 
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))
         context = self.model.config.max_position_embeddings
-        room = len(self.tokenizer.encode("\n" + VERIFICATION)) + 2
-        if len(ids) + room > context:
-            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {room} more are needed, but the model's "
+        if len(ids) + self.room >= context:
+            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more are needed, but the model's "
                            f"context is {context}; leave this case out or use a model with a longer context")
         return ids
 
@@ -324,6 +324,8 @@ def main(config: Config) -> None:
     print_config(config)
     if (config.problem is None) != (not config.step):
         raise BadInput("--problem and --step go together: give both, or neither for the built-in case")
+    if not all(text.strip() for text in (config.problem or "-", *config.step)):
+        raise BadInput("--problem and --step must not be empty: write the text, or leave both out for the built-in case")
     case = Case(config.problem, config.step[:-1], config.step[-1]) if config.step else BUILT_IN
     sampler = load_sampler(config, config.k, config.force)
     start = time.perf_counter()

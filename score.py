@@ -77,9 +77,10 @@ def solutions(config: Config) -> list[tuple[str, Solution]]:
         raise BadInput("give either --problem with its --step, or --input FILE")
     if config.step:
         return [("command line", read_solution({"id": "0", "problem": config.problem, "steps": list(config.step)}, "command line"))]
-    found = []
+    found, stems = [], [Path(path).stem for path in config.input]
     for path in config.input:
-        rows = [(Path(path).stem, read_solution(row, where)) for where, row in read_rows(path)]
+        source = Path(path).stem if stems.count(Path(path).stem) == 1 else path
+        rows = [(source, read_solution(row, where)) for where, row in read_rows(path)]
         if not rows:
             raise BadInput(f"{path}: has no solutions; check the file")
         found += rows[:config.limit]

@@ -325,7 +325,8 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     assert lines[0]["prompt"] == own.fill(Case("Problem 1?", ("Before.",), "1 + 1 = 2."))
     counts = table(capsys.readouterr().out)
     assert counts == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: cut off at --max-new-tokens": 1, "dropped: the same analysis again": 1,
-                      "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2, "dropped: case without a label": 1}
+                      "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2,
+                     "dropped: analysis of a case without a label": 1}
     assert read(tmp_path / "sft.validation.jsonl") == []
 
 
@@ -400,7 +401,7 @@ def test_sft_direct(tmp_path, capsys, kind):
     prompt = Prompt((ROOT / "prompts" / "direct.txt").read_text(encoding="utf-8"), "direct.txt")
     assert lines[1]["prompt"] == prompt.fill(Case("Problem 1?", ("Before.",), "1 + 1 = 2."))
     assert (tmp_path / "sft.prompt.txt").read_text(encoding="utf-8").strip() == prompt.text
-    assert table(capsys.readouterr().out) == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: case without a label": 1}
+    assert table(capsys.readouterr().out) == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: analysis of a case without a label": 1}
 
 
 @pytest.mark.parametrize("command", ["sft", "pairs"])
@@ -458,7 +459,7 @@ def test_pairs_are_right_against_wrong(tmp_path, capsys):
     assert table(capsys.readouterr().out) == {
         "kept: train, Yes": 4, "kept: train, No": 4, "not made: over --max-per-case": 2, "dropped: no verdict at the end, or several": 3,
         "dropped: cut off at --max-new-tokens": 1, "cases without a pair: all right": 1, "cases without a pair: all wrong": 1,
-        "cases without a pair: all unusable": 1, "dropped: case without a label": 1}
+        "cases without a pair: all unusable": 1, "dropped: analysis of a case without a label": 2}
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-balance"], ["--validation", "0.5", "--max-per-case", "2"]])

@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import train_dpo
 import train_sft
+import training
 from checkpoint import load_model, load_tokenizer
-from cli import BadInput
+from cli import BadInput, Stopped, run
 from conftest import ROOT, make_config, write_checkpoint
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from training import TrainConfig, epoch_batches, learning_rate
@@ -48,6 +51,22 @@ def pair_rows(n, seed=0):
 def run_script(script, *arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=environment, **options)
+
+
+def run_here(script, *arguments):
+    """A script's command line within this process -> its exit code. Any exception but the exit is a traceback."""
+    with pytest.raises(SystemExit) as exit:
+        run((script.Config, script.main), argv=[str(a) for a in arguments])
+    return exit.value.code
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run takes over SIGINT and SIGTERM; pytest gets them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def metrics(out, split="train"):
@@ -85,6 +104,21 @@ def test_an_epoch_meets_every_example_once_in_an_order_of_its_own():
     assert epoch_batches(10, config(batch_size=4, epochs=2, seed=1))[1](0) != numbers(0)
 
 
+def test_the_order_does_not_depend_on_batch_size_lr_or_what_was_run_before():
+    orders = []
+    for changes in (dict(batch_size=4), dict(batch_size=5), dict(batch_size=10, lr=0.1, micro_tokens=99)):
+        torch.rand(7), np.random.rand(7), random.random()
+        steps, numbers = epoch_batches(10, config(epochs=2, **changes))
+        orders.append([i for step in reversed(range(steps)) for i in reversed(numbers(step))][::-1])  # asked for in any order
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_max_steps_cuts_the_run_and_its_schedule():
+    """10 examples by 4 are 3 steps an epoch; 5 steps of 6 are done, and the cosine ends with them."""
+    assert [epoch_batches(10, config(batch_size=4, epochs=2, max_steps=most))[0] for most in (None, 5, 100)] == [6, 5, 6]
+    assert learning_rate(4, 5, config(warmup=0.2)) == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 4)))
+
+
 # ---------------------------------------------------------------------------------------------- examples
 
 def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
@@ -106,14 +140,31 @@ def test_a_text_trains_every_token_but_the_first_and_means_its_special_tokens(tm
     assert tokenizer.decode(rest) == "Yes it is<|im_end|>"
 
 
-@pytest.mark.parametrize("line, field", [('{"prompt": "a"}', "'response' is missing"), ('{"prompt": 3, "response": "b"}', "'prompt'"),
-                                         ("[1]", "expected an object"), ('{"prompt": "a"', "not valid JSON")])
-def test_a_bad_line_is_named_before_training(tmp_path, tiny_folder, line, field):
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
-    done = run_script("train_sft.py", "--model", tiny_folder, "--train", tmp_path / "train.jsonl", "--out", tmp_path / "out")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{tmp_path / 'train.jsonl'}:2" in done.stderr and field in done.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("script, line, said", [
+    (train_sft, '{"prompt": "a"}', "field 'response' is missing"), (train_sft, '{"prompt": 3, "response": "b"}', "field 'prompt'"),
+    (train_sft, '{"instruction": "a", "output": null}', "field 'output'"), (train_sft, '{"text": ["a"]}', "field 'text'"),
+    (train_sft, "[1]", "expected an object"), (train_sft, '{"prompt": "a"', "not valid JSON"), (train_sft, '{"text": "\\ud800"}', "not valid JSON"),
+    (train_dpo, '{"prompt": "a", "chosen": "b"}', "field 'rejected' is missing"),
+    (train_dpo, '{"instruction": "a", "chosen": "b", "rejected": 0}', "field 'rejected'"), (train_dpo, '{"text": "a"}', "is missing"),
+])
+def test_a_bad_line_is_named_before_training(tmp_path, tiny_folder, capsys, script, line, said):
+    """Exit code 2 and one line with file, line and field; nothing is written."""
+    good = {train_sft: '{"prompt": "a", "response": "b"}', train_dpo: '{"prompt": "a", "chosen": "b", "rejected": "c"}'}[script]
+    (tmp_path / "train.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+    assert run_here(script, "--model", tiny_folder, "--train", tmp_path / "train.jsonl", "--out", tmp_path / "out") == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"error: {tmp_path / 'train.jsonl'}:3: ") and said in error
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_dpo.py"])
+def test_a_missing_or_empty_file_is_named(tmp_path, tiny_folder, script):
+    """As a process, as the user sees it."""
+    for path, said in ((tmp_path / "absent.jsonl", "no such file"), (tmp_path / "empty.jsonl", "no examples")):
+        (tmp_path / "empty.jsonl").touch()
+        done = run_script(script, "--model", tiny_folder, "--train", path, "--out", tmp_path / "out")
+        assert done.returncode == 2 and str(path) in done.stderr and said in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- SFT
@@ -139,6 +190,69 @@ def test_the_result_opens_in_transformers_with_the_same_logits(tmp_path, tiny_fo
     assert (ours - theirs).abs().max() < 1e-4
     before = load_model(tiny_folder)
     assert not torch.equal(before.embed.weight, model.embed.weight)
+
+
+def transformers_sums(folder, rows, fields):
+    """[(log π of the response under Transformers and its own chat template, its tokens)] for each field of each row."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    found = []
+    for row in rows:
+        before = tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(before, add_special_tokens=False).input_ids
+        for field in fields:
+            response = tokenizer(row[field], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + response])
+            with torch.no_grad():
+                logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
+            found.append((logprobs[len(prompt) - 1:].sum().item(), len(response)))
+    return found
+
+
+def test_the_first_losses_equal_transformers_on_the_same_texts(tmp_path, tiny_folder):
+    """From the file's line to the logged number: template, prompt mask, end of turn, mean over tokens or pairs."""
+    rows = [row | {"response": row["response"] + " apples" * n} for n, row in enumerate(sft_rows(6))]
+    train_sft.main(sft_config(tmp_path, tiny_folder, rows, batch_size=6))
+    sums = transformers_sums(tiny_folder, rows, ["response"])
+    [row] = metrics(tmp_path / "out")
+    assert row["tokens"] == sum(n for _, n in sums)
+    assert row["loss"] == pytest.approx(-sum(s for s, _ in sums) / row["tokens"], abs=1e-5)
+
+    rows = [row | {"chosen": row["chosen"] + " apples" * n} for n, row in enumerate(pair_rows(6))]
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, rows, batch_size=6, nll=0.5))
+    sums = transformers_sums(tiny_folder, rows, ["chosen", "rejected"])
+    [row] = metrics(tmp_path / "dpo")
+    for place, name in enumerate(("chosen", "rejected")):
+        assert row[f"{name}_logprob"] == pytest.approx(sum(s for s, _ in sums[place::2]) / 6, abs=1e-4)
+        assert row[f"{name}_length"] == pytest.approx(sum(n for _, n in sums[place::2]) / 6)
+    assert row["loss"] == pytest.approx(math.log(2) - 0.5 * sum(s / n for s, n in sums[::2]) / 6, abs=1e-4)
+
+
+def test_the_first_update_by_hand(tmp_path, tiny_folder, monkeypatch):
+    """AdamW's first step from its formula, with the gradient clipped to norm 0.1 and decay of matrices alone."""
+    seen, update = {}, training.Run.update
+
+    def look(run, loss, examples):
+        before = {name: (p.detach().clone(), p.grad.clone()) for name, p in run.model.named_parameters()}
+        result = update(run, loss, examples)
+        seen.update({name: (*before[name], p.detach().clone()) for name, p in run.model.named_parameters()})
+        return result
+    monkeypatch.setattr(training.Run, "update", look)
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, weight_decay=0.1, clip=0.1, lr=1e-2, warmup=0.0))
+    norm = math.sqrt(sum(float((g ** 2).sum()) for _, g, _ in seen.values()))
+    assert norm > 0.1 and metrics(tmp_path / "out")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for name, (p, gradient, after) in seen.items():
+        g = gradient * (0.1 / norm)
+        expected = p * (1 - 1e-2 * 0.1 * (p.dim() >= 2)) - 1e-2 * g / (g.abs() + 1e-8)  # m / (1 - β1) = g, √(v / (1 - β2)) = |g|
+        assert torch.allclose(after, expected, atol=2e-5), name
+
+
+def test_checkpointed_activations_give_the_same_run(tmp_path, tiny_folder):
+    found = []
+    for flag in (False, True):
+        train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), checkpoint_activations=flag))
+        found.append([(row["loss"], row["grad_norm"]) for row in metrics(tmp_path / "out")])
+    assert np.allclose(found[0], found[1], rtol=1e-6)
 
 
 def test_a_step_does_not_depend_on_the_size_of_its_trees(tmp_path, tiny_folder):
@@ -225,6 +339,87 @@ def test_dpo_starts_at_log_2_and_learns_the_preference(tmp_path, tiny_folder):
     assert metrics(tmp_path / "dpo", "validation")[-1]["accuracy"] > 0.9
 
 
+def test_dpo_learns_what_the_reference_does_not_know(tmp_path, tiny_folder):
+    """Yes is right after "pens" and wrong after "boxes": under the reference about half of the pairs are in order, at the end over 0.9."""
+    rows = [{"prompt": f"{noun} {n}", "chosen": right, "rejected": wrong} for n in range(10)
+            for noun, right, wrong in (("pens", " Yes", " No"), ("boxes", " No", " Yes"))]
+    settings = dpo_config(tmp_path, tiny_folder, rows, epochs=10, lr=1e-3, batch_size=10)
+    train_dpo.main(settings)
+    [cache] = caches(tmp_path)
+    reference = np.load(cache)
+    assert 0.3 <= (reference[:, 0] > reference[:, 1]).mean() <= 0.7
+    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
+    after = train_dpo.reference_logprobs(dataclasses.replace(settings, model=str(tmp_path / "dpo/model")), load_model(tmp_path / "dpo/model"), pairs)
+    assert (after[:, 0] > after[:, 1]).mean() > 0.9
+    margins = (after - reference)[:, 0] - (after - reference)[:, 1]
+    assert (margins > 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("changes, check", [
+    (dict(label_smoothing=0.2), lambda loss: loss == pytest.approx(math.log(2), abs=1e-4)),  # 0.8 log 2 + 0.2 log 2
+    (dict(ipo=True, beta=0.25), lambda loss: loss == pytest.approx(4.0, abs=1e-3)),          # (0 - 1 / (2 · 0.25))²
+])
+def test_the_variants_of_the_loss_reach_training(tmp_path, tiny_folder, changes, check):
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(8), **changes))
+    [row] = metrics(tmp_path / "dpo")
+    assert check(row["loss"])
+
+
+def test_the_reference_is_computed_anew_for_another_model(tmp_path, tiny_folder, tiny_tokenizer):
+    other = write_checkpoint(tmp_path / "other", make_config("qwen2", True), tiny_tokenizer, seed=77)
+    for model in (tiny_folder, other, tiny_folder):
+        train_dpo.main(dpo_config(tmp_path, model, pair_rows(8)))
+        assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # a stale reference would show
+    assert len(caches(tmp_path)) == 2
+
+
+def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, monkeypatch):
+    """Another run that began with this one completes the cache first: this one goes on with the same numbers."""
+    settings = dpo_config(tmp_path, tiny_folder, pair_rows(8))
+    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
+
+    def faster_rival(batches, **_):
+        yield from batches
+        [part] = tmp_path.glob("*.part")
+        os.rename(part, part.with_suffix(".npy"))
+    monkeypatch.setattr(train_dpo, "tqdm", faster_rival)
+    found = train_dpo.reference_logprobs(settings, load_model(tiny_folder), pairs)
+    [cache] = caches(tmp_path)
+    assert np.isfinite(found).all() and np.array_equal(found, np.load(cache))
+
+
+def test_a_non_finite_loss_stops_dpo_before_the_update(tmp_path, tiny_folder, monkeypatch):
+    loss, calls = train_dpo.dpo_loss, []
+
+    def broken(*given):
+        calls.append(1)
+        losses, *rest = loss(*given)
+        return losses * (math.inf if len(calls) == 2 else 1), *rest
+    monkeypatch.setattr(train_dpo, "dpo_loss", broken)
+    with pytest.raises(BadInput, match="step 1: loss inf"):
+        train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(16), save_every=1, micro_tokens=10000))
+    assert len(metrics(tmp_path / "dpo")) == 1
+    [kept] = (tmp_path / "dpo/checkpoints").iterdir()
+    assert kept.name == "step-00000001" and all(torch.isfinite(t).all() for t in load_state(kept).values())
+
+
+def test_a_non_finite_gradient_stops_before_the_update(tmp_path, tiny_folder, monkeypatch):
+    """The loss is a number, one of its gradients is not: the weights stay as they were loaded."""
+    models, loss = [], train_sft.sft_loss
+
+    def broken(logprobs, n_tokens):
+        found = loss(logprobs, n_tokens)
+        found.register_hook(lambda gradient: gradient * math.nan)
+        return found
+    load = train_sft.load_model
+    monkeypatch.setattr(train_sft, "sft_loss", broken)
+    monkeypatch.setattr(train_sft, "load_model", lambda *given: models.append(load(*given)) or models[0])
+    with pytest.raises(BadInput, match="gradient norm nan"):
+        train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4)))
+    for ours, loaded in zip(models[0].parameters(), load_model(tiny_folder).parameters()):
+        assert torch.equal(ours, loaded)
+
+
 def caches(tmp_path):
     return sorted(tmp_path.glob("pairs.reference-*.npy"))
 
@@ -297,6 +492,94 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_folder, script):
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
+def small_run(script, tmp_path, model, out, **changes):
+    """Four steps with a validation and a checkpoint after every second one, as a config; the same files at each call."""
+    make, rows = (sft_config, sft_rows) if script is train_sft else (dpo_config, pair_rows)
+    held_out = write(tmp_path / "held_out.jsonl", rows(3, seed=4))
+    settings = dict(out=str(tmp_path / out), validation=held_out, batch_size=4, save_every=2, eval_every=2, lr=1e-3, overwrite=False)
+    return make(tmp_path, model, rows(16), **(settings | changes))
+
+
+def same_run(one, other):
+    one, other = files_of(one), files_of(other)
+    assert one.keys() == other.keys()
+    return [name for name in one if one[name] != other[name] and name != "config.json"]  # that one says --out
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_folder, script, validated, monkeypatch):
+    changes = {} if validated else {"validation": None}
+    train, update = small_run(script, tmp_path, tiny_folder, "whole", **changes), training.Run.update
+    script.main(train)
+
+    def stop_soon(run, *given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, *given)
+    monkeypatch.setattr(training.Run, "update", stop_soon)
+    for step in (1, 2, 3):
+        with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, .* --resume"):
+            script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))
+    script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))  # its last step: nothing to stop
+    assert same_run(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+def in_a_child(work, die_at=None):
+    """Run work() in a forked process that dies at its die_at-th file operation, as by SIGKILL: no handler runs. -> exit code
+
+    A torn operation is the worst case: half of the bytes, one file of the folder.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count = 0
+
+    def deadly(operation, torn=lambda *given, **named: None):
+        def call(*given, **named):
+            nonlocal count
+            count += 1
+            if count == die_at:
+                torn(*given, **named)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*given, **named)
+        return call
+
+    def remove_one(folder, **_):
+        for path in [path for path in Path(folder).rglob("*") if path.is_file()][:1]:
+            path.unlink()
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        write_bytes = Path.write_bytes
+        Path.write_bytes = deadly(write_bytes, lambda path, content: write_bytes(path, content[:len(content) // 2]))
+        shutil.rmtree = deadly(shutil.rmtree, remove_one)
+        for name in ("replace", "rename", "fsync", "unlink"):
+            setattr(os, name, deadly(getattr(os, name)))
+        for module in (training, checkpoint):
+            module.save_file = deadly(module.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, tiny_folder, script):
+    """Kill before each rename, removal, sync and save of a run, then again soon after its resumption, and finish it."""
+    script.main(small_run(script, tmp_path, tiny_folder, "whole"))
+    resume = lambda: script.main(small_run(script, tmp_path, tiny_folder, out, resume=True))
+    for die_at in range(1, 1000):
+        out = f"killed{die_at}"
+        first = in_a_child(resume, die_at)
+        if first == 0:
+            break  # the run has fewer operations than that
+        assert first == -signal.SIGKILL
+        assert in_a_child(resume, die_at % 3 + 1) in (0, -signal.SIGKILL)
+        assert in_a_child(resume) == 0, f"cannot be resumed after a kill at operation {die_at}"
+        assert same_run(tmp_path / "whole", tmp_path / out) == [], f"killed at operation {die_at}"
+        shutil.rmtree(tmp_path / out)
+    assert die_at > 20  # the kills did happen
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
     command = [sys.executable, str(ROOT / "train_sft.py"), *map(str, arguments("train_sft.py", tmp_path, tiny_folder)), "--save-every", "1000",
                "--epochs", "50", "--out", str(tmp_path / "out")]
@@ -334,11 +617,48 @@ def test_other_settings_existing_output_and_foreign_folders_are_refused(tmp_path
     assert (precious / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("flags, said", [(["--unknown", "1"], "unrecognized"), (["--lr", "-1"], "out of range"), (["--batch-size", "0"], "out of range"),
-                                         (["--lr", "nan"], "out of range")])
-def test_bad_flags_fail(tmp_path, tiny_folder, flags, said):
-    done = run_script("train_sft.py", "--model", tiny_folder, "--train", write(tmp_path / "t", sft_rows(1)), "--out", tmp_path / "out", *flags)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+def test_resuming_a_finished_run_changes_nothing_and_may_save_otherwise(tmp_path, tiny_folder):
+    """--keep and --save-every say how to save, not what to compute."""
+    train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "out"))
+    before = files_of(tmp_path / "out")
+    train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "out", resume=True, keep=3, save_every=7))
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name, value", [("seed", 1), ("batch_size", 3), ("max_steps", 2), ("epochs", 2), ("micro_tokens", 500), ("schedule", "constant"),
+                                         ("validation", None)])
+def test_resuming_with_another_setting_is_refused_by_its_name(tmp_path, tiny_folder, name, value):
+    train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "out"))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(BadInput, match=f"another --{name.replace('_', '-')} "):
+        train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "out", resume=True, **{name: value}))
+    assert files_of(tmp_path / "out") == before
+
+
+def test_overwrite_leaves_a_folder_with_checkpoints_of_others_alone(tmp_path, tiny_folder):
+    (tmp_path / "project/checkpoints").mkdir(parents=True)
+    (tmp_path / "project/checkpoints/mine.bin").write_text("years of work")
+    with pytest.raises(BadInput, match="not the folder of a training run"):
+        train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), out=str(tmp_path / "project")))
+    assert (tmp_path / "project/checkpoints/mine.bin").exists()
+
+
+def test_overwrite_does_not_remove_what_the_run_needs(tmp_path, tiny_folder):
+    """--model or --train within --out: --overwrite would delete them before the first step."""
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4)))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(BadInput, match="--model"):
+        train_dpo.main(dpo_config(tmp_path, tmp_path / "out/model", pair_rows(4), out=str(tmp_path / "out")))
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("flags, said", [(["--unknown", "1"], "unrecognized"), (["--batch", "4"], "unrecognized"), (["--lr", "-1"], "out of range"),
+                                         (["--lr", "nan"], "out of range"), (["--batch-size", "0"], "out of range"), (["--epochs", "1.5"], "is not int")])
+def test_bad_flags_fail(tmp_path, tiny_folder, capsys, script, flags, said):
+    rows = write(tmp_path / "t", sft_rows(1))
+    assert run_here(script, "--model", tiny_folder, "--train", rows, "--out", tmp_path / "out", *flags) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_one_of_model_and_from_scratch_is_needed(tmp_path, tiny_folder):
