@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """The flags of every benchmark."""
-    model: Annotated[str, "checkpoint: a Hugging Face folder"] = "models/SmolLM2-135M-Instruct"
+    model: Annotated[str, "checkpoint: a Hugging Face folder"] = "models/smollm2"
     data: Annotated[str, "solutions in ProcessBench's format"] = "models/gsm8k.json"
     threads: Annotated[int, "threads of each side; 0 = all cores", (0, None)] = 0
     repeats: Annotated[int, "rounds; medians are quoted", (1, None)] = 1

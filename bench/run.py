@@ -1,6 +1,6 @@
 """All benchmarks, one table: `make bench`. The short form takes less than 15 minutes on 2 cores, --full about two hours.
 
-    python bench/run.py --model models/SmolLM2-135M-Instruct --data models/gsm8k.json
+    python bench/run.py --model models/smollm2 --data models/gsm8k.json
     python bench/run.py --full --small SMALL-FOLDER --small-data test.jsonl
 
 Run it on a quiet machine: another process on the same cores makes every small product wait. The raw figures go to
