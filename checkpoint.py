@@ -262,14 +262,12 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():  # two renames: at any moment one of the two is whole
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)  # also what a killed run left between the two
 
 
 def _save_weights(folder: Path, model: Decoder, dtype: torch.dtype, shard_bytes: int) -> None:

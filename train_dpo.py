@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, load_tokenizer
+from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
 from cli import BadInput, run
 from data import PAIR_FIELDS, Examples, MicroBatch, pack, travelling_prompt
 from model import Decoder
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
         run.log("train", metrics.result() | {"left_out": len(long)} | run.update(metrics.result()["loss"], numbers(step)),
                 ("loss", "accuracy", "margin"))
         if validation and run.due():
-            result = evaluate(config, model, validation, validation_reference)
+            result = evaluate(run, model, validation, validation_reference)
             run.log("validation", result, ("loss", "accuracy", "margin", "chosen_logprob"))
             run.keep_if_best(result["loss"])
     run.finish(validated=validation is not None)
@@ -100,19 +100,16 @@ class Means:
 
 
 @torch.no_grad()
-def evaluate(config: Config, model: Decoder, examples: Examples, reference: np.ndarray) -> dict[str, float]:
-    metrics = Means()
-    for batch in sequential_batches(config, examples):
-        pair_losses(config, model, batch, reference, metrics)
+def evaluate(run: Run, model: Decoder, examples: Examples, reference: np.ndarray) -> dict[str, float]:
+    metrics, size = Means(), run.config.batch_size
+    for start in range(0, len(examples), size):
+        batches, long = pack({i: examples[i] for i in range(start, min(start + size, len(examples)))}, run.config.micro_tokens)
+        run.report_long(examples.path, long, examples.length)
+        for batch in batches:
+            pair_losses(run.config, model, batch, reference, metrics)
     if not metrics.count:
-        raise BadInput(f"{examples.path}: no pair is within --micro-tokens {config.micro_tokens}; raise it")
+        raise BadInput(f"{examples.path}: no pair is within --micro-tokens {run.config.micro_tokens}; raise it")
     return metrics.result()
-
-
-def sequential_batches(config: Config, examples: Examples, start: int = 0):
-    for first in range(start, len(examples), config.batch_size):
-        numbers = range(first, min(first + config.batch_size, len(examples)))
-        yield from pack({i: examples[i] for i in numbers}, config.micro_tokens)[0]
 
 
 @torch.no_grad()
@@ -142,15 +139,17 @@ def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np
             rows[np.array(batch.examples) - first] = logprobs.cpu().numpy()
         table[first:last] = rows
     table.flush()
-    os.replace(part, path)
+    if part.exists():  # else a run beside this one, which writes the same numbers, has renamed it
+        os.replace(part, path)
     return np.array(table)
 
 
 def content_hash(config: Config, examples: Examples) -> str:
-    """Names the reference by what it depends on: the pairs, the model's files, and the size of the trees."""
+    """Names the reference by what it depends on: the pairs, the model's and the tokenizer's files, and the size of the trees."""
     digest = hashlib.blake2b(f"{config.micro_tokens} {config.batch_size} {torch.device(config.device).type}".encode(), digest_size=8)
-    for path in (examples.path, *sorted(Path(config.model).glob("*.safetensors")), Path(config.model) / "config.json",
-                 Path(config.model) / "tokenizer.json"):
+    model = Path(config.model)
+    names = [name for name in ("config.json", *TOKENIZER_FILES) if (model / name).is_file()]  # the chat template counts too
+    for path in (examples.path, *sorted(model.glob("*.safetensors")), *(model / name for name in names)):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json
+from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json, writing
 from model import Decoder
 
 
@@ -96,6 +96,7 @@ class Run:
         checkpoints = self._checkpoints()
         if config.resume and checkpoints:
             self._restore(checkpoints[-1])
+            self._remove_old()
         elif not config.resume and self.out.exists():
             shutil.rmtree(self.out)
         (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,11 @@ class Run:
                                           "left_out": sorted(self.left_out)})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-        for old in self._checkpoints()[:-self.config.keep]:
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        """All but the last --keep checkpoints, and what a killed run left half-written."""
+        for old in [*self._checkpoints()[:-self.config.keep], *(self.out / "checkpoints").glob("*.tmp")]:
             shutil.rmtree(old)
 
     def _restore(self, folder: Path) -> None:
@@ -211,8 +216,9 @@ class Run:
         """Forget what was logged after the checkpoint that the run goes on from."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_bytes().split(b"\n")[:-1] if json.loads(line)["step"] < self.step]
-            path.write_bytes(b"".join(line + b"\n" for line in lines))
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if json.loads(line)["step"] < self.step]
+            with writing(path) as file:
+                file.writelines(line + "\n" for line in lines)
 
 
 def check_out(config: TrainConfig) -> None:
@@ -221,8 +227,13 @@ def check_out(config: TrainConfig) -> None:
     out = Path(config.out)
     if out.exists() and not (config.resume or config.overwrite):
         raise BadInput(f"{out}: exists already; give --resume to go on, --overwrite to replace it, or another --out")
-    if out.exists() and config.overwrite and any(out.iterdir()) and not (out / "checkpoints").is_dir():
+    is_run = (out / "checkpoints").is_dir() and (out / "config.json").is_file()
+    if out.exists() and config.overwrite and any(out.iterdir()) and not is_run:
         raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
+    for name in ("model", "from_scratch", "train", "validation") if config.overwrite else ():
+        needed = getattr(config, name, None)
+        if needed and Path(needed).resolve().is_relative_to(out.resolve()):
+            raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
         ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device")}

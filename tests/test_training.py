@@ -373,6 +373,18 @@ def test_the_reference_is_computed_anew_for_another_model(tmp_path, tiny_folder,
     assert len(caches(tmp_path)) == 2
 
 
+def test_the_reference_is_computed_anew_for_another_chat_template(tmp_path, tiny_folder):
+    """The template's tokens stand before every response, so they are part of what the reference depends on."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    for template in (None, "{{ messages[0]['content'] }}<|im_start|>Verification: "):
+        if template:
+            (folder / "chat_template.jinja").write_text(template)
+        train_dpo.main(dpo_config(tmp_path, folder, pair_rows(8)))
+        assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert len(caches(tmp_path)) == 2
+
+
 def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, monkeypatch):
     """Another run that began with this one completes the cache first: this one goes on with the same numbers."""
     settings = dpo_config(tmp_path, tiny_folder, pair_rows(8))
@@ -521,6 +533,25 @@ def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_f
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, .* --resume"):
             script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))
     script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))  # its last step: nothing to stop
+    assert same_run(tmp_path / "whole", tmp_path / "stopped") == []
+
+
+def test_the_best_model_before_a_stop_stays_the_best_after_it(tmp_path, tiny_folder, monkeypatch):
+    """Validation losses 3, 1, 2, 1.5 by step: the second step's model is kept, whether the run is stopped after it or not."""
+    monkeypatch.setattr(train_sft, "evaluate", lambda run, *_: [3.0, 1.0, 2.0, 1.5][run.step])
+    train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "whole", eval_every=1))
+    update = training.Run.update
+
+    def stop_after_two(run, *given):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, *given)
+    monkeypatch.setattr(training.Run, "update", stop_after_two)
+    with pytest.raises(Stopped):
+        train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "stopped", eval_every=1))
+    best = files_of(tmp_path / "stopped/model")
+    train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "stopped", eval_every=1, resume=True))
+    assert files_of(tmp_path / "stopped/model") == best
     assert same_run(tmp_path / "whole", tmp_path / "stopped") == []
 
 
