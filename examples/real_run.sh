@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on a real language model and real solutions, in about an hour on 2 cores:
+# The whole pipeline on a real language model and real solutions, in less than an hour on 2 cores:
 #   examples/real_run.sh SMOLLM2-135M-FOLDER PROCESSBENCH-GSM8K.JSON OUT
 # The model does not keep to the verification line by itself, so as a teacher it is shown two examples (few_shot.txt)
 # and --complete lets it answer the line. docs/real_run.md holds what this printed.
