@@ -40,7 +40,7 @@ class TrainConfig:
     schedule: Annotated[str, "of the learning rate after the warm-up", ("cosine", "constant")] = "cosine"
     weight_decay: Annotated[float, "of matrices, decoupled (AdamW)", (0, None)] = 0.0
     beta2: Annotated[float, "AdamW's second decay rate", (0, 1)] = 0.999
-    clip: Annotated[float, "largest norm of the gradient", (0, None)] = 1.0
+    clip: Annotated[float, "largest norm of the gradient", (1e-9, None)] = 1.0
     eval_every: Annotated[int, "optimizer steps between validations (and after the last step)", (1, None)] = 100
     save_every: Annotated[int, "optimizer steps between checkpoints", (1, None)] = 100
     keep: Annotated[int, "checkpoints kept", (1, None)] = 1
