@@ -147,7 +147,7 @@ def f1_figure(plt, config: Config, models: dict[str, list[dict]]):
             spread = np.abs(np.array([[r["f1_low"], r["f1_high"]] for r in rows]).T - f1)
             axis.errorbar([r["k"] for r in rows], f1, spread, color=f"C{colour}", marker="o", markersize=3, capsize=2, label=name)
     axis.set(xlabel="K, analyses per step", ylabel="F1 (%)", title="F1 against K (bars: 95% bootstrap over solutions)")
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
