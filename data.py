@@ -78,7 +78,7 @@ class SampleConfig(SamplerConfig):
 def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
     print_config(config)
-    rows = [(read_case_id(row, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
+    rows = [(get_field(row, "id", str, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
     counts, start = Counter(), time.perf_counter()
     journal = Journal(config.out, config)
     journal.check([case_id for case_id, _ in rows])
@@ -284,10 +284,6 @@ def print_table(title: str, counts: Counter) -> None:
             print(f"  {name:<50} {counts[name]:>9,}")
 
 
-def read_case_id(row: dict, where: str) -> str:
-    return get_field(row, "id", str, where)
-
-
 def read_analyses(row: dict, where: str) -> list[Analysis]:
     """The analyses of a line of samples.jsonl."""
     found = []
@@ -354,6 +350,10 @@ class Examples:
             return ids[:1], [ids[1:]]  # the first token has nothing to be predicted from
         return self.tokenizer.chat(prompt), [self.tokenizer.response(r) for r in responses]
 
+    def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
+        """`pack` of these examples: (trees, the numbers of over-long ones)."""
+        return pack({i: self[i] for i in numbers}, micro_tokens)
+
 
 @dataclass
 class MicroBatch:
@@ -370,15 +370,14 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
     In lexicographic order neighbours share the most; a tree is full when the next one's own tokens do not fit.
     """
     batches, long, chosen, size, last = [], [], [], 0, np.zeros(0, dtype=np.int64)
-    order = sorted(units, key=lambda i: (units[i][0], units[i][1]))
-    for i in order:
+    for i in sorted(units, key=units.__getitem__):
         prompt, responses = units[i]
         whole = np.asarray(prompt + responses[0])
         alone = len(prompt) + sum(map(len, responses))
         if alone > micro_tokens:
             long.append(i)
             continue
-        new = alone - min(common_prefix(last, whole), len(whole))
+        new = alone - common_prefix(last, whole)
         if chosen and size + new > micro_tokens:
             batches.append(_micro_batch(units, chosen))
             chosen, size, new = [], 0, alone

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
 from cli import BadInput, run
-from data import PAIR_FIELDS, Examples, MicroBatch, pack, travelling_prompt
+from data import PAIR_FIELDS, Examples, MicroBatch, travelling_prompt
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
 from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -45,14 +45,14 @@ def main(config: Config) -> None:
     train = Examples(config.train, PAIR_FIELDS, tokenizer)
     validation = Examples(config.validation, PAIR_FIELDS, tokenizer) if config.validation else None
     steps, numbers = epoch_batches(len(train), config)
-    first, _ = pack({i: train[i] for i in numbers(0)}, config.micro_tokens)
+    first, _ = train.pack(numbers(0), config.micro_tokens)
     print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
     reference = reference_logprobs(config, model, train)
     validation_reference = reference_logprobs(config, model, validation) if validation else None
     run = Run(config, model, config.model, travelling_prompt(config.train, config.model), steps)
 
     for step in run.progress():
-        batches, long = pack({i: train[i] for i in numbers(step)}, config.micro_tokens)
+        batches, long = train.pack(numbers(step), config.micro_tokens)
         run.report_long(train.path, long, train.length)
         n_pairs = sum(len(batch.examples) for batch in batches)
         if not n_pairs:
@@ -103,7 +103,7 @@ class Means:
 def evaluate(run: Run, model: Decoder, examples: Examples, reference: np.ndarray) -> dict[str, float]:
     metrics, size = Means(), run.config.batch_size
     for start in range(0, len(examples), size):
-        batches, long = pack({i: examples[i] for i in range(start, min(start + size, len(examples)))}, run.config.micro_tokens)
+        batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
         run.report_long(examples.path, long, examples.length)
         for batch in batches:
             pair_losses(run.config, model, batch, reference, metrics)
@@ -133,7 +133,7 @@ def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np
         if not np.isnan(table[first:last]).any():
             continue
         rows = np.full((last - first, 2), LEFT_OUT, dtype=np.float32)
-        for batch in pack({i: examples[i] for i in range(first, last)}, config.micro_tokens)[0]:
+        for batch in examples.pack(range(first, last), config.micro_tokens)[0]:
             with precision(config):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)
             rows[np.array(batch.examples) - first] = logprobs.cpu().numpy()

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import load_config, load_model, load_tokenizer
 from cli import BadInput, run
-from data import SFT_FIELDS, Examples, pack, travelling_prompt
+from data import SFT_FIELDS, Examples, travelling_prompt
 from model import Decoder
 from rprm import response_logprobs, sft_loss
 from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -36,12 +36,12 @@ def main(config: Config) -> None:
     train = Examples(config.train, SFT_FIELDS, tokenizer)
     validation = Examples(config.validation, SFT_FIELDS, tokenizer) if config.validation else None
     steps, numbers = epoch_batches(len(train), config)
-    first, _ = pack({i: train[i] for i in numbers(0)}, config.micro_tokens)
+    first, _ = train.pack(numbers(0), config.micro_tokens)
     print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
     run = Run(config, model, folder, travelling_prompt(config.train, folder), steps)
 
     for step in run.progress():
-        batches, long = pack({i: train[i] for i in numbers(step)}, config.micro_tokens)
+        batches, long = train.pack(numbers(step), config.micro_tokens)
         run.report_long(train.path, long, train.length)
         n_tokens = sum(sum(batch.lengths) for batch in batches)  # normalise over the whole step, however it is cut
         if not n_tokens:
@@ -68,7 +68,7 @@ def evaluate(run: Run, model: Decoder, examples: Examples) -> float:
     """The mean loss per response token over a file."""
     total, n_tokens, size = 0.0, 0, run.config.batch_size
     for start in range(0, len(examples), size):
-        batches, long = pack({i: examples[i] for i in range(start, min(start + size, len(examples)))}, run.config.micro_tokens)
+        batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
         run.report_long(examples.path, long, examples.length)
         for batch in batches:
             with precision(run.config):

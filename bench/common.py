@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
-from cli import BadInput
+from cli import BadInput, print_config
 from model import Decoder
 from readers import read_labelled_steps
 from rprm import Case, load_prompt
@@ -204,6 +204,14 @@ def matmul_flops(size: int = 2048) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- the table
+
+def run_side_or_all(config: BenchConfig, sides: dict[str, Callable], measure: Callable) -> None:
+    """The main of each benchmark: in a process of one side, do its work and report it; else measure all and print the table."""
+    if config.side:
+        return report(sides[config.side](config))
+    print_config(config)
+    print_rows(measure(config))
+
 
 def print_rows(rows: list[Row]) -> None:
     """As Markdown, for bench/README.md."""

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import numpy as np
 import torch
 
-from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, print_rows, report
+from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
-from cli import print_config, run
+from cli import run
 from generate import Engine, Request
 from model import Decoder, ModelConfig
 from rprm import Sampler, Sampling
@@ -39,10 +39,7 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    if config.side:
-        return report(ours(config))
-    print_config(config)
-    print_rows(measure(config))
+    run_side_or_all(config, {"ours": ours}, measure)
 
 
 def measure(config: Config) -> list[Row]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
-from bench.common import BenchConfig, Row, consecutive_cases, in_turn, median_run, print_rows, prompt_ids, report
+from bench.common import BenchConfig, Row, consecutive_cases, in_turn, median_run, prompt_ids, run_side_or_all
 from checkpoint import load_model
-from cli import print_config, run
+from cli import run
 from generate import Engine, Request
 from rprm import yes_no_ids
 
@@ -22,10 +22,7 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    if config.side:
-        return report(ours(config))
-    print_config(config)
-    print_rows(measure(config))
+    run_side_or_all(config, {"ours": ours}, measure)
 
 
 def measure(config: Config) -> list[Row]:

@@ -15,9 +15,9 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 import torch
 
-from bench.common import BenchConfig, Row, in_turn, load_words, median_run, print_rows, report
+from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
-from cli import print_config, run
+from cli import run
 from readers import read_rows, read_solution
 from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
 
@@ -33,10 +33,7 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    if config.side:
-        return report({"ours": ours, "peer": peer}[config.side](config))
-    print_config(config)
-    print_rows(measure(config))
+    run_side_or_all(config, {"ours": ours, "peer": peer}, measure)
 
 
 def measure(config: Config) -> list[Row]:

@@ -16,10 +16,10 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 import torch
 
-from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_run, peak_mb, print_rows, prompt_ids,
-                          report, scattered_cases)
+from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_run, peak_mb, prompt_ids,
+                          run_side_or_all, scattered_cases)
 from checkpoint import DTYPES, load_model
-from cli import print_config, run
+from cli import run
 from generate import Engine, Request
 from rprm import row_seed, yes_no_ids
 
@@ -41,10 +41,7 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    if config.side:
-        return report({"ours": ours, "peer": peer}[config.side](config))
-    print_config(config)
-    print_rows(measure(config))
+    run_side_or_all(config, {"ours": ours, "peer": peer}, measure)
 
 
 def measure(config: Config) -> list[Row]:

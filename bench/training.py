@@ -23,10 +23,10 @@ import torch
 import train_dpo
 import train_sft
 from bench.common import (BenchConfig, Clock, Row, all_cases, in_turn, load_words, matmul_flops, median_run, peak_mb,
-                          print_rows, report, scattered_cases)
+                          run_side_or_all, scattered_cases)
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, json_line, print_config, run
-from data import PAIR_FIELDS, SFT_FIELDS, Examples, pack
+from cli import BadInput, json_line, run
+from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from model import Decoder
 from rprm import VERIFICATION, response_logprobs
 from training import Run
@@ -50,10 +50,7 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    if config.side:
-        return report({"ours": ours, "loss": initial_loss, "peer": peer}[config.side](config))
-    print_config(config)
-    print_rows(measure(config))
+    run_side_or_all(config, {"ours": ours, "loss": initial_loss, "peer": peer}, measure)
 
 
 def measure(config: Config) -> list[Row]:
@@ -148,7 +145,7 @@ def ours(config: Config) -> dict:
 
 def work(config: Config, examples: Examples, seconds: float) -> dict:
     """What there was to compute, and the share of the machine's FLOP/s that it makes."""
-    batches, _ = pack({i: examples[i] for i in range(len(examples))}, config.micro_tokens)
+    batches, _ = examples.pack(range(len(examples)), config.micro_tokens)
     tree = sum(len(batch.tree) for batch in batches)
     responses = sum(sum(batch.lengths) for batch in batches)
     c = load_config(Path(config.model))
@@ -168,7 +165,7 @@ def initial_loss(config: Config) -> dict:
         examples = Examples(write_lines(config, folder), FIELDS[config.what], load_tokenizer(config.model))
         model, logprobs, lengths = load_model(config.model), [], []
         for i in range(config.peer_examples):
-            [batch], _ = pack({i: examples[i]}, config.micro_tokens)
+            [batch], _ = examples.pack([i], config.micro_tokens)
             logprobs.append(response_logprobs(model, batch.tree, batch.starts).tolist())
             lengths.append(batch.lengths)
     logprobs, tokens = np.array(logprobs), int(np.sum(lengths))
