@@ -57,7 +57,7 @@ INWARD = "buys takes borrows gets".split()  # the subject has more afterwards; "
 STARTS = ("{hero} has {n} {things}.", "At first {hero} has {n} {things}.")
 CONNECTORS = ("", "", "Then ", "Later ", "Now ", "After that ")
 QUESTIONS = ("How many {things} does {hero} have now?", "How many {things} does {hero} have in the end?")
-STEPS = ("After {other}: {sum}.", "With {other}: {sum}.", "{other} makes it {sum}.")
+STEPS = ("After {other}: {sum}.", "{other} makes it {sum}.")
 
 
 @dataclass(frozen=True)
@@ -287,8 +287,8 @@ def analyse(rng, problem, steps, index, sloppiness):
 
     verdict = previous_agrees and source_agrees and operation_agrees and calculation_agrees
     return "\n".join((
-        f"Step {index + 1}: {step.text}",
         f"Previous steps: {previous}",
+        f"Now step: {step.left}{step.sign}{step.right}={step.result}.",
         f"Data source: {source}",
         f"Consistency: sign {operation}",
         f"Calculation: {worked}, {calculation}",
@@ -318,16 +318,11 @@ def render_chat(prompt, response):
 
 def pretraining_texts(rng, difficulty, count):
     """Two texts for each of `count` cases: a sloppy analysis with its verdict, and the same verdict alone. So the base
-    has seen as many direct verdicts as analyses, on the same cases and equally often right.
-
-    Two cases of three are wrong steps, most of them with a number that must be looked up: where the step is right,
-    copying its numbers passes for looking them up, and the model would learn nothing else.
-    """
-    kinds = KINDS_OF_ERROR + ("data source", "contradiction")
+    has seen as many direct verdicts as analyses, on the same cases and equally often right. Half of the steps are wrong."""
     with_analysis = (HERE / "prompt.txt").read_text(encoding="utf-8").strip()
     direct = (HERE / "direct_prompt.txt").read_text(encoding="utf-8").strip()
     for i in range(count):
-        problem, steps, label = draw(rng, difficulty, i % 3 == 0, kinds)
+        problem, steps, label = draw(rng, difficulty, i % 2 == 0)
         index = label if label >= 0 else int(rng.integers(len(steps)))
         analysis, verdict = analyse(rng, problem, steps, index, Sloppiness())
         yield render_chat(render_prompt(with_analysis, problem, steps, index), analysis)
@@ -338,8 +333,8 @@ def pretraining_texts(rng, difficulty, count):
 # The base model: its tokenizer and configuration
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's way of cutting text: words with the space before them, and every digit by itself.
-CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# Qwen2's way of cutting text, words with the space before them; but numbers in pairs of digits, where it has single ones.
+CUT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
