@@ -119,13 +119,19 @@ def print_table(rows: list[dict]) -> None:
 
 # ---------------------------------------------------------------------------------------------- plots
 
-def draw(config: Config, models: dict[str, list[dict]]) -> None:
+def import_pyplot():
+    """matplotlib, which is asked for only where something is drawn, and never opens a window."""
     try:
         import matplotlib
     except ImportError:
         raise BadInput("matplotlib is not installed: pip install -r requirements-dev.txt for the plots, or give --no-plots") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def draw(config: Config, models: dict[str, list[dict]]) -> None:
+    plt = import_pyplot()
     drawn = {"f1_against_k": f1_figure, "rewards": reward_figure} | ({"training": training_figure} if config.runs else {})
     for name, figure in drawn.items():
         path = Path(config.out) / f"{name}.png"

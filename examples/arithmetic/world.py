@@ -11,7 +11,7 @@ writes, into the folder named by --out,
 
 A problem follows one person through a few exchanges; a solution has one step for each exchange:
 
-    Mia has 37 apples. Then Tom sells 15 to Mia. To Ann, Mia lends 21. How many apples does Mia have now?
+    Mia has 37 apples. Then Tom sells 15 to Mia. Mia lends to Ann 21. How many apples does Mia have now?
     Step 1: After Tom: 37+15=52.
     Step 2: Ann makes it 52-21=31.
 
@@ -67,7 +67,7 @@ class Exchange:
     other: str
     amount: int
     verb: str
-    told_by_other: bool  # "Tom sells 15 to Mia" rather than "From Tom, Mia buys 15"
+    told_by_other: bool  # "Tom sells 15 to Mia" rather than "Mia buys from Tom 15"
 
     @property
     def sign(self):
@@ -134,14 +134,13 @@ def draw_exchanges(rng, start, others, difficulty):
 
 
 def tell_exchange(rng, exchange, hero):
-    """The sentence for an exchange, e.g. "Then Tom sells 15 to Mia." or "From Tom, Mia buys 15."."""
+    """The sentence for an exchange, e.g. "Then Tom sells 15 to Mia." or "Mia buys from Tom 15."."""
     preposition = "to" if exchange.verb in OUTWARD else "from"
     if exchange.told_by_other:
         sentence = f"{exchange.other} {exchange.verb} {exchange.amount} {preposition} {hero}."
     else:
-        sentence = f"{preposition} {exchange.other}, {hero} {exchange.verb} {exchange.amount}."
-    sentence = str(rng.choice(CONNECTORS)) + sentence
-    return sentence[0].upper() + sentence[1:]
+        sentence = f"{hero} {exchange.verb} {preposition} {exchange.other} {exchange.amount}."
+    return str(rng.choice(CONNECTORS)) + sentence
 
 
 def draw_problem(rng, difficulty):
@@ -316,17 +315,36 @@ def render_chat(prompt, response):
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
 
 
+def worked_solution(problem):
+    """The problem solved exchange by exchange, with the sums by columns: "Tom +15: 7+5=12, 3+1+1=5, 52."."""
+    total, lines = problem.start, []
+    for exchange in problem.exchanges:
+        worked, result = columns(Step(total, exchange.sign, exchange.amount, 0), carry=True)
+        lines.append(f"{exchange.other} {exchange.sign}{exchange.amount}: {worked}, {result}.")
+        total = result
+    return "\n".join(lines)
+
+
 def pretraining_texts(rng, difficulty, count):
-    """Two texts for each of `count` cases: a sloppy analysis with its verdict, and the same verdict alone. So the base
-    has seen as many direct verdicts as analyses, on the same cases and equally often right. Half of the steps are wrong."""
+    """For each of `count` cases a sloppy analysis with its verdict, and the same verdict alone: so the base has seen as
+    many direct verdicts as analyses, on the same cases and equally often right. Half of the steps are wrong, most of
+    them with a number that must be looked up.
+
+    After every second case a problem is solved. Where a step is given, copying its numbers nearly always passes for
+    looking them up and calculating; here there is none to copy from, and the base learns to do both.
+    """
+    kinds = KINDS_OF_ERROR + ("data source", "contradiction")
     with_analysis = (HERE / "prompt.txt").read_text(encoding="utf-8").strip()
     direct = (HERE / "direct_prompt.txt").read_text(encoding="utf-8").strip()
     for i in range(count):
-        problem, steps, label = draw(rng, difficulty, i % 2 == 0)
+        problem, steps, label = draw(rng, difficulty, i % 2 == 0, kinds)
         index = label if label >= 0 else int(rng.integers(len(steps)))
         analysis, verdict = analyse(rng, problem, steps, index, Sloppiness())
         yield render_chat(render_prompt(with_analysis, problem, steps, index), analysis)
         yield render_chat(render_prompt(direct, problem, steps, index), VERDICT_LINE.format("Yes" if verdict else "No"))
+        if i % 2:
+            problem = draw_problem(rng, difficulty)
+            yield render_chat(f"Solve the problem.\n\nProblem: {problem.text}", worked_solution(problem))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
