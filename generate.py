@@ -58,11 +58,12 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: flo
     token = torch.empty(len(p), dtype=torch.int64, device=p.device)
     rows = torch.arange(len(p), device=p.device)  # those still without a token
     for width in CANDIDATES + (p.shape[1],):
-        top, ids = p[rows].topk(min(width, p.shape[1]), dim=-1)  # (rows, width), most likely first
-        token[rows] = ids.gather(1, _invert(top, u[rows], top_p)[:, None])[:, 0]
-        rows = rows[top.sum(dim=-1) < top_p]  # their nucleus is wider
-        if width >= p.shape[1] or not len(rows):
+        top, ids = p.topk(min(width, p.shape[1]), dim=-1)  # (rows, width), most likely first
+        token[rows] = ids.gather(1, _invert(top, u, top_p)[:, None])[:, 0]
+        wider = torch.nonzero(top.sum(dim=-1) < top_p)[:, 0]  # the nucleus of these is wider
+        if width >= p.shape[1] or not len(wider):
             return token
+        rows, p, u = rows[wider], p[wider], u[wider]
 
 
 def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -82,6 +83,14 @@ def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
     highest = scores.amax(dim=-1, keepdim=True)
     total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
     return (scores.to(v.dtype) @ v) / total, (highest + total.log()).squeeze(-1)
+
+
+def attend_root(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """attend_part for long keys without a mask, (KV, N, D) and (KV, L, D): on CPU, PyTorch's blocked kernel has no scores to write down."""
+    if q.device.type != "cpu":
+        return attend_part(q, k, v)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=1.0)
+    return out[0], lse[0]
 
 
 class _Prompt(NamedTuple):
@@ -267,20 +276,20 @@ class Engine:
 
     def _attend(self, layer: int, q: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
         """The rows' queries over root, part and tail, merged exactly. q (R, H, D) -> (R, H, D)."""
-        R, P, L = self.rows, len(self.prompts), self.longest
+        R, P, L = self.rows, len(self.prompts), self.part_unseen.shape[3]
         KV, D = self.tail.shape[3], self.tail.shape[5]
         q = (q * D ** -0.5).view(R, KV, -1, D)  # (R, KV, G, D): G queries share a key/value head
         G = q.shape[2]
-        found = [attend_part(q, self.tail[0, layer, :R, :, :L], self.tail[1, layer, :R, :, :L], unseen)]
+        found = [attend_part(q, self.tail[0, layer, :R, :, :self.longest], self.tail[1, layer, :R, :, :self.longest], unseen)]
         # the rows of one prompt side by side: (R, ...) -> (P, places, KV, G, D) -> (P, KV, places * G, D)
         grid = q.new_zeros(P * self.places, KV, G, D)
         grid[self.grid] = q
         grid = grid.view(P, self.places, KV, G, D).transpose(1, 2).reshape(P, KV, self.places * G, D)
-        out, lse = attend_part(grid, self.part[0, layer, :P], self.part[1, layer, :P], self.part_unseen)
+        out, lse = attend_part(grid, self.part[0, layer, :P, :, :L], self.part[1, layer, :P, :, :L], self.part_unseen)
         found.append((out.view(P, KV, self.places, G, D).transpose(1, 2).reshape(-1, KV, G, D)[self.grid],
                       lse.view(P, KV, self.places, G).transpose(1, 2).reshape(-1, KV, G)[self.grid]))
         if self.root.shape[3]:  # all rows at once: (KV, R * G, D)
-            out, lse = attend_part(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
+            out, lse = attend_root(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
             found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
         weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each part's share of the whole softmax
         merged = sum(weight.to(out.dtype) * out for weight, (out, _) in zip(weights, found))
@@ -346,7 +355,7 @@ class Engine:
         rank[order] = torch.arange(self.rows, device=order.device) - (counts.cumsum(0) - counts)[self.slot[order]]
         self.places = int(counts.max())
         self.grid = self.slot * self.places + rank
-        window = torch.arange(self.part.shape[4], device=order.device)
+        window = torch.arange(int(self.part_length.max()), device=order.device)
         self.part_unseen = torch.where(window < self.part_length[:, None], 0.0, -torch.inf)[:, None, None]  # (P, 1, 1, L)
 
 

@@ -244,8 +244,10 @@ CAREFUL = Sloppiness(0.0, 0.0, 0.0, 0.0)
 
 
 def compare(found, claimed):
-    """"52, step 52, agrees." and whether it does."""
-    return f"{found}, step {claimed}, {'agrees' if found == claimed else 'differs'}.", found == claimed
+    """"52, step 57: 5:5 agrees,2:7 differs." and whether they agree. Digit by digit: to see at a glance that two tokens
+    are the same is beyond a model as small as this."""
+    digits = [f"{a}:{b} {'agrees' if a == b else 'differs'}" for a, b in zip(f"{found:02}", f"{claimed:02}")]
+    return f"{found}, step {claimed}: {','.join(digits)}.", found == claimed
 
 
 def columns(step, carry):
@@ -279,7 +281,8 @@ def analyse(rng, problem, steps, index, sloppiness):
         source, source_agrees = "in the problem.", True
 
     trusts = exchange.told_by_other and rng.random() < sloppiness.trusts_operation
-    operation, operation_agrees = compare(step.sign if trusts else exchange.sign, step.sign)
+    sign = step.sign if trusts else exchange.sign
+    operation_agrees = sign == step.sign
 
     worked, result = columns(step, carry=rng.random() >= sloppiness.forgets_carry)
     calculation, calculation_agrees = compare(result, step.result)
@@ -287,9 +290,8 @@ def analyse(rng, problem, steps, index, sloppiness):
     verdict = previous_agrees and source_agrees and operation_agrees and calculation_agrees
     return "\n".join((
         f"Previous steps: {previous}",
-        f"Now step: {step.left}{step.sign}{step.right}={step.result}.",
         f"Data source: {source}",
-        f"Consistency: sign {operation}",
+        f"Consistency: sign {sign}, step {step.sign}, {'agrees' if operation_agrees else 'differs'}.",
         f"Calculation: {worked}, {calculation}",
         VERDICT_LINE.format("Yes" if verdict else "No"))), verdict
 
@@ -325,13 +327,24 @@ def worked_solution(problem):
     return "\n".join(lines)
 
 
+def comparisons(rng, count=6):
+    """Numbers, and whether those that were found are the same: half of them are, the others nearly."""
+    claimed = rng.integers(10, 100, count)
+    lines = []
+    for number in map(int, claimed):
+        near = [n for n in (number + 1, number - 1, number + 10, number - 10, number % 10 * 10 + number // 10, int(rng.choice(claimed)))
+                if has_two_digits(n) and n != number]
+        lines.append("total " + compare(number if rng.random() < 0.5 else int(rng.choice(near)), number)[0])
+    return "Compare the steps.\n\n" + ", ".join(map(str, claimed)), "\n".join(lines)
+
+
 def pretraining_texts(rng, difficulty, count):
     """For each of `count` cases a sloppy analysis with its verdict, and the same verdict alone: so the base has seen as
     many direct verdicts as analyses, on the same cases and equally often right. Half of the steps are wrong, most of
     them with a number that must be looked up.
 
-    After every second case a problem is solved. Where a step is given, copying its numbers nearly always passes for
-    looking them up and calculating; here there is none to copy from, and the base learns to do both.
+    Between them stand exercises in what an analysis needs, since there it is hardly ever told apart from copying what the
+    step says: a problem is solved after every second case, with no step to copy from, and numbers are compared.
     """
     kinds = KINDS_OF_ERROR + ("data source", "contradiction")
     with_analysis = (HERE / "prompt.txt").read_text(encoding="utf-8").strip()
@@ -345,6 +358,7 @@ def pretraining_texts(rng, difficulty, count):
         if i % 2:
             problem = draw_problem(rng, difficulty)
             yield render_chat(f"Solve the problem.\n\nProblem: {problem.text}", worked_solution(problem))
+        yield render_chat(*comparisons(rng))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
