@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
 
 EXIT_BAD_INPUT = 2
+HOW = ("resume", "overwrite", "server", "concurrency", "timeout", "retries", "api_key_env")  # a resumed run may differ in these
 
 
 class BadInput(Exception):
@@ -221,13 +222,13 @@ class Journal:
     with journal:                       # from here on there are files
         journal.write(object)
 
-    The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume` and `overwrite` apart.
+    The config stands beside it (OUT.config.json); a resumed run must have the same one, those of HOW apart.
     """
 
     def __init__(self, out: str | Path, config: Any):
         self.out, self.part = Path(out), Path(f"{out}.part")
         self.config_path = Path(f"{out}.config.json")
-        self.config = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite")}
+        self.config = {k: v for k, v in resolved(config).items() if k not in HOW}
         self.done: list[dict] = []
         if config.resume and self.out.exists():
             raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
