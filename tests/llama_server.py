@@ -76,6 +76,8 @@ def serve(path: Path, port: int, slots: int = 4, context: int = 8192) -> None:
     params.model_alias = {"model"}
     params.hostnames = ["127.0.0.1"]
     params.port, params.n_parallel, params.n_ctx = port, slots, slots * context
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # by default keys and values are rounded to
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # 16 bits, and sums too
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     print("serving", server.listening_address, flush=True)
