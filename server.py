@@ -122,6 +122,7 @@ class Server:
         self.stopped = Event()
         self.pause: Callable[[float], Any] = self.stopped.wait  # seconds
         self.repeated: Counter[str] = Counter()
+        self.lock = Lock()  # of the counter
 
     def models(self) -> dict[str, dict] | None:
         """name -> description of the models that the server lists; None where it keeps no list. BadInput if nobody answers."""
@@ -146,7 +147,8 @@ class Server:
                 last = failure
             if self.stopped.is_set() or attempt == self.retries:
                 break
-            self.repeated[last.kind] += 1
+            with self.lock:
+                self.repeated[last.kind] += 1
             self.pause(max(min(LONGEST_PAUSE, 2.0 ** attempt) * random.uniform(0.5, 1), min(last.after, self.timeout)))
         raise BadInput(f"{self.url}{path}: {last}, {attempt + 1} times in a row; look at the server, and see --timeout, --concurrency and "
                        "--retries (what is in --out stays: --resume goes on)")
@@ -206,7 +208,7 @@ class Server:
 
     def _clean(self, text: str) -> str:
         """A stranger's text for our messages: without the key, on one line, and short."""
-        text = text.replace(self.key, "***") if self.key else text
+        text = (text.replace(self.key, "***") if self.key else text)[:10000]
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200] or "no reason given"
 
 
@@ -375,8 +377,9 @@ class ServerEngine:
     def p_yes(self, top: dict[int | str, float]) -> float | None:
         """P(Yes) / (P(Yes) + P(No)) from the top log-probabilities of one place.
 
-        One of the two words absent: it counts as likely as the least likely token shown, which it cannot exceed, so the
-        value lies between the true one and 0.5. Both absent: None. Either is counted.
+        One of the two words absent: it counts as likely as the least likely token shown. It is no likelier, so the value
+        lies between the true one and 0.5, unless that token is the word that was drawn, from beyond the top: then the value
+        is 0.5. Both absent: None. Either is counted.
         """
         yes, no = (top.get(token_id, top.get(text)) for token_id, text in self.words)
         if yes is None and no is None:
@@ -386,8 +389,7 @@ class ServerEngine:
         if yes is not None and no is not None:
             return 0.5 + 0.5 * math.tanh((yes - no) / 2)
         shown = yes if no is None else no
-        bound = sorted(top.values(), reverse=True)[:self.top][-1]  # beyond that stands only the token that was drawn
-        odds = 0.5 + 0.5 * math.tanh((min(bound, shown) - shown) / 2)  # of the absent one
+        odds = 0.5 + 0.5 * math.tanh((min(top.values()) - shown) / 2)  # of the absent one
         with self.lock:
             self.bounded += 1
             self.widest_bound = max(self.widest_bound, odds)
