@@ -152,10 +152,13 @@ class Sampler:
 
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling):
         self.model, self.tokenizer, self.prompt, self.sampling = model, tokenizer, prompt, sampling
-        self.context = model.config.max_position_embeddings
         self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, for a verdict to be read
         self.engine = Engine(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
                              sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
+
+    @property
+    def context(self) -> int:
+        return self.model.config.max_position_embeddings
 
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))

@@ -429,8 +429,11 @@ class ServerSampler(Sampler):
     """
 
     def __init__(self, engine: ServerEngine, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling, room: int):
-        self.engine, self.tokenizer, self.prompt, self.sampling = engine, tokenizer, prompt, sampling
-        self.room, self.context = room, engine.context + room
+        self.engine, self.tokenizer, self.prompt, self.sampling, self.room = engine, tokenizer, prompt, sampling, room
+
+    @property
+    def context(self) -> float:
+        return self.engine.context + self.room
 
     def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
         jobs = (None if case is None else partial(self._analyse, case) for case in cases)

@@ -258,6 +258,17 @@ def test_a_missing_verdict_is_read_after_the_line(stand_in, tiny_folder, dialect
     assert [a.p_yes for a in found(stand_in, tiny_folder, cases(1), force=False)[0]] == [None] * 4
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_where_the_tokens_do_not_tell_the_place_the_verdict_is_read_again(stand_in, tiny_folder, dialect):
+    """Tokens that the text has not: a server may list more than it shows."""
+    honest, stand_in.dialect = stand_in.logprobs, dialect
+    stand_in.logprobs = lambda ids, tops: honest(ids + ids[:2], tops + tops[:2])
+    it = sampler(stand_in, tiny_folder, temperature=0.0, k=1)
+    [(_, [a])] = it.analyses(cases(1))
+    before = stand_in.tokenizer.decode(it.prompt_ids(cases(1)[0])) + a.text[:a.text.rindex("?") + 1]
+    assert a.p_yes == pytest.approx(p_yes(before)) and not a.forced
+
+
 def test_cut_off_analyses_are_told(stand_in, tiny_folder):
     [analyses] = found(stand_in, tiny_folder, cases(1), max_new_tokens=3)
     assert [(a.finished, a.n_tokens, a.forced) for a in analyses] == [(False, 3, True)] * 4
