@@ -477,7 +477,7 @@ def test_a_refused_case_is_named(stand_in, tiny_folder):
     ({"device": "meta"}, "--device has no meaning"), ({"tokenizer": None}, "--server needs --tokenizer FOLDER"),
     ({"server": None}, "--tokenizer needs --server"),
     ({"server": None, "tokenizer": None, "concurrency": 3}, "--concurrency needs --server"),
-    *(({"server": url}, "not an address") for url in ("localhost:8000", "http://", "ftp://h", "http://h:port", "http://h h", "http://[::1")),
+    *(({"server": url}, "not an address") for url in ("localhost:8", "http://", "ftp://h", "http://h:port", "http://h h", "http://[::1")),
     ({"server": f"http://user:{KEY}@h"}, "give the address alone"), ({"server": f"http://h?key={KEY}"}, "give the address alone"),
     ({"api_key_env": KEY}, "NAME of an environment variable"), ({"api_key_env": "RPRM_ODD"}, "beyond ASCII")])
 def test_flags_that_cannot_be(monkeypatch, changes, said):
@@ -638,7 +638,7 @@ def compare(config: score.Config, there: ServedConfig, asked: list[Case], k: int
     return len(pairs) - len(same), max(abs(a.p_yes - b.p_yes) for a, b in same), max(rewards)
 
 
-def test_a_real_server_gives_the_rewards_of_the_local_path(serve, tmp_path):
+def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
     """The embedded model over llama.cpp in fp32: greedy analyses of its small world, whole ones (P(Yes) where the verdict is sampled)
     and cut ones (P(Yes) after an added line). Measured: 2e-6."""
     base = ROOT / "examples" / "arithmetic" / "base"
@@ -662,12 +662,13 @@ def test_a_real_server_gives_the_rewards_of_the_local_path(serve, tmp_path):
         assert again == pytest.approx(a.p_yes, abs=1e-4)
 
 
-def test_a_real_server_with_a_real_model(serve, smollm2, processbench):
+def test_a_real_server_with_a_real_model(serve, smollm2, processbench, tmp_path):
     """SmolLM2-135M, a step of ProcessBench, greedy. A text may part from the other where two tokens are nearly as likely; then
     its P(Yes) is another analysis's: not seen in these 16 tokens, nor in 11 steps of 128, whose P(Yes) differed by 5e-6."""
     solution = processbench[0]
     asked = [Case(solution["problem"], (), solution["steps"][0])]
-    common = {"temperature": 0.0, "max_new_tokens": 16}
+    (tmp_path / "words.txt").write_text(WORDS)
+    common = {"temperature": 0.0, "max_new_tokens": 16, "prompt_file": str(tmp_path / "words.txt")}
     there = ServedConfig(model="model", server=serve(smollm2), tokenizer=str(smollm2), **common)
     different, p, r = compare(score.Config(model=str(smollm2), device="cpu", **common), there, asked, 1)
     assert (different, p <= 1e-4, r <= 1e-4) == (0, True, True), (different, p, r)
