@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
 
 EXIT_BAD_INPUT = 2
+HOW = ("server", "concurrency", "timeout", "retries", "api_key_env")  # where and how a model is asked: a resumed run may differ in these
 
 
 class BadInput(Exception):
@@ -221,7 +222,7 @@ class Journal:
     with journal:                       # from here on there are files
         journal.write(object)
 
-    The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume` and `overwrite` apart.
+    The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume`, `overwrite` and HOW apart.
     """
 
     def __init__(self, out: str | Path, config: Any):
@@ -241,7 +242,7 @@ class Journal:
 
     def _check_config(self) -> None:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
-        changed = [k for k in self.config if before.get(k) != self.config[k]]
+        changed = [k for k in self.config if k not in HOW and before.get(k) != self.config[k]]
         if changed:
             raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same command or give --overwrite")

@@ -26,7 +26,8 @@ from checkpoint import PROMPT_FILE, ChatTokenizer
 from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
 from readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, SamplerConfig, has_one_verdict, load_prompt, load_sampler, parse_verdict
+from rprm import VERIFICATION, Analysis, Case, Prompt, has_one_verdict, load_prompt, parse_verdict
+from server import ServedConfig, load_sampler
 
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -64,7 +65,7 @@ def cases(config: CasesConfig) -> None:
 # ---------------------------------------------------------------------------------------------- samples
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(SamplerConfig):
+class SampleConfig(ServedConfig):
     cases: Annotated[str, "cases.jsonl"]
     out: Annotated[str, "samples.jsonl to write"]
     n: Annotated[int, "analyses per case", (1, None)] = 4
@@ -95,6 +96,8 @@ def sample(config: SampleConfig) -> None:
             bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
                                 f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
     print_table("analyses", counts)
+    if config.server:
+        print(sampler.engine.tally())
 
 
 def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:

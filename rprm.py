@@ -117,9 +117,14 @@ def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
     return yes[-1], no[-1]
 
 
+def verdict_letter(text: str) -> int:
+    """Where the final verdict word begins in a text that has one."""
+    return VERDICT_LINE.fullmatch(text.rstrip().rsplit("\n", 1)[-1]).start(1) + text.rstrip().rfind("\n") + 1
+
+
 def _verdict_place(ids: list[int], text: str, tokenizer: ChatTokenizer) -> int:
     """Which token holds the first letter of the final verdict word in `text` = decode(ids)."""
-    letter = VERDICT_LINE.fullmatch(text.rstrip().rsplit("\n", 1)[-1]).start(1) + text.rstrip().rfind("\n") + 1
+    letter = verdict_letter(text)
     for place in reversed(range(len(ids))):
         if len(tokenizer.decode(ids[:place])) <= letter:
             return place
@@ -151,12 +156,15 @@ class Sampler:
         self.engine = Engine(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
                              sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
 
+    @property
+    def context(self) -> int:
+        return self.model.config.max_position_embeddings
+
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))
-        context = self.model.config.max_position_embeddings
-        if len(ids) + self.room >= context:
+        if len(ids) + self.room >= self.context:
             raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more are needed, but the model's "
-                           f"context is {context}; leave this case out or use a model with a longer context")
+                           f"context is {self.context}; leave this case out or use a model with a longer context")
         return ids
 
     def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
@@ -201,6 +209,8 @@ class Sampler:
                  for i in unread]
         for i, text, p_yes in zip(unread, texts, self.engine.read_p_yes(
                 [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts])):
+            if p_yes is None:  # only a server may not know it
+                continue
             draw = np.random.default_rng(row_seed(self.sampling.seed, case, i) % 2 ** 63).random()
             line = f"{VERIFICATION} {'Yes' if draw < p_yes else 'No'}"
             found[i] = replace(found[i], text=f"{text}\n{line}" if text else line, verdict=bool(draw < p_yes), p_yes=p_yes,

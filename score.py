@@ -19,13 +19,13 @@ from tqdm import tqdm
 from cli import BadInput, Journal, print_config, run, write_json
 from data import in_order, read_analyses
 from readers import Solution, read_rows, read_solution
-from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, SamplerConfig, load_sampler, reward, show_p_yes,
-                  show_verdict)
+from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict)
+from server import ServedConfig, load_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplerConfig):
-    model: Annotated[str, "checkpoint: a Hugging Face folder"] = str(DEFAULT_MODEL)
+class Config(ServedConfig):
+    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(DEFAULT_MODEL)
     problem: Annotated[str | None, "one solution: the problem's text"] = None
     step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
     input: Annotated[tuple[str, ...], "files in ProcessBench's format (one object: that solution alone)"] = ()
@@ -65,6 +65,8 @@ def main(config: Config) -> None:
         if config.out:
             write_json(Path(config.out).with_suffix(".summary.json"), table)
     print(f"model: {config.model}; {time.perf_counter() - start:.1f} s, {sampler.engine.new_tokens} tokens sampled ({rate(sampler, start)})")
+    if config.server:
+        print(sampler.engine.tally())
 
 
 def rate(sampler: Sampler, start: float) -> str:
