@@ -31,7 +31,7 @@ SIZES = (8, 4, 2, 1)  # the data-size curve: the first 1/8, 1/4, 1/2 of the case
 KS = tuple(range(1, 9))
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t by number of seeds
 BOOTSTRAPS = 2000
-SAMPLING = ("--max-new-tokens", "100", "--batch-size", "64")
+SAMPLING = ("--max-new-tokens", "120", "--batch-size", "64")
 
 
 @dataclass(frozen=True)
