@@ -16,7 +16,7 @@ from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 
-from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix
+from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix, keep_freed_memory
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
 CANDIDATES = (64, 1024)  # top-p looks for the nucleus among so many tokens first, then among all
@@ -112,6 +112,7 @@ class Engine:
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
                  top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
+        keep_freed_memory()
         self.model, self.max_rows, self.yes_no = model, max_rows, yes_no
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.context = model.config.max_position_embeddings - reserve

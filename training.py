@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import DTYPES, save_checkpoint
 from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json, writing
-from model import Decoder
+from model import Decoder, keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ class Run:
     def __init__(self, config: TrainConfig, model: Decoder, tokenizer_from: str | Path, prompt: str | None, steps: int):
         self.config, self.model, self.tokenizer_from, self.prompt, self.steps = config, model, tokenizer_from, prompt, steps
         self.out = Path(config.out)
+        keep_freed_memory()
         model.checkpoint_activations = config.checkpoint_activations
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
