@@ -293,8 +293,8 @@ class Engine:
             out, lse = attend_root(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
             found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
         weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each part's share of the whole softmax
-        merged = sum(weight.to(out.dtype) * out for weight, (out, _) in zip(weights, found))
-        return merged.reshape(R, KV * G, D)
+        merged = sum(weight * out for weight, (out, _) in zip(weights, found))  # at least fp32
+        return merged.to(q.dtype).reshape(R, KV * G, D)
 
     def _append(self, rows: slice, logits: torch.Tensor) -> None:
         """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""
