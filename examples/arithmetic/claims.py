@@ -6,8 +6,8 @@ runs the whole chain of demo.sh once per seed, each stage a command line of its 
 OUT/claims.png and the tables between the markers of examples/arithmetic/README.md. A killed run goes on where it was.
 
 The direct PRM and R-PRM start from the same base and see the same cases; learning rate and epochs of each come from the
-same grid, by validation loss on the first seed. A seed has problems of its own, for training as for the test, and the
-test split is read once, at the end.
+same grid, by validation loss on the first seed. DPO's settings come from validation F1 there: its loss goes on falling where the
+model already says No to nearly everything. A seed has problems of its own, for training as for the test.
 """
 import itertools
 import os
@@ -27,7 +27,7 @@ from cli import BadInput, print_config, read_jsonl, run, write_json, writing
 from report import accuracies, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
-DPO_LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
+DPO_SETTINGS = tuple(itertools.product(("3e-5", "1e-4", "3e-4"), ("0", "5")))  # learning rate, weight of the NLL term
 SIZES = (8, 4, 2, 1)  # the data-size curve: the first 1/8, 1/4, 1/2 of the cases, and all
 KS = tuple(range(1, 9))
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t by number of seeds
@@ -43,7 +43,6 @@ class Config:
     train: Annotated[int, "solutions from which cases are made, per seed", (16, None)] = 400
     test: Annotated[int, "test solutions per seed", (10, None)] = 200
     difficulty: Annotated[float, "of the problems, see world.py", (0, 1)] = 0.5
-    dpo_nll: Annotated[float, "weight of DPO's NLL term", (0, None)] = 0.1
     dpo_epochs: Annotated[int, "passes over the pairs", (1, None)] = 2
     beta: Annotated[float, "DPO's beta", (1e-6, None)] = 0.1
     base: Annotated[str, "the model that both kinds start from, and from which seed data is collected"] = str(HERE / "base")
@@ -105,27 +104,39 @@ class Chain:
         self.stage("pairs", "data.py", "pairs", "--samples", f / "preferences.jsonl", "--validation", 0.1, "--seed", self.seed,
                    "--out", f / "pairs.jsonl", "--overwrite")
 
-    def train_dpo(self, sft: Path, lr: str) -> Path:
-        c, f, name = self.config, self.folder, f"dpo.lr-{lr}"
+    def train_dpo(self, sft: Path, lr: str, nll: str) -> Path:
+        c, f, name = self.config, self.folder, f"dpo.lr-{lr}.nll-{nll}"
         self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", c.dpo_nll, "--beta", c.beta, "--batch-size", 32,
+                   "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", nll, "--beta", c.beta, "--batch-size", 32,
                    "--eval-every", 5, "--seed", self.seed, "--resume")
         return f / name
 
-    def score(self, name: str, model: Path, *flags) -> None:
-        self.stage(f"scores.{name}", "score.py", "--model", model, "--input", self.folder / "world/test.jsonl", *SAMPLING,
-                   "--seed", self.seed, "--out", self.folder / f"scores.{name}.jsonl", "--resume", *flags)
+    def score(self, name: str, model: Path, *flags, data: str = "world/test.jsonl") -> Path:
+        out = self.folder / f"scores.{name}.jsonl"
+        self.stage(f"scores.{name}", "score.py", "--model", model, "--input", self.folder / data, *SAMPLING, "--seed", self.seed,
+                   "--out", out, "--resume", *flags)
+        return out
+
+    def validation_f1(self, run: Path) -> float:
+        """F1 at K = 7 on solutions of their own."""
+        self.stage("validation", HERE / "world.py", "--out", self.folder / "validation", "--seed", 2000 + self.seed, "--difficulty",
+                   self.config.difficulty, "--train", 0, "--validation", 150, "--test", 0, "--pretrain", 0)
+        lines = [line for _, line in read_jsonl(self.score(f"validation.{run.name}", run / "model", "--k", 7, data="validation/validation.jsonl"))]
+        return accuracies(np.array([line["prediction"] for line in lines]), np.array([line["label"] for line in lines]))[2]
 
     def run(self, chosen: dict[str, tuple[str, ...]]) -> None:
+        """Everything but DPO."""
         self.prepare()
         runs = {(kind, size): self.train(kind, size, *chosen[kind]) for kind, size in itertools.product(("direct", "sft"), SIZES)}
         self.prefer(runs["sft", 1])
-        dpo = self.train_dpo(runs["sft", 1], *chosen["dpo"])
         for size in SIZES:
             self.score(f"direct.{size}", runs["direct", size] / "model", "--direct", "--k", 1, "--all-steps")
             self.score(f"sft.{size}", runs["sft", size] / "model", "--k", *KS, *(["--all-steps"] if size == 1 else []))
-        self.score("dpo", dpo / "model", "--k", *KS, "--all-steps")
         self.score("base", self.base, "--k", *KS, "--all-steps")
+
+    def run_dpo(self, chosen: dict[str, tuple[str, ...]]) -> None:
+        dpo = self.train_dpo(self.train("sft", 1, *chosen["sft"]), *chosen["dpo"])
+        self.score(f"dpo.{dpo.name}", dpo / "model", "--k", *KS, "--all-steps")
 
 
 def lowest_loss(run: Path) -> float:
@@ -144,35 +155,30 @@ def first_share(source: Path, target: Path, size: int) -> None:
             file.write(words.read_text(encoding="utf-8"))
 
 
-def choose(config: Config) -> tuple[dict[str, tuple[str, ...]], list[dict]]:
-    """The settings of each kind with the lowest validation loss on the first seed, and the whole grid."""
-    chain, chosen, grid = Chain(config, config.seeds[0]), {}, []
-    chain.prepare()
-
-    def search(kinds: tuple[str, ...], settings: list[tuple[str, ...]], train) -> None:
-        points = list(itertools.product(kinds, settings))
-        with ThreadPoolExecutor(config.jobs) as pool:
-            losses = list(pool.map(lambda point: lowest_loss(train(point[0], *point[1])), points))
-        for kind in kinds:
-            own = [(loss, setting) for (k, setting), loss in zip(points, losses) if k == kind]
-            chosen[kind] = min(own)[1]
-            grid.extend({"kind": kind, "setting": setting, "loss": loss, "chosen": setting == chosen[kind]} for loss, setting in own)
-    search(("direct", "sft"), list(itertools.product(LEARNING_RATES, EPOCHS)), lambda kind, lr, epochs: chain.train(kind, 1, lr, epochs))
-    sft = chain.train("sft", 1, *chosen["sft"])
-    chain.prefer(sft)
-    search(("dpo",), [(lr,) for lr in DPO_LEARNING_RATES], lambda _, lr: chain.train_dpo(sft, lr))
-    return chosen, grid
+def search(config: Config, grid: list[dict], kind: str, settings, judge, measure: str) -> tuple[str, ...]:
+    """The setting with the lowest judge(setting); all of them go into `grid`, with what was measured under its name."""
+    with ThreadPoolExecutor(config.jobs) as pool:
+        values = list(pool.map(judge, settings))
+    best = settings[int(np.argmin(values))]
+    grid.extend({"kind": kind, "setting": setting, "measure": measure, "value": abs(value), "chosen": setting == best}
+                for setting, value in zip(settings, values))
+    return best
 
 
 def main(config: Config) -> None:
     print_config(config)
     if len(config.seeds) not in T_975:
         raise BadInput(f"--seeds: {len(config.seeds)} of them; an interval over seeds needs {min(T_975)} to {max(T_975)}")
-    chosen, grid = choose(config)
+    first, grid, chosen, settings = Chain(config, config.seeds[0]), [], {}, list(itertools.product(LEARNING_RATES, EPOCHS))
+    first.prepare()
+    for kind in ("direct", "sft"):
+        chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
+    every_seed(config, lambda chain: chain.run(chosen))
+    sft = first.train("sft", 1, *chosen["sft"])
+    chosen["dpo"] = search(config, grid, "dpo", list(DPO_SETTINGS), lambda setting: -first.validation_f1(first.train_dpo(sft, *setting)), "validation F1")
     print_grid(grid)
-    with ThreadPoolExecutor(config.jobs) as pool:
-        list(pool.map(lambda seed: Chain(config, seed).run(chosen), config.seeds))
-    scores = {seed: read_scores(Path(config.out) / f"seed-{seed}") for seed in config.seeds}
+    every_seed(config, lambda chain: chain.run_dpo(chosen))
+    scores = {seed: read_scores(Path(config.out) / f"seed-{seed}", chosen) for seed in config.seeds}
     result = {"chosen": chosen, "grid": grid, "claims": [claim(scores, *c) for c in CLAIMS], "models": model_rows(scores),
               "sizes": size_rows(config, scores), "k": k_rows(scores)}
     write_json(Path(config.out) / "claims.json", result)
@@ -181,6 +187,11 @@ def main(config: Config) -> None:
     draw(config, result)
     if config.readme:
         write_readme(text)
+
+
+def every_seed(config: Config, work) -> None:
+    with ThreadPoolExecutor(config.jobs) as pool:
+        list(pool.map(lambda seed: work(Chain(config, seed)), config.seeds))
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -196,9 +207,10 @@ CLAIMS = (
     ("R-PRM SFT - base", ("sft.1", 8), ("base", 8), None))
 
 
-def read_scores(folder: Path) -> dict[str, list[dict]]:
-    names = ["base", "dpo", *(f"{kind}.{size}" for kind in ("direct", "sft") for size in SIZES)]
-    return {name: [line for _, line in read_jsonl(folder / f"scores.{name}.jsonl")] for name in names}
+def read_scores(folder: Path, chosen: dict) -> dict[str, list[dict]]:
+    files = {name: name for name in ("base", *(f"{kind}.{size}" for kind in ("direct", "sft") for size in SIZES))}
+    files["dpo"] = "dpo.dpo.lr-{}.nll-{}".format(*chosen["dpo"])
+    return {name: [line for _, line in read_jsonl(folder / f"scores.{file}.jsonl")] for name, file in files.items()}
 
 
 def interval(values) -> dict:
@@ -232,7 +244,7 @@ MEASURES = ("error_accuracy", "correct_accuracy", "f1", "auroc", "brier", "unpar
 
 def model_rows(scores: dict[int, dict]) -> list[dict]:
     """The models of the table, trained on all cases."""
-    return [over_seeds(scores, name, k, MEASURES) for name in NAMES for k in ((1,) if name == "direct.1" else (1, 3, 8))]
+    return [over_seeds(scores, name, k, MEASURES) for name in NAMES for k in ((1,) if name == "direct.1" else (1, 3, 7, 8))]
 
 
 def k_rows(scores: dict[int, dict]) -> list[dict]:
@@ -254,12 +266,11 @@ def shown(value: dict, digits: int = 1) -> str:
 
 def print_grid(grid: list[dict]) -> None:
     for row in grid:
-        print(f"grid: {row['kind']:<7} {setting_words(row):<22} validation loss {row['loss']:.4f}{'  <- chosen' if row['chosen'] else ''}")
+        print(f"grid: {row['kind']:<7} {setting_words(row):<22} {row['measure']} {row['value']:.4f}{'  <- chosen' if row['chosen'] else ''}")
 
 
 def setting_words(row: dict) -> str:
-    lr, *epochs = row["setting"]
-    return f"lr {lr}" + (f", epochs {epochs[0]}" if epochs else "")
+    return "lr {}, {} {}".format(row["setting"][0], "NLL weight" if row["kind"] == "dpo" else "epochs", row["setting"][1])
 
 
 def tables(config: Config, result: dict) -> str:
@@ -278,11 +289,12 @@ def tables(config: Config, result: dict) -> str:
     lines += ["", "| F1 by number of cases | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
     for kind, title in (("direct", "direct PRM"), ("sft", "R-PRM SFT, K=8")):
         lines.append(f"| {title} | " + " | ".join(shown(sizes[kind, n]["f1"]) for n in counts) + " |")
-    lines += ["", "The grid, by validation loss on the first seed (losses of different kinds are of different text and not comparable):", "",
-              "| kind | setting | validation loss |", "|---|---|---|"]
+    lines += ["", "The grid, on the first seed (losses of different kinds are of different text and not comparable):", "",
+              "| kind | setting | measure | value |", "|---|---|---|---|"]
     for row in result["grid"]:
         mark = "**" if row["chosen"] else ""
-        lines.append(f"| {NAMES[row['kind'] + ('' if row['kind'] == 'dpo' else '.1')]} | {setting_words(row)} | {mark}{row['loss']:.4f}{mark} |")
+        value = f"{row['value']:.1f}" if row["measure"].endswith("F1") else f"{row['value']:.4f}"
+        lines.append(f"| {NAMES[row['kind'] + ('' if row['kind'] == 'dpo' else '.1')]} | {setting_words(row)} | {row['measure']} | {mark}{value}{mark} |")
     return "\n".join(lines)
 
 
