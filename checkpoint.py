@@ -185,7 +185,8 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, int, tuple[int, ...]]]:
     return found
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", sharded: bool = False) -> Decoder:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               sharded: bool = False) -> Decoder:
     """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
 
     sharded: cut over the ranks of a training; each reads its own rows alone.
@@ -301,7 +302,8 @@ def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, tor
         yield name, tensor[row:row + shape[0]].to(dtype).contiguous().cpu()
 
 
-def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig, dtype: torch.dtype, shard_bytes: int) -> None:
+def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig, dtype: torch.dtype,
+                  shard_bytes: int) -> None:
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, _, shape) in layout(config).items()}  # in the order of `tensors`
     shards, room = [[]], shard_bytes
     for name, size in sizes.items():

@@ -283,13 +283,13 @@ def memory(shape: ModelConfig, config: TrainConfig, n_ranks: int) -> dict[str, f
     around = sum(p.numel() for p in model.parameters()) - layer * len(model.layers)  # embedding, last norm, head
     narrow = 2 if torch.device(config.device).type == "cuda" else 4  # bytes of a number in a matrix product
     kept = (6 * shape.hidden_size + 2 * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-            + 4 * shape.intermediate_size)  # numbers of a token that a layer keeps for its backward pass
-    checkpointed = config.checkpoint_activations  # then each layer keeps its input alone, and one at a time the rest
-    kept = 2 * shape.hidden_size * shape.num_hidden_layers + kept if checkpointed else kept * shape.num_hidden_layers
+            + 4 * shape.intermediate_size) * narrow  # bytes that a layer keeps of a token for its backward pass
+    checkpointed = config.checkpoint_activations  # then a layer keeps its input alone, fp32, and the rest while it is at work
+    kept = kept + 4 * shape.hidden_size * len(model.layers) if checkpointed else kept * len(model.layers)
     table = {"weights, fp32": 4 * rows, "gradients, fp32": 4 * rows, "both moments, fp32": 8 * rows}
     if n_ranks > 1:
         table["gathered: two layers, embedding and head, their gradients"] = layer * (3 * narrow + 4) + around * 8
     elif narrow == 2:
         table["weights again in bf16, as autocast keeps them"] = 2 * rows
-    table["activations" + (", checkpointed" if checkpointed else "")] = config.micro_tokens * kept * narrow
+    table["activations" + (", checkpointed" if checkpointed else "")] = config.micro_tokens * kept
     return table

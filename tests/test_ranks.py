@@ -28,7 +28,7 @@ from checkpoint import load_config, load_model, load_tokenizer
 from cli import BadInput, Journal, Stopped
 from conftest import ROOT
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
-from model import Tree
+from model import Tree, TreeAttention
 from rprm import response_logprobs
 from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, own_signals is a fixture
 
@@ -203,6 +203,29 @@ def test_the_memory_table_counts_what_a_rank_holds(ran, make_folder):
         assert held[0][name] == table[row] and held[1][name] <= table[row]
     alone = training.memory(load_config(jobs["sft"][1]["model"]), config, 1)
     assert sum(one["weights"] for one in held) == alone["weights, fp32"]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_table_estimates_the_activations(make_folder, checkpointed):
+    """Against the storages that autograd holds after a forward pass; checkpointed, these are the layers' inputs and the last norm's."""
+    model, seen = load_model(make_folder("qwen2", False)), {}
+    config = training.TrainConfig(out="x", lr=1.0, device="cpu", micro_tokens=400, checkpoint_activations=checkpointed)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+    model.checkpoint_activations = checkpointed
+    tree = Tree([[2] + list(range(3, 203)), list(range(1, 200))])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tree.ids, tree.positions, TreeAttention(tree.end)).sum()
+    held = sum(storage.nbytes() for place, storage in seen.items() if place not in parameters)
+    estimates = [training.memory(model.config, dataclasses.replace(config, checkpoint_activations=flag), 1) for flag in (False, True)]
+    if checkpointed:
+        inputs = estimates[1]["activations, checkpointed"] - estimates[0]["activations"] / 2  # without the one of two layers that is at work
+        assert inputs < held < 2.5 * inputs
+    else:
+        assert estimates[0]["activations"] == pytest.approx(held, rel=0.2)
 
 
 @pytest.mark.parametrize("count, trees", [(2, 5), (3, 4), (4, 1), (2, 0)])
