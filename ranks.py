@@ -1,6 +1,6 @@
 """Many ranks: one process per GPU, started by torchrun. In a single process everything here does nothing.
 
-    torchrun --nproc-per-node 8 train_sft.py --model FOLDER --train sft.jsonl --out runs/sft
+    torchrun --nproc-per-node 8 -- train_sft.py --model FOLDER --train sft.jsonl --out runs/sft
 
 Training cuts the model over the ranks (FSDP2): of every parameter, gradient and moment a rank holds some rows, and a layer
 is whole on a rank only while it is at work. Sampling and scoring give every rank the whole model and a share of the cases.

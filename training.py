@@ -216,6 +216,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
             self._remove_old()
+        ranks.wait()  # a rank that then stops would have torchrun end rank 0 too
 
     def _remove_old(self) -> None:
         """All but the last --keep checkpoints, and what a killed run left half-written."""

@@ -35,7 +35,7 @@ from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, w
 JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
         "sample": (data.SampleConfig, data.sample), "score": (score.Config, score.main)}
 STOP = 4  # a run that is stopped has done so many of its 9 steps
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")  # --: or it takes --n for its own
 
 
 # ---------------------------------------------------------------------------------------------- what the ranks do
