@@ -4,9 +4,12 @@
 Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox.
 """
 import json
+import math
 import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from jinja2 import TemplateError
@@ -15,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+import ranks
 from cli import BadInput, get_field, expect, read_json, write_json
 from model import Decoder, ModelConfig
 
@@ -168,30 +172,43 @@ def part_shapes(config: ModelConfig, name: str, shape: torch.Size) -> list[tuple
     return [(n, *shape[1:]) for n in rows]
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+def layout(config: ModelConfig) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Hugging Face name -> (our parameter's name, its first row there, shape), for every tensor of a checkpoint."""
+    with torch.device("meta"):
+        parameters = dict(Decoder(config).named_parameters())
+    found = {}
+    for ours, theirs in tensor_names(config).items():
+        row = 0
+        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
+            found[name] = (ours, row, shape)
+            row += shape[0]
+    return found
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               sharded: bool = False) -> Decoder:
     """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
+
+    sharded: cut over the ranks of a training; each reads its own rows alone.
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
     config = load_config(folder)
     files = _weight_files(Path(folder))
     with torch.device("meta"):
-        model = Decoder(config)
-    parameters = dict(model.named_parameters())
-    wanted = {}  # Hugging Face name -> (our name, first row, shape)
-    for ours, theirs in tensor_names(config).items():
-        row = 0
-        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
-            wanted[name] = (ours, row, shape)
-            row += shape[0]
+        model = Decoder(config).to(dtype)
+    if sharded:
+        ranks.shard(model, device)
+    wanted = layout(config)
     found = {name: (path, shape) for path in files for name, shape in _tensor_shapes(path).items()}
     _check_tensors(folder, wanted, found, config)
-    filled = {}
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
     for name, (ours, row, shape) in wanted.items():
-        if ours not in filled:
-            filled[ours] = torch.empty(parameters[ours].shape, dtype=dtype, device=device)
-        _read_tensor(found[name][0], name, filled[ours][row:row + shape[0]])
-    model.load_state_dict(filled, strict=True, assign=True)
+        own, first = ranks.own_rows(parameters[ours])
+        start, stop = max(row, first), min(row + shape[0], first + len(own))
+        if start < stop:
+            _read_tensor(found[name][0], name, start - row, own[start - first:stop - first])
     return model
 
 
@@ -229,13 +246,13 @@ def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> No
         raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); take config and weights from the same checkpoint")
 
 
-def _read_tensor(path: Path, name: str, out: torch.Tensor) -> None:
-    """Copy a tensor into `out`, a few rows at a time: each piece's file mapping is released before the next."""
+def _read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
+    """Copy a tensor's rows from `first` on into `out`, a few at a time: each piece's file mapping is released before the next."""
     row_bytes = out[0].numel() * 4
     step = max(1, READ_BYTES // row_bytes)
     for start in range(0, len(out), step):
         with safe_open(path, framework="pt") as file:
-            piece = file.get_slice(name)[start:start + step]
+            piece = file.get_slice(name)[first + start:first + min(start + step, len(out))]
             if not piece.is_floating_point():
                 raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; use an unquantised checkpoint")
             out[start:start + step].copy_(piece)
@@ -245,8 +262,14 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
                     dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a Hugging Face folder: weights, config, the tokenizer's files as they are, and the verification prompt.
 
-    Written aside and renamed: an existing folder is replaced only by a whole one.
+    Written aside and renamed: an existing folder is replaced only by a whole one. Where the model is cut over the ranks, all
+    of them must call this: its tensors are gathered one by one, and rank 0 writes them.
     """
+    tensors = whole_tensors(model, dtype)
+    if ranks.rank():
+        for _ in tensors:
+            pass
+        return
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -258,7 +281,7 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
         if prompt is not None:
             (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
         write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
-        _save_weights(aside, model, dtype, shard_bytes)
+        _save_weights(aside, tensors, model.config, dtype, shard_bytes)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -270,27 +293,32 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
     shutil.rmtree(old, ignore_errors=True)  # also what a killed run left between the two
 
 
-def _save_weights(folder: Path, model: Decoder, dtype: torch.dtype, shard_bytes: int) -> None:
-    parameters = dict(model.named_parameters())
-    pieces = []  # (Hugging Face name, view of our parameter)
-    for ours, theirs in tensor_names(model.config).items():
-        rows = [shape[0] for shape in part_shapes(model.config, ours, parameters[ours].shape)]
-        pieces += zip(theirs, parameters[ours].detach().split(rows))
+def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the model as Hugging Face names and cuts it, one after the other, on the CPU."""
+    parameters, gathered = ranks.parameters(model), None
+    for name, (ours, row, shape) in layout(model.config).items():
+        if gathered != ours:
+            gathered, tensor = ours, ranks.whole(parameters[ours].detach())
+        yield name, tensor[row:row + shape[0]].to(dtype).contiguous().cpu()
+
+
+def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig, dtype: torch.dtype,
+                  shard_bytes: int) -> None:
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, _, shape) in layout(config).items()}  # in the order of `tensors`
     shards, room = [[]], shard_bytes
-    for name, piece in pieces:
-        size = piece.numel() * dtype.itemsize
+    for name, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
             room = shard_bytes
-        shards[-1].append((name, piece))
+        shards[-1].append(name)
         room -= size
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):
-        save_file({name: piece.to(dtype).contiguous().cpu() for name, piece in shard}, folder / file, metadata={"format": "pt"})
+        save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(piece.numel() for _, piece in pieces) * dtype.itemsize},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name, _ in shard}})
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}})
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer

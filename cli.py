@@ -11,13 +11,18 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
 from types import UnionType
 from typing import Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
 
+import ranks
+
 EXIT_BAD_INPUT = 2
+EXIT_LOST_RANK = 3
 HOW = ("server", "concurrency", "timeout", "retries", "api_key_env")  # where and how a model is asked: a resumed run may differ in these
 
 
@@ -60,20 +65,28 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     try:
         main(config_class(**given))
+        ranks.leave()
     except BadInput as error:
         sys.exit(_report(str(error)))
     except OSError as error:
         sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}"))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if ranks.rank() == 0:
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except RuntimeError as error:
+        if not ranks.is_lost(error):
+            raise
+        print(f"error: rank {ranks.rank()} has lost another rank ({str(error)[:120]}); what is saved is whole: give the same command "
+              "with --resume to go on", file=sys.stderr)
+        sys.exit(EXIT_LOST_RANK)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def _report(message: str) -> int:
-    print("error:", " ".join(message.split("\n")), file=sys.stderr)
+    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}:", " ".join(message.split("\n")), file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -223,10 +236,13 @@ class Journal:
         journal.write(object)
 
     The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume`, `overwrite` and HOW apart.
+    With several ranks each has a part of its own for its share of the items (ranks.share), and rank 0 merges them.
     """
 
     def __init__(self, out: str | Path, config: Any):
-        self.out, self.part = Path(out), Path(f"{out}.part")
+        self.out, n = Path(out), ranks.count()
+        self.parts = [Path(f"{out}.part")] if n == 1 else [Path(f"{out}.{rank + 1}-of-{n}.part") for rank in range(n)]
+        self.part = self.parts[ranks.rank()]
         self.config_path = Path(f"{out}.config.json")
         self.config = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite")}
         self.done: list[dict] = []
@@ -234,11 +250,20 @@ class Journal:
             raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
         if not config.resume and self.part.exists() and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
+        if self._others() and not config.overwrite:
+            raise BadInput(f"{self._others()[0]}: left by an unfinished run of another number of ranks; give --resume to as many "
+                           f"or --overwrite to start anew")
         refuse_existing(out, config.overwrite)
         self.goes_on = config.resume and self.part.exists()
         if self.goes_on:
             self._check_config()
             self._read_part()
+
+    def _others(self) -> list[Path]:
+        """What runs of other numbers of ranks left."""
+        found = self.out.parent.iterdir() if self.out.parent.is_dir() else ()
+        pattern = re.compile(re.escape(self.out.name) + r"(\.\d+-of-\d+)?\.part")
+        return sorted(path for path in found if pattern.fullmatch(path.name) and path not in self.parts)
 
     def _check_config(self) -> None:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
@@ -262,10 +287,14 @@ class Journal:
                 raise BadInput(f"{self.part}:{number}: field 'id' is not that of item {number} of the input; give --overwrite to start anew")
 
     def __enter__(self):
+        ranks.wait()  # no rank writes before all have looked
         if not self.goes_on:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.part.unlink(missing_ok=True)
-            write_json(self.config_path, self.config)
+            if ranks.rank() == 0:
+                for other in self._others():
+                    other.unlink()
+                write_json(self.config_path, self.config)
         self.file = open(self.part, "a", encoding="utf-8")
         return self
 
@@ -277,4 +306,20 @@ class Journal:
         os.fsync(self.file.fileno())
         self.file.close()
         if kind is None:
+            ranks.wait()  # for the other parts to be whole
+            if ranks.rank() == 0:
+                self._merge()
+
+    def _merge(self) -> None:
+        """The output from the parts: their lines in turn, which is the order of the items."""
+        if len(self.parts) == 1:
             os.replace(self.part, self.out)
+            return
+        with ExitStack() as stack, writing(self.out) as merged:
+            for file in cycle([stack.enter_context(open(part, encoding="utf-8")) for part in self.parts]):
+                line = file.readline()
+                if not line:
+                    break
+                merged.write(line)
+        for part in self.parts:
+            part.unlink()

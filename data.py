@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Iterable, Iterator
@@ -22,6 +23,7 @@ from typing import Annotated, Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
+import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
 from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
@@ -78,8 +80,10 @@ class SampleConfig(ServedConfig):
 
 def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
+    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
     print_config(config)
     rows = [(get_field(row, "id", str, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
+    rows = ranks.share(rows)
     counts, start = Counter(), time.perf_counter()
     journal = Journal(config.out, config)
     journal.check([case_id for case_id, _ in rows])
@@ -87,15 +91,16 @@ def sample(config: SampleConfig) -> None:
         count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
     todo = rows[len(journal.done):]
-    with journal, tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case") as bar:
-        write_prompt(config.out, sampler.prompt)
+    with journal, tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case", disable=ranks.rank() > 0) as bar:
+        if ranks.rank() == 0:
+            write_prompt(config.out, sampler.prompt)
         for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
             journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
             count_analyses(counts, case, analyses)
             bar.update()
             bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
                                 f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
-    print_table("analyses", counts)
+    print_table("analyses", sum(ranks.gather(counts), Counter()))
     if config.server:
         print(sampler.engine.tally())
 
@@ -389,6 +394,18 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
     if chosen:
         batches.append(_micro_batch(units, chosen))
     return batches, long
+
+
+def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
+    """This rank's share of a step's trees, as many as every other rank has: the ranks work through them side by side.
+
+    So trees of like size meet, and where they do not come out even, one with no response fills up: its loss and
+    gradient are 0.
+    """
+    if ranks.count() == 1:
+        return batches
+    fill = [MicroBatch(Tree([[0], [0]]), [1, 1], [], []) for _ in range(-len(batches) % ranks.count())]
+    return ranks.share(sorted(batches, key=lambda batch: -len(batch.tree)) + fill)
 
 
 def _micro_batch(units, chosen: list[int]) -> MicroBatch:

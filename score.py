@@ -11,15 +11,17 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Iterator
 
 from tqdm import tqdm
 
-from cli import BadInput, Journal, print_config, run, write_json
+import ranks
+from cli import BadInput, Journal, print_config, read_jsonl, run, write_json
 from data import in_order, read_analyses
 from readers import Solution, read_rows, read_solution
-from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict)
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
 from server import ServedConfig, load_sampler
 
 
@@ -42,29 +44,38 @@ class Config(ServedConfig):
 
 
 def main(config: Config) -> None:
+    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
     print_config(config)
-    found = solutions(config)
+    found = ranks.share(solutions(config))
+    if ranks.count() > 1 and not config.out:
+        raise BadInput("several ranks need --out, where their scores are merged")
     journal = Journal(config.out, config) if config.out else None
     lines = journal.done if journal else []
     if journal:
         journal.check([solution.id for _, solution in found])
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     todo, start = found[len(lines):], time.perf_counter()
-    with journal or nullcontext(), tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1) as bar:
+    with journal or nullcontext(), tqdm(total=len(found), initial=len(lines), desc="score", unit="solution",
+                                         disable=len(found) == 1 or ranks.rank() > 0) as bar:
         for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
             lines.append(score_line(config, source, solution, judged))
             if journal:
                 journal.write(lines[-1])
             bar.update()
             bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-    if len(found) == 1:
+    seconds, [tokens] = time.perf_counter() - start, ranks.total(sampler.engine.new_tokens)
+    if ranks.rank():
+        return
+    if ranks.count() > 1:
+        lines = [line for _, line in read_jsonl(config.out)]
+    if len(lines) == 1:
         print_solution(config, lines[0])
     else:
         table = summary(lines, config.k)
         print_summary(table)
         if config.out:
             write_json(Path(config.out).with_suffix(".summary.json"), table)
-    print(f"model: {config.model}; {time.perf_counter() - start:.1f} s, {sampler.engine.new_tokens} tokens sampled ({rate(sampler, start)})")
+    print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
 
