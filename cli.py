@@ -72,7 +72,10 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
 
 
 def _report(message: str) -> int:
-    print("error:", " ".join(message.split("\n")), file=sys.stderr)
+    """One line on stderr. What a file put into the message can neither break the line, nor flood or steer the terminal."""
+    if len(message) > 2000:
+        message = f"{message[:1500]} ... {message[-400:]}"
+    print("error:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
     return EXIT_BAD_INPUT
 
 

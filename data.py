@@ -291,10 +291,14 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
         here = f"{where}: field 'analyses'[{i}]"
         expect(a, dict, here)
         verdict, p_yes = a.get("verdict"), a.get("p_yes")
+        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
+            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
+        if not 0 <= get_field(a, "n_tokens", int, here) < 2 ** 31:
+            raise BadInput(f"{here}.n_tokens: {str(a['n_tokens'])[:40]} is out of range; correct it")
         found.append(Analysis(text=get_field(a, "text", str, here),
                               verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                              p_yes=None if p_yes is None else float(expect(p_yes, float, f"{here}.p_yes")),
-                              n_tokens=get_field(a, "n_tokens", int, here), finished=get_field(a, "finished", bool, here),
+                              p_yes=None if p_yes is None else float(p_yes), n_tokens=a["n_tokens"],
+                              finished=get_field(a, "finished", bool, here),
                               forced=bool(a.get("forced", False))))
     return found
 
