@@ -8,9 +8,11 @@ import itertools
 import json
 import random
 import shutil
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +44,18 @@ PAIR = {"prompt": "Is it right?", "chosen": f"{VERIFICATION} No", "rejected": f"
 HOSTILE = [None, True, False, 0, -1, 1, 2, 10 ** 6, 10 ** 30, -10 ** 30, 0.5, 1e300, float("inf"), float("nan"), "", " ", "x", "\n", "\x00", "\x1b[2J", "𝔘",
            "ки", "Step 1:", "<|im_end|>", "{{ x }}", "{problem}", "a" * 5000, "\n" * 5000, "Step 1: ки" * 300, [], {}, [[]], [None], ["x"] * 300, {"text": "x"},
            {"": None}, [["x"]], list(range(50))]
+
+
+
+@pytest.fixture()
+def tmp_path(tmp_path):
+    """A folder in memory where there is one: on a disk, opening the thousand files is most of the time."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        yield tmp_path
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
+            yield Path(folder)
 
 
 # ---------------------------------------------------------------------------------------------- mutations
