@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from cli import BadInput, get_field, expect, read_json, write_json
 from model import Decoder, ModelConfig
@@ -372,7 +372,7 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         backend.no_truncation()
         backend.no_padding()
-        special = [token.content for token in backend.get_added_tokens_decoder().values()]
+        added = backend.get_added_tokens_decoder()
     config = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -381,6 +381,10 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
               for name in ("bos_token", "eos_token")}
     eos_ids = _eos_ids(folder, backend, tokens["eos_token"])
     before, after = _render_template(folder, config, tokens)
+    special = [token.content for token in added.values()]
+    with _calling_the_library(path):  # some files do not mark these as special, and then they would count as such in a user's text
+        backend.add_special_tokens([AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized)
+                                    for i, t in added.items() if i in eos_ids or (t.content.strip() and t.content in before + after)])
     last = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
     first = min((after.find(token) for token in special if token in after), default=len(after))
     tokenizer = ChatTokenizer(backend, [], before[last:], after[:first], [], eos_ids, _vocab_size(folder, eos_ids))

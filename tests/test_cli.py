@@ -153,6 +153,15 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
         assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {said}\n", "")
 
 
+def test_what_a_file_says_neither_breaks_nor_floods_the_line_nor_steers_the_terminal(capsys):
+    def main(config):
+        raise cli.BadInput("rows.jsonl:1: found \x1b[2J\r\u2028\x85" + "x" * 10 ** 6 + "; correct it")
+    with pytest.raises(SystemExit):
+        cli.run((Config, main), argv=["--model", "m"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: rows.jsonl:1: found  [2J   xxx") and said.endswith("x; correct it\n") and len(said) < 2000
+
+
 def test_an_error_in_the_program_is_not_hidden():
     """Only what the user gave is reported in one line; a bug keeps its traceback."""
     def main(config):
