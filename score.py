@@ -16,8 +16,8 @@ from typing import Annotated, Iterator
 
 from tqdm import tqdm
 
-from cli import BadInput, Journal, print_config, run, write_json
-from data import in_order, read_analyses
+from cli import BadInput, Journal, get_field, print_config, run, write_json
+from data import in_order, read_analyses, round_size, rounds
 from readers import Solution, read_rows, read_solution
 from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, SamplerConfig, load_sampler, reward, show_p_yes,
                   show_verdict)
@@ -44,19 +44,23 @@ class Config(SamplerConfig):
 def main(config: Config) -> None:
     print_config(config)
     found = solutions(config)
-    journal = Journal(config.out, config) if config.out else None
-    lines = journal.done if journal else []
+    size = round_size(config)
+    journal = Journal(config.out, config, size or 1) if config.out else None
+    lines = []
     if journal:
-        journal.check([solution.id for _, solution in found])
+        journal.check({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label} for source, s in found)
+        lines += [check_line(config, line, where) for where, line in journal.lines()]
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
-    todo, start = found[len(lines):], time.perf_counter()
+    start = time.perf_counter()
     with journal or nullcontext(), tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1) as bar:
-        for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
-            lines.append(score_line(config, source, solution, judged))
-            if journal:
-                journal.write(lines[-1])
-            bar.update()
-            bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
+        for numbers in rounds(len(lines), len(found), size):
+            some = found[numbers.start:numbers.stop]
+            for (source, solution), judged in zip(some, in_order(judge_all(sampler, config, [s for _, s in some]))):
+                lines.append(score_line(config, source, solution, judged))
+                if journal:
+                    journal.write(lines[-1])
+                bar.update()
+                bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
     if len(found) == 1:
         print_solution(config, lines[0])
     else:
@@ -152,6 +156,16 @@ def score_line(config: Config, source: str, solution: Solution, steps: list[list
             "label": solution.label, "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
             "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
             "samples": [[asdict(a) for a in analyses] for analyses in steps]}
+
+
+def check_line(config: Config, line: dict, where: str) -> dict:
+    """A line that a killed run left. Raises BadInput unless the tables can be made of it."""
+    for analyses in get_field(line, "samples", list, where):
+        read_analyses({"analyses": analyses}, where)
+    predictions = get_field(line, "predictions", dict, where)
+    if not line["samples"] or set(predictions) != {str(k) for k in config.k} or "rewards" not in line:
+        raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
+    return line
 
 
 # ---------------------------------------------------------------------------------------------- tables

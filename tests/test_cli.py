@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from pathlib import Path
+
 import pytest
 
 import cli
@@ -318,7 +320,7 @@ def killed(tmp_path):
 def test_a_journal_becomes_the_output_at_the_end(tmp_path):
     out = tmp_path / "new" / "out.jsonl"
     with Journal(out, Job()) as journal:
-        assert journal.done == []
+        assert journal.done == 0
         journal.write({"n": 0})
         assert rows(journal.part) == [{"n": 0}] and not out.exists()  # a kill now would lose nothing
     assert rows(out) == [{"n": 0}]
@@ -329,7 +331,7 @@ def test_a_journal_becomes_the_output_at_the_end(tmp_path):
 def test_a_killed_run_resumes_after_its_last_whole_line(killed):
     assert not killed.exists()
     with Journal(killed, RESUME) as journal:
-        assert journal.done == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
+        assert journal.done == 2 and [line for _, line in journal.lines()] == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
         journal.write({"n": 2})
     assert [row["n"] for row in rows(killed)] == [0, 1, 2]
     assert not journal.part.exists()
@@ -339,7 +341,7 @@ def test_resuming_twice_loses_nothing(killed):
     for n in (2, 3):
         with pytest.raises(RuntimeError):
             with Journal(killed, RESUME) as journal:
-                assert len(journal.done) == n
+                assert journal.done == n
                 journal.write({"n": n})
                 raise RuntimeError
     with Journal(killed, RESUME) as journal:
@@ -361,7 +363,7 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(killed):
         Journal(killed, Job())
     says(error, f"{killed}.part", "--resume", "--overwrite")
     with Journal(killed, OVERWRITE) as journal:
-        assert journal.done == []
+        assert journal.done == 0
     assert rows(killed) == []
 
 
@@ -387,7 +389,7 @@ def test_overwriting_keeps_the_old_output_until_the_end(tmp_path):
 
 def test_resume_without_an_earlier_run_starts_one(tmp_path):
     with Journal(tmp_path / "out.jsonl", RESUME) as journal:
-        assert journal.done == []
+        assert journal.done == 0
     assert rows(tmp_path / "out.jsonl") == []
 
 
@@ -404,5 +406,63 @@ def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
     with open(f"{killed}.part", "ab") as file:
         file.write(b'\n{"n": 3}\n')  # the torn line is now a line of its own
     with pytest.raises(BadInput) as error:
-        Journal(killed, RESUME)
+        list(Journal(killed, RESUME).lines())
     says(error, f"{killed}.part:3")
+
+
+@pytest.mark.parametrize("round_size, kept", [(1, 5), (2, 4), (3, 3), (4, 4), (6, 0)])
+def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError):
+        with Journal(out, Job()) as journal:
+            for n in range(5):
+                journal.write({"n": n})
+            raise RuntimeError
+    with Journal(out, RESUME, round_size) as journal:
+        assert journal.done == kept
+        journal.write({"n": "new"})
+    assert [row["n"] for row in rows(out)] == [*range(kept), "new"]
+
+
+def test_lines_must_be_those_of_the_items(killed):
+    for items, said in (([{"n": 0}, {"n": 1}, {"n": 2}], None), ([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"), ([{"n": 1}], ":1: field 'n'"),
+                        ([{"n": 0}], ":2: field")):
+        journal = Journal(killed, RESUME)
+        if said is None:
+            journal.check(items)
+        else:
+            with pytest.raises(BadInput) as error:
+                journal.check(items)
+            says(error, f"{killed}.part{said}")
+
+
+def test_a_killed_overwriting_goes_on(tmp_path):
+    """The old output is still there then, and is no sign of a complete run; before the first line, --resume begins anew."""
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"old": 1}\n', encoding="utf-8")
+    with pytest.raises(RuntimeError):
+        with Journal(out, OVERWRITE) as journal:
+            journal.write({"n": 0})
+            raise RuntimeError
+    for config in (RESUME, replace(RESUME, overwrite=True)):
+        assert Journal(out, config).done == 1
+    with Journal(out, RESUME) as journal:
+        journal.write({"n": 1})
+    assert rows(out) == [{"n": 0}, {"n": 1}]
+    Path(f"{out}.part").touch()  # killed between making the part and writing the config
+    with Journal(out, replace(OVERWRITE, resume=True, seed=5)) as journal:
+        journal.write({"n": 2})
+    assert rows(out) == [{"n": 2}] and cli.read_json(f"{out}.config.json")["seed"] == 5
+
+
+def test_lines_are_read_on_demand(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": 0}\n\n \r\n{"a": "é "}\n[1]\n{"a": 2}'.encode())
+    lines = cli.Lines(path)
+    assert len(lines) == 4 and lines[3] == (f"{path}:6", {"a": 2}) and lines[1] == (f"{path}:4", {"a": "é "}) and lines[0][1] == {"a": 0}
+    with pytest.raises(BadInput) as error:
+        lines[2]
+    says(error, f"{path}:5: expected an object")
+    with pytest.raises(BadInput) as error:
+        cli.Lines(tmp_path / "absent")
+    says(error, "no such file")
