@@ -4,14 +4,16 @@
 Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox.
 """
 import json
+import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 
 from cli import BadInput, get_field, expect, read_json, write_json
@@ -279,6 +281,17 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)  # also what a killed run left between the two
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, but a full disk is an OSError as everywhere else."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _save_weights(folder: Path, model: Decoder, dtype: torch.dtype, shard_bytes: int) -> None:

@@ -61,13 +61,13 @@ def main(config: Config) -> None:
                     journal.write(lines[-1])
                 bar.update()
                 bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
+        table = summary(lines, config.k)
+        if journal and len(found) > 1:  # before the scores are complete: a kill between the two would leave no table
+            write_json(Path(config.out).with_suffix(".summary.json"), table)
     if len(found) == 1:
         print_solution(config, lines[0])
     else:
-        table = summary(lines, config.k)
         print_summary(table)
-        if config.out:
-            write_json(Path(config.out).with_suffix(".summary.json"), table)
     print(f"model: {config.model}; {time.perf_counter() - start:.1f} s, {sampler.engine.new_tokens} tokens sampled ({rate(sampler, start)})")
 
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
-from cli import BadInput, run
+from cli import BadInput, naming, run
 from data import PAIR_FIELDS, Examples, MicroBatch, travelling_prompt
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
@@ -125,7 +125,8 @@ def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np
         return np.load(path, allow_pickle=False)
     part = path.with_suffix(".part")
     if not part.exists():
-        np.lib.format.open_memmap(part.with_suffix(".tmp"), "w+", np.float32, (len(examples), 2))[:] = np.nan
+        with naming(part), open(part.with_suffix(".tmp"), "wb") as file:  # written, not mapped: on a full disk that would be a SIGBUS
+            np.save(file, np.full((len(examples), 2), np.nan, dtype=np.float32))
         os.replace(part.with_suffix(".tmp"), part)
     table = np.lib.format.open_memmap(part, "r+")
     for first in tqdm(range(0, len(examples), config.batch_size), desc="reference", unit="batch"):

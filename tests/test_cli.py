@@ -1,13 +1,15 @@
 """The ground floor: command lines from dataclasses, readers that name the place of an error, files whole or absent."""
+import errno
 import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
-from pathlib import Path
-
+import numpy as np
 import pytest
+import torch
 
 import cli
 from cli import BadInput, Journal
@@ -164,12 +166,39 @@ def test_what_a_file_says_neither_breaks_nor_floods_the_line_nor_steers_the_term
     assert said.startswith("error: rows.jsonl:1: found  [2J   xxx") and said.endswith("x; correct it\n") and len(said) < 2000
 
 
+@dataclass(frozen=True)
+class Training:
+    micro_tokens: Annotated[int, "tokens"] = 8192
+    batch_size: Annotated[int, "examples"] = 128
+    checkpoint_activations: Annotated[bool, "less memory"] = False
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    batch_size: Annotated[int, "cases"] = 16
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8), lambda: bytearray(2 ** 60),
+                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", {"torch": torch})])
+def test_out_of_memory_says_what_to_lower(capsys, fail):
+    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"), (SamplingJob, "lower --batch-size (now 16); ")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run((config, lambda _: fail()), argv=["--micro-tokens", "4096"] if config is Training else [])
+        [error] = capsys.readouterr().err.strip().split("\n")
+        assert stop.value.code == 2 and error.startswith("error: out of memory (") and said in error
+
+
 def test_an_error_in_the_program_is_not_hidden():
     """Only what the user gave is reported in one line; a bug keeps its traceback."""
     def main(config):
         raise ZeroDivisionError
+
+    def shapes(config):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(ZeroDivisionError):
         cli.run((Other, main), argv=[])
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run((Other, shapes), argv=[])
 
 
 def test_the_resolved_config_is_json(capsys):
@@ -274,6 +303,26 @@ def test_written_json_reads_back(tmp_path):
     cli.write_json(tmp_path / "a.json", value)
     assert cli.read_json(tmp_path / "a.json") == value
     assert cli.json_line(value).count("\n") == 1 and json.loads(cli.json_line(value)) == value
+
+
+@pytest.mark.parametrize("out", ["file/out.jsonl", "file/new/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, out):
+    """A root may write everywhere, so a file stands here where a folder is needed."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as error:
+        cli.refuse_existing(tmp_path / out, overwrite=False)
+    says(error, str(tmp_path / out), "cannot be written", "Not a directory")
+    cli.refuse_existing(tmp_path / "new/folder/out.jsonl", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and looking leaves nothing
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_write_that_fails_names_its_file(tmp_path):
+    (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        with Journal(tmp_path / "out.jsonl", OVERWRITE) as journal:
+            journal.write({"n": 0})
+    assert error.value.filename == str(journal.part) and error.value.errno == errno.ENOSPC
 
 
 def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
