@@ -1,7 +1,7 @@
 """A checkpoint is a Hugging Face folder: config.json, *.safetensors, tokenizer.json and the chat template.
 
 `load_model` and `load_tokenizer` read one, `save_checkpoint` writes one that Transformers and vLLM open as it is.
-Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox.
+Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox, within a budget (template.py).
 """
 import json
 import os
