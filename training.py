@@ -98,11 +98,11 @@ class Run:
         if config.resume and checkpoints:
             self._restore(checkpoints[-1])
             self._remove_old()
-        elif not config.resume and self.out.exists():
-            replaced = self.out.with_name(self.out.name + ".replaced")
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        if not config.resume and self.out.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             self.out.rename(replaced)  # first: a kill while its files go must leave no half of a run for --resume to find
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # also what such a kill has left
         (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         if not (self.out / "config.json").exists():
             write_json(self.out / "config.json", resolved(config) | contents(config))
