@@ -14,7 +14,7 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -60,8 +60,8 @@ def count() -> int:
 
 # ---------------------------------------------------------------------------------------------- what the ranks agree on
 
-def share(items: list) -> list:
-    """This rank's part of a list that is the same on every rank: each count()-th item."""
+def share(items: Sequence) -> Sequence:
+    """This rank's part of a list or range that is the same on every rank: each count()-th item."""
     return items[rank()::count()]
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import ranks
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
-from cli import BadInput, run
+from cli import BadInput, naming, run
 from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
@@ -151,7 +151,8 @@ def open_table(path: Path, n: int) -> np.ndarray:
         return np.load(path, allow_pickle=False)
     part = path.with_suffix(".part")
     if not part.exists():
-        np.lib.format.open_memmap(part.with_suffix(".tmp"), "w+", np.float32, (n, 2))[:] = np.nan
+        with naming(part), open(part.with_suffix(".tmp"), "wb") as file:  # written, not mapped: on a full disk that would be a SIGBUS
+            np.save(file, np.full((n, 2), np.nan, dtype=np.float32))
         os.replace(part.with_suffix(".tmp"), part)
     return np.lib.format.open_memmap(part, "r+")
 

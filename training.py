@@ -7,6 +7,7 @@ A run's folder:
     checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them)
     model/                  the result, a Hugging Face folder: the best by validation loss, or the last without validation
 """
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import ranks
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json, writing
+from cli import BadInput, Stopped, expect, json_line, naming, print_config, read_json, refuse_existing, resolved, write_json, writing
 from model import Decoder, ModelConfig
 
 
@@ -141,8 +142,9 @@ class Run:
         """Append a line to metrics.jsonl and show some of it in the bar (rank 0)."""
         if ranks.rank():
             return
-        self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
-        self.log_file.flush()
+        with naming(self.out / "metrics.jsonl"):
+            self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
+            self.log_file.flush()
         line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         if split == "train":
             self.bar.set_postfix_str(line)
@@ -161,6 +163,9 @@ class Run:
         return (self.step + 1) % self.config.eval_every == 0 or self.step + 1 == self.steps
 
     def keep_if_best(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise BadInput(f"step {self.step + 1}: the validation loss is {loss}, and no model can be chosen by it; the last checkpoint is whole; "
+                           f"lower --lr or look at --validation {getattr(self.config, 'validation', '')}")
         if loss < self.best:
             self.best = loss
             self.save_model()
@@ -182,12 +187,15 @@ class Run:
 
     def _open_folder(self) -> None:
         """Make the run's folder, or clear away what a killed run left in it (rank 0)."""
+        replaced = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists() and not self.config.resume:
-            shutil.rmtree(self.out)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)  # first: a kill while its files go must leave no half of a run for --resume to find
+        shutil.rmtree(replaced, ignore_errors=True)  # also what such a kill has left
         (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._remove_old()
         if not (self.out / "config.json").exists():
-            write_json(self.out / "config.json", resolved(self.config))
+            write_json(self.out / "config.json", resolved(self.config) | contents(self.config))
         self._trim_log()
         self.log_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
 
@@ -208,7 +216,8 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
         ranks.wait()
-        ranks.save_tensors(aside, self._tensors())
+        with naming(folder):
+            ranks.save_tensors(aside, self._tensors())
         ranks.wait()
         if ranks.rank() == 0:
             write_json(aside / "state.json", {"step": self.step, "best": None if self.best == math.inf else self.best,
@@ -242,12 +251,24 @@ class Run:
                 file.writelines(line + "\n" for line in lines)
 
 
+def contents(config: TrainConfig) -> dict[str, str]:
+    """A hash of each data file: a resumed run must not meet other data behind the same path."""
+    found = {}
+    for name in ("train", "validation"):
+        path = getattr(config, name, None)
+        if path and Path(path).is_file():  # else `Examples` will say so
+            with open(path, "rb") as file:
+                found[f"content of --{name}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return found
+
+
 def check_out(config: TrainConfig) -> None:
     """Before any work: refuse an existing folder, or one that was made with other settings. Prints the config."""
     print_config(config)
     out = Path(config.out)
     if out.exists() and not (config.resume or config.overwrite):
         raise BadInput(f"{out}: exists already; give --resume to go on, --overwrite to replace it, or another --out")
+    refuse_existing(out, overwrite=True)
     is_run = (out / "checkpoints").is_dir() and (out / "config.json").is_file()
     if out.exists() and config.overwrite and any(out.iterdir()) and not is_run:
         raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
@@ -257,11 +278,14 @@ def check_out(config: TrainConfig) -> None:
             raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
-        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device")}
+        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations")}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:
             raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same settings")
+        changed = [name for name, content in contents(config).items() if before.get(name, content) != content]
+        if changed:
+            raise BadInput(f"{out / 'config.json'}: the {changed[0]} is not what the run was begun with; put the file back, or give --overwrite")
     ranks.wait()  # before rank 0 changes the folder that the others still look at
 
 
