@@ -45,7 +45,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_lost(error: RuntimeError) -> bool:
+def is_lost(error: Exception) -> bool:
     """Does the error say that another rank is gone, or did not answer in time?"""
     return count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 

@@ -6,8 +6,10 @@
 Small runs of the embedded model (examples/arithmetic/base), one process each, on the CPU: `data.py sample`, train_sft.py,
 train_dpo.py (its reference pass included) and score.py. A kill is SIGKILL at a moment drawn over the whole of the run, start-up
 included; every second run is killed again while it goes on. Then the same command with --resume must end with the same
-files, byte for byte (weights, metrics, samples, scores, tables). A file that differs is named, and the exit code is 1.
+files, byte for byte (weights, metrics, samples, scores, tables; of a checkpoint's headers, whose order DCP leaves open, the
+content). A file that differs is named, and the exit code is 2.
 """
+import json
 import os
 import random
 import shutil
@@ -17,7 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 from bench.common import ROOT
@@ -64,12 +66,20 @@ def main(config: Config) -> None:
     print("nothing differed")
 
 
-def results(world: Path) -> dict[str, bytes]:
+def results(world: Path) -> dict[str, Any]:
     """What a stage has written, by name: its folder, and DPO's reference beside the pairs."""
-    found = {str(path.relative_to(world)): path.read_bytes() for path in [*(world / "out").rglob("*"), *world.glob("*.reference-*")] if path.is_file()}
+    found = {str(path.relative_to(world)): content(path) for path in [*(world / "out").rglob("*"), *world.glob("*.reference-*")] if path.is_file()}
     if "out/config.json" in found:  # says whether the run was first given --resume
         found["out/config.json"] = found["out/config.json"].replace(b'"resume": true', b'"resume": false')
     return found
+
+
+def content(path: Path) -> Any:
+    raw = path.read_bytes()
+    if not path.name.startswith("shard-"):
+        return raw
+    size = int.from_bytes(raw[:8], "little")  # safetensors: the header's length, the header, the tensors
+    return json.loads(raw[8:8 + size]), raw[8 + size:]
 
 
 def clear(world: Path) -> None:

@@ -126,7 +126,7 @@ def ran(tmp_path_factory, make_folder):
     plan = [(name, two) for name, (_, two) in jobs.items()]
     plan += [("sft", sft_to("one_to_two") | {"resume": True}), ("sft", sft_to("two_to_one"), 1)]
     for name in ("sample", "score"):
-        out = folder / f"two/{name}.resumed"
+        out = folder / f"two/{name}.resumed.out"
         part_done(folder / f"one/{name}.out", out, jobs[name][1], [1, 2])
         config = Path(f"{out}.config.json")
         config.write_text(config.read_text().replace(str(folder / "one"), str(folder / "two")))
@@ -260,9 +260,9 @@ def rounded(value):
 
 
 @pytest.mark.parametrize("name", ["sample", "score"])
-@pytest.mark.parametrize("out", ["out", "resumed"])
+@pytest.mark.parametrize("out", ["out", "resumed.out"])
 def test_the_merged_file_is_that_of_one_rank(ran, name, out):
-    """Seven items on two ranks; "resumed" goes on from parts of 1 and 2 lines with torn ends. No part is left.
+    """Seven items on two ranks; "resumed" goes on from parts of 1 and 2 lines with torn ends, in rounds of 2. No part is left.
 
     P(Yes) may differ in its last bits, by what was sampled side by side; everything else is the same.
     """
@@ -273,13 +273,74 @@ def test_the_merged_file_is_that_of_one_rank(ran, name, out):
 
 
 def test_the_table_of_two_ranks_is_over_all_solutions(ran):
+    """Also where it is made of the parts that killed ranks left."""
     folder, _ = ran
+    assert (folder / "two/score.summary.json").read_text() == (folder / "two/score.resumed.summary.json").read_text()
     one, two = (json.loads((folder / number / "score.summary.json").read_text()) for number in ("one", "two"))
     assert one == two and one[0]["solutions"] == 7
 
 
+Job = dataclasses.make_dataclass("Job", [("resume", bool, False), ("overwrite", bool, False), ("seed", int, 0)], frozen=True)
+
+
+class Killed(Exception):
+    pass
+
+
+def journals(monkeypatch, out: Path, config, die_at_wait: int = 99) -> list[Journal]:
+    """Those of two ranks in this one process; a rank dies when it would wait for the other the so many-th time."""
+    waits = []
+
+    def wait():
+        waits.append(0)
+        if len(waits) == die_at_wait:
+            raise Killed
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "wait", wait)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        found.append(Journal(out, config))
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    return found
+
+
+def leave_parts(out: Path, seed: int) -> None:
+    """A run of two ranks that was killed after three items."""
+    Path(f"{out}.1-of-2.part").write_text('{"n": 0}\n{"n": 2}\n')
+    Path(f"{out}.2-of-2.part").write_text('{"n": 1}\n')
+    Path(f"{out}.config.json").write_text(json.dumps({"seed": seed}))
+
+
+def test_rank_0_has_everything_before_the_output_is_complete(monkeypatch, tmp_path):
+    leave_parts(tmp_path / "out", seed=0)
+    first, second = journals(monkeypatch, tmp_path / "out", Job(resume=True))
+    assert (first.done, second.done) == (2, 1)
+    with first:
+        assert first.everything() == [{"n": 0}, {"n": 1}, {"n": 2}] and not (tmp_path / "out").exists()
+    assert (tmp_path / "out").read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n' and not list(tmp_path.glob("*.part"))
+
+
+def test_a_killed_overwriting_by_many_ranks_mixes_no_runs(monkeypatch, tmp_path):
+    """The old run's settings stay beside its lines until every rank has emptied its part."""
+    out = tmp_path / "out"
+    leave_parts(out, seed=0)
+    with pytest.raises(Killed), journals(monkeypatch, out, Job(overwrite=True, seed=5), die_at_wait=2)[0]:
+        pass
+    assert not Path(f"{out}.1-of-2.part").read_text() and Path(f"{out}.2-of-2.part").read_text()
+    with pytest.raises(BadInput, match="another --seed"):
+        journals(monkeypatch, out, Job(resume=True, seed=5))
+
+
+def test_an_overwriting_that_one_rank_had_begun_goes_on(monkeypatch, tmp_path):
+    (tmp_path / "out").write_text('{"old": 1}\n')
+    with pytest.raises(BadInput, match="is complete already"):
+        journals(monkeypatch, tmp_path / "out", Job(resume=True))
+    Path(tmp_path / "out.1-of-2.part").touch()
+    assert [journal.done for journal in journals(monkeypatch, tmp_path / "out", Job(resume=True))] == [0, 0]
+
+
 def test_parts_of_another_number_of_ranks_are_not_lost_unasked(tmp_path):
-    Job = dataclasses.make_dataclass("Job", [("resume", bool, True), ("overwrite", bool, False)], frozen=True)
     left = tmp_path / "a.jsonl.2-of-3.part"
     left.write_text('{"id": "0"}\n')
     for resume in (True, False):
@@ -356,6 +417,7 @@ def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path):
 
 
 if __name__ == "__main__":
+    data.ROUND = 1
     given = json.loads(Path(sys.argv[1]).read_text())
     for job in given["plan"]:
         do(*job)
