@@ -210,7 +210,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: t
         ranks.shard(model, device)
         model.to_empty(device=device)
     else:  # to_empty would import sympy, which takes a second
-        model.load_state_dict({name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}, assign=True)
+        empty = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+        model.load_state_dict(empty, assign=True)
     parameters = dict(model.named_parameters())
     for name, (ours, row, shape) in wanted.items():
         own, first = ranks.own_rows(parameters[ours])

@@ -57,7 +57,8 @@ def main(config: Config) -> None:
         lines += [check_line(config, line, where) for where, line in journal.lines()]
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
-    with journal or nullcontext(), tqdm(total=len(own), initial=len(lines), desc="score", unit="solution", disable=alone or ranks.rank() > 0) as bar:
+    with journal or nullcontext(), tqdm(total=len(own), initial=len(lines), desc="score", unit="solution",
+                                         disable=alone or ranks.rank() > 0) as bar:
         for some in rounds(own, len(lines), size):
             for (source, solution), judged in zip(some, in_order(judge_all(sampler, config, [s for _, s in some]))):
                 lines.append(score_line(config, source, solution, judged))

@@ -15,7 +15,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 BUDGET = 2_000_000
-LONGEST = 100_000  # characters of a template's source: compiling it takes about a kilobyte of memory for each
+LONGEST = 100_000  # characters of a template's source: compiling it takes memory too
 
 
 def render(source: str, **variables: Any) -> str:

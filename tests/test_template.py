@@ -1,4 +1,4 @@
-"""Chat templates that would take for ever or fill the memory are refused; those of real models are far from the bound."""
+"""Chat templates that would take for ever or fill the memory are refused; others render as in plain jinja2."""
 import pytest
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,7 +48,7 @@ def test_the_bound_changes_nothing_else(source):
 
 
 def test_a_long_system_prompt_is_within_the_bound(monkeypatch):
-    """20,000 characters of source, joined, trimmed and shown a few times: a hundred times what models bring."""
+    """20,000 characters of source, joined, trimmed and shown a few times, are within a tenth of the budget."""
     text = "You solve problems. " * 1000
     source = "{% set system %}" + text + "{% endset %}{% for m in messages %}{{ '<|im_start|>system\n' + system | trim + '<|im_end|>' ~ m.content }}{% endfor %}"
     assert render(source, **GIVEN).count("You solve") == 1000
