@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cli import BadInput
-from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix
+from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix, keep_freed_memory
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
 CANDIDATES = (64, 1024)  # top-p looks for the nucleus among so many tokens first, then among all
@@ -120,6 +120,7 @@ class Engine:
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
                  top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
+        keep_freed_memory()
         self.model, self.max_rows, self.yes_no = model, max_rows, yes_no
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.context = model.config.max_position_embeddings - reserve
@@ -300,8 +301,8 @@ class Engine:
             out, lse = attend_root(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
             found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
         weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each part's share of the whole softmax
-        merged = sum(weight.to(out.dtype) * out for weight, (out, _) in zip(weights, found))
-        return merged.reshape(R, KV * G, D)
+        merged = sum(weight * out for weight, (out, _) in zip(weights, found))  # at least fp32
+        return merged.to(q.dtype).reshape(R, KV * G, D)
 
     def _append(self, rows: slice, logits: torch.Tensor) -> None:
         """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""

@@ -6,6 +6,7 @@ business: the caller hands in `attend(layer, q, k, v)`. Training and prefill giv
 
 Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size, V vocabulary.
 """
+import ctypes
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,50 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of tensors that are freed, for the next ones. By default large ones go back to the system, and each
+    new one is zeroed page by page: a tenth of a training step on CPU. Elsewhere than on Linux this does nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """x (T, I), weight (O, I), bias (O,) or None -> x @ weight^T + bias, (T, O), in fp32 on CPU through oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None, grad.sum(0) if ctx.has_bias else None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear. In fp32 on CPU that is MKL; oneDNN is faster on AMD: by 5% of a training step, and nearly twice for the head on few rows."""
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.shape[0] * weight.numel() >= ONEDNN_SIZE \
+            and torch.backends.mkldnn.is_available():
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -79,8 +124,8 @@ class Attention(nn.Module):
         H, KV, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = (H, KV, KV)
         self.head_dim = D
-        self.qkv = nn.Linear(config.hidden_size, (H + 2 * KV) * D, bias=config.qkv_bias)  # fused: one product, not three
-        self.out = nn.Linear(H * D, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, (H + 2 * KV) * D, bias=config.qkv_bias)  # fused: one product, not three
+        self.out = Linear(H * D, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -97,8 +142,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -128,7 +173,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more work
 
     @property
@@ -151,7 +196,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (N, C) -> logits (N, V)."""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return linear(hidden, self.embed.weight if self.head is None else self.head.weight)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

@@ -326,8 +326,8 @@ class Config(SamplerConfig):
     force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
 
 
-BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now to Ann, Mia sells 18. How many shells does Mia have now?",
-                ("After Tom: 34+27=61.",), "With Ann: 61-18=53.")
+BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia sells to Ann 18. How many shells does Mia have now?",
+                ("After Tom: 34+27=61.",), "After Ann: 61-18=53.")
 
 
 def main(config: Config) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import ranks
 from checkpoint import DTYPES, save_checkpoint
 from cli import BadInput, Stopped, expect, json_line, naming, print_config, read_json, refuse_existing, resolved, write_json, writing
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ class Run:
     def __init__(self, config: TrainConfig, model: Decoder, tokenizer_from: str | Path, prompt: str | None, steps: int):
         self.config, self.model, self.tokenizer_from, self.prompt, self.steps = config, model, tokenizer_from, prompt, steps
         self.out = Path(config.out)
+        keep_freed_memory()
         model.checkpoint_activations = config.checkpoint_activations
         parameters = ranks.parameters(model).values()
         matrices = [p for p in parameters if p.dim() >= 2]

@@ -25,7 +25,7 @@ import torch.nn as nn
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from cli import BadInput, print_config
-from model import Decoder
+from model import Decoder, linear
 from readers import read_labelled_steps
 from rprm import Case, load_prompt
 
@@ -184,16 +184,15 @@ def seconds_of(work: Callable, repeats: int = 5) -> float:
 
 @torch.no_grad()
 def linear_rate(model: Decoder, rows: int) -> float:
-    """Rows per second through the model's linear layers alone, LM head included and into memory that is there already:
-    the tokens per second that decoding would reach if all else were free."""
+    """Rows per second through the model's linear layers alone, LM head included: the tokens per second that decoding
+    would reach if all else were free."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     weights += [model.embed.weight] if model.head is None else []
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w in weights}
-    outputs = {w.shape[0]: torch.empty(rows, w.shape[0], dtype=w.dtype) for w in weights}
 
     def step():
         for w in weights:
-            torch.mm(inputs[w.shape[1]], w.t(), out=outputs[w.shape[0]])
+            linear(inputs[w.shape[1]], w)
     return rows / seconds_of(step)
 
 

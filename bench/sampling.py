@@ -4,8 +4,8 @@
     python bench/sampling.py --model FOLDER --data gsm8k.json --full     # the peer on all of them, in batches of 1, 4 and 16
     python bench/sampling.py --model SMALL --data test.jsonl --natural-ends --prompts 200 --new-tokens 200
 
-The peer is the best of its batch sizes and dtypes, ours is fp32. Figures are tokens per second, so the peer may do
-fewer prompts. Without --natural-ends the end-of-text token is switched off and both sides sample the same number.
+Each side is the best of its dtypes, and the peer of its batch sizes too; the note has fp32 against fp32. Figures are
+tokens per second, so the peer may do fewer prompts. Without --natural-ends the end-of-text token is switched off and both sides sample the same number.
 """
 import sys
 import time
@@ -33,7 +33,7 @@ class Config(BenchConfig):
     natural_ends: Annotated[bool, "continuations end where the model ends them"] = False
     temperature: Annotated[float, "sampling temperature", (0.01, None)] = 0.95
     top_p: Annotated[float, "nucleus", (0.01, 1)] = 0.95
-    dtype: Annotated[str, "of our weights", ("float32", "bfloat16")] = "float32"
+    dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     peer_prompts: Annotated[int, "how many of the prompts the peer does", (1, None)] = 2
     peer_batches: Annotated[tuple[int, ...], "prompts side by side that the peer tries", (1, None)] = (1, 2)
     peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
@@ -47,22 +47,28 @@ def main(config: Config) -> None:
 def measure(config: Config) -> list[Row]:
     if config.full:
         config = replace(config, peer_prompts=config.prompts, peer_batches=(1, 4, 16))
-    sides = {"ours": replace(config, side="ours")}
+    sides = {f"ours, {dtype}": replace(config, side="ours", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"peer, {dtype}, batches of {size}": replace(config, side="peer", peer_batches=(size,), peer_dtypes=(dtype,))
               for size in config.peer_batches for dtype in config.peer_dtypes}
     found = in_turn(__file__, sides, config.repeats)
     medians = {name: median_run(runs, "tokens_per_second") for name, runs in found.items()}
-    our = medians.pop("ours")
-    best_name, best = max(medians.items(), key=lambda item: item[1]["tokens_per_second"])
+
+    def best_of(side: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> tuple[str, dict]:
+        own = [(name, m) for name, m in medians.items() if name.startswith(side) and any(dtype in name for dtype in dtypes)]
+        return max(own, key=lambda item: item[1]["tokens_per_second"])
+    (our_name, our), (best_name, best) = best_of("ours"), best_of("peer")
     ratio = our["tokens_per_second"] / best["tokens_per_second"]
     share = our["decode_tokens_per_second"] / our["linear_tokens_per_second"]
     each = our["tokens"] / config.prompts, best["tokens"] / best["prompts"]
     bar = config.natural_ends or (share >= 0.6 and each[0] == each[1])
-    note = (f"ours {our['tokens']} tokens in {our['seconds']:.1f} s ({our['prefill_seconds']:.1f} s of it prefill: "
+    note = (f"{our_name}: {our['tokens']} tokens in {our['seconds']:.1f} s ({our['prefill_seconds']:.1f} s of it prefill: "
             f"{our['prefill_tokens']} of {our['prompt_tokens']} prompt tokens computed); tokens per prompt {each[0]:.0f} / {each[1]:.0f}; "
             f"decoding {our['decode_tokens_per_second']:.0f} tokens/s, the linear layers alone {our['linear_tokens_per_second']:.0f} "
-            f"at {our['linear_rows']} rows; {best_name} on {best['prompts']} of the {config.prompts} prompts; all of the peer's: "
-            + ", ".join(f"{name[6:]} {m['tokens_per_second']:.1f}" for name, m in medians.items()))
+            f"at {our['linear_rows']} rows; {best_name} on {best['prompts']} of the {config.prompts} prompts; all: "
+            + ", ".join(f"{name} {m['tokens_per_second']:.1f}" for name, m in medians.items()))
+    if {"float32"} <= set(config.dtypes) & set(config.peer_dtypes):
+        fp32, peer32 = (best_of(side, ("float32",))[1]["tokens_per_second"] for side in ("ours", "peer"))
+        note += f"; fp32 against fp32: {fp32 / peer32:.1f}×"
     ends = "natural ends" if config.natural_ends else f"{config.new_tokens} tokens"
     return [Row(f"sampling {config.prompts} prompts × K={config.k}, {ends}", "tokens/s", our["tokens_per_second"],
                 "≥ 8×" if config.natural_ends else "≥ 8×, roofline ≥ 60%", ratio >= 8 and bar, best["tokens_per_second"], ratio,
@@ -72,7 +78,7 @@ def measure(config: Config) -> list[Row]:
 def ours(config: Config) -> dict:
     cases = scattered_cases(config.data, config.prompts, config.seed)
     tokenizer, prompts = prompt_ids(config, cases)
-    model = load_model(config.model, DTYPES[config.dtype], "cpu")
+    model = load_model(config.model, DTYPES[config.dtypes[0]], "cpu")
     eos = tokenizer.eos_ids if config.natural_ends else []
 
     def engine(new_tokens: int) -> Engine:

@@ -27,6 +27,7 @@ from cli import BadInput, print_config, read_jsonl, run, write_json, writing
 from report import accuracies, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
+DPO_LEARNING_RATES = ("3e-5", "1e-4", "3e-4")
 SIZES = (8, 4, 2, 1)  # the data-size curve: the first 1/8, 1/4, 1/2 of the cases, and all
 KS = tuple(range(1, 9))
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t by number of seeds
@@ -39,11 +40,11 @@ class Config:
     out: Annotated[str, "folder for all runs, claims.json and the plot; what is complete in it is not run again"]
     seeds: Annotated[tuple[int, ...], "a whole chain each"] = (0, 1, 2, 3, 4)
     jobs: Annotated[int, "chains side by side, one thread each", (1, None)] = 2
-    train: Annotated[int, "solutions from which cases are made, per seed", (16, None)] = 800
-    test: Annotated[int, "test solutions per seed", (10, None)] = 400
+    train: Annotated[int, "solutions from which cases are made, per seed", (16, None)] = 400
+    test: Annotated[int, "test solutions per seed", (10, None)] = 200
     difficulty: Annotated[float, "of the problems, see world.py", (0, 1)] = 0.5
-    dpo_lr: Annotated[float, "learning rate of DPO", (0, None)] = 1e-4
     dpo_nll: Annotated[float, "weight of DPO's NLL term", (0, None)] = 0.1
+    dpo_epochs: Annotated[int, "passes over the pairs", (1, None)] = 2
     beta: Annotated[float, "DPO's beta", (1e-6, None)] = 0.1
     base: Annotated[str, "the model that both kinds start from, and from which seed data is collected"] = str(HERE / "base")
     readme: Annotated[bool, "write the tables into examples/arithmetic/README.md"] = True
@@ -55,7 +56,8 @@ class Chain:
     """The stages of one seed, in its own folder. A stage is done when its log bears its final name."""
 
     def __init__(self, config: Config, seed: int):
-        self.config, self.seed, self.folder = config, seed, Path(config.out) / f"seed-{seed}"
+        self.config, self.seed, self.base = config, seed, Path(config.base).resolve()
+        self.folder = Path(config.out).resolve() / f"seed-{seed}"
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str, *command) -> None:
@@ -73,11 +75,11 @@ class Chain:
 
     def prepare(self) -> None:
         """Cases, and the base's own analyses of them."""
-        c, f = self.config, self.folder.resolve()
+        c, f = self.config, self.folder
         self.stage("world", HERE / "world.py", "--out", f / "world", "--seed", 1000 + self.seed, "--difficulty", c.difficulty,
                    "--train", c.train, "--validation", 0, "--test", c.test, "--pretrain", 0)
         self.stage("cases", "data.py", "cases", "--input", f / "world/train.jsonl", "--out", f / "cases.jsonl", "--overwrite")
-        self.stage("seed", "data.py", "sample", "--model", c.base, "--cases", f / "cases.jsonl", "--n", 4, "--seed", self.seed, *SAMPLING,
+        self.stage("seed", "data.py", "sample", "--model", self.base, "--cases", f / "cases.jsonl", "--n", 4, "--seed", self.seed, *SAMPLING,
                    "--out", f / "seed.jsonl", "--resume")
         for size in SIZES:
             first_share(f / "cases.jsonl", f / f"cases.{size}.jsonl", size)
@@ -87,38 +89,48 @@ class Chain:
             self.stage(f"sft.{size}.data", "data.py", "sft", "--samples", f / f"seed.{size}.jsonl", "--validation", 0.1,
                        "--prompt-file", HERE / "prompt.txt", "--seed", self.seed, "--out", f / f"sft.{size}.jsonl", "--overwrite")
 
-    def train(self, kind: str, size: int, lr: str, epochs: str, name: str) -> float:
-        """SFT of the base, as a direct PRM or to reason -> the lowest validation loss."""
-        f = self.folder.resolve()
-        self.stage(name, "train_sft.py", "--model", self.config.base, "--train", f / f"{kind}.{size}.jsonl", "--validation", f / f"{kind}.{size}.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", epochs, "--batch-size", 32, "--eval-every", 20, "--seed", self.seed, "--resume")
-        return min(line["loss"] for _, line in read_jsonl(f / name / "metrics.jsonl") if line["split"] == "validation")
+    def train(self, kind: str, size: int, lr: str, epochs: str) -> Path:
+        """SFT of the base on 1/size of the cases, as a direct PRM or to reason -> the run's folder."""
+        f = self.folder
+        name = f"{kind}.{size}.lr-{lr}.epochs-{epochs}"
+        self.stage(name, "train_sft.py", "--model", self.base, "--train", f / f"{kind}.{size}.jsonl", "--validation", f / f"{kind}.{size}.validation.jsonl",
+                   "--out", f / name, "--lr", lr, "--epochs", epochs, "--batch-size", 32, "--eval-every", 10, "--seed", self.seed, "--resume")
+        return f / name
 
-    def prefer(self) -> None:
-        """Pairs from the SFT model itself, and DPO on them."""
-        c, f = self.config, self.folder.resolve()
-        self.stage("preferences", "data.py", "sample", "--model", f / "sft.1/model", "--cases", f / "cases.jsonl", "--n", 8,
+    def prefer(self, sft: Path) -> None:
+        """Pairs from the SFT model itself."""
+        f = self.folder
+        self.stage("preferences", "data.py", "sample", "--model", sft / "model", "--cases", f / "cases.jsonl", "--n", 8,
                    "--seed", 100 + self.seed, *SAMPLING, "--out", f / "preferences.jsonl", "--resume")
-        self.stage("pairs", "data.py", "pairs", "--samples", f / "preferences.jsonl", "--seed", self.seed, "--out", f / "pairs.jsonl", "--overwrite")
-        self.stage("dpo", "train_dpo.py", "--model", f / "sft.1/model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
-                   "--out", f / "dpo", "--lr", c.dpo_lr, "--nll", c.dpo_nll, "--beta", c.beta, "--batch-size", 32, "--eval-every", 10,
-                   "--seed", self.seed, "--resume")
+        self.stage("pairs", "data.py", "pairs", "--samples", f / "preferences.jsonl", "--validation", 0.1, "--seed", self.seed,
+                   "--out", f / "pairs.jsonl", "--overwrite")
 
-    def score(self, name: str, model: str, *flags) -> None:
-        self.stage(f"scores.{name}", "score.py", "--model", model, "--input", self.folder.resolve() / "world/test.jsonl", *SAMPLING,
-                   "--seed", self.seed, "--out", self.folder.resolve() / f"scores.{name}.jsonl", "--resume", *flags)
+    def train_dpo(self, sft: Path, lr: str) -> Path:
+        c, f, name = self.config, self.folder, f"dpo.lr-{lr}"
+        self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
+                   "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", c.dpo_nll, "--beta", c.beta, "--batch-size", 32,
+                   "--eval-every", 5, "--seed", self.seed, "--resume")
+        return f / name
 
-    def run(self, chosen: dict[str, tuple[str, str]]) -> None:
+    def score(self, name: str, model: Path, *flags) -> None:
+        self.stage(f"scores.{name}", "score.py", "--model", model, "--input", self.folder / "world/test.jsonl", *SAMPLING,
+                   "--seed", self.seed, "--out", self.folder / f"scores.{name}.jsonl", "--resume", *flags)
+
+    def run(self, chosen: dict[str, tuple[str, ...]]) -> None:
         self.prepare()
-        for kind, size in itertools.product(("direct", "sft"), SIZES):
-            self.train(kind, size, *chosen[kind], f"{kind}.{size}")
-        self.prefer()
-        f = self.folder.resolve()
+        runs = {(kind, size): self.train(kind, size, *chosen[kind]) for kind, size in itertools.product(("direct", "sft"), SIZES)}
+        self.prefer(runs["sft", 1])
+        dpo = self.train_dpo(runs["sft", 1], *chosen["dpo"])
         for size in SIZES:
-            self.score(f"direct.{size}", f / f"direct.{size}/model", "--direct", "--k", 1, "--all-steps")
-            self.score(f"sft.{size}", f / f"sft.{size}/model", "--k", *KS, *(["--all-steps"] if size == 1 else []))
-        self.score("dpo", f / "dpo/model", "--k", *KS, "--all-steps")
-        self.score("base", self.config.base, "--k", *KS, "--all-steps")
+            self.score(f"direct.{size}", runs["direct", size] / "model", "--direct", "--k", 1, "--all-steps")
+            self.score(f"sft.{size}", runs["sft", size] / "model", "--k", *KS, *(["--all-steps"] if size == 1 else []))
+        self.score("dpo", dpo / "model", "--k", *KS, "--all-steps")
+        self.score("base", self.base, "--k", *KS, "--all-steps")
+
+
+def lowest_loss(run: Path) -> float:
+    """The validation loss of the model that a run has kept."""
+    return min(line["loss"] for _, line in read_jsonl(run / "metrics.jsonl") if line["split"] == "validation")
 
 
 def first_share(source: Path, target: Path, size: int) -> None:
@@ -132,16 +144,24 @@ def first_share(source: Path, target: Path, size: int) -> None:
             file.write(words.read_text(encoding="utf-8"))
 
 
-def choose(config: Config) -> tuple[dict, list[dict]]:
-    """(learning rate, epochs) of each kind by validation loss on the first seed, and the whole grid."""
-    chain = Chain(config, config.seeds[0])
+def choose(config: Config) -> tuple[dict[str, tuple[str, ...]], list[dict]]:
+    """The settings of each kind with the lowest validation loss on the first seed, and the whole grid."""
+    chain, chosen, grid = Chain(config, config.seeds[0]), {}, []
     chain.prepare()
-    points = list(itertools.product(("direct", "sft"), LEARNING_RATES, EPOCHS))
-    with ThreadPoolExecutor(config.jobs) as pool:
-        losses = list(pool.map(lambda point: chain.train(point[0], 1, *point[1:], "grid.{}.{}.{}".format(*point)), points))
-    grid = [{"kind": kind, "lr": lr, "epochs": epochs, "loss": loss} for (kind, lr, epochs), loss in zip(points, losses)]
-    best = {kind: min((row for row in grid if row["kind"] == kind), key=lambda row: row["loss"]) for kind in ("direct", "sft")}
-    return {kind: (row["lr"], row["epochs"]) for kind, row in best.items()}, grid
+
+    def search(kinds: tuple[str, ...], settings: list[tuple[str, ...]], train) -> None:
+        points = list(itertools.product(kinds, settings))
+        with ThreadPoolExecutor(config.jobs) as pool:
+            losses = list(pool.map(lambda point: lowest_loss(train(point[0], *point[1])), points))
+        for kind in kinds:
+            own = [(loss, setting) for (k, setting), loss in zip(points, losses) if k == kind]
+            chosen[kind] = min(own)[1]
+            grid.extend({"kind": kind, "setting": setting, "loss": loss, "chosen": setting == chosen[kind]} for loss, setting in own)
+    search(("direct", "sft"), list(itertools.product(LEARNING_RATES, EPOCHS)), lambda kind, lr, epochs: chain.train(kind, 1, lr, epochs))
+    sft = chain.train("sft", 1, *chosen["sft"])
+    chain.prefer(sft)
+    search(("dpo",), [(lr,) for lr in DPO_LEARNING_RATES], lambda _, lr: chain.train_dpo(sft, lr))
+    return chosen, grid
 
 
 def main(config: Config) -> None:
@@ -149,7 +169,7 @@ def main(config: Config) -> None:
     if len(config.seeds) not in T_975:
         raise BadInput(f"--seeds: {len(config.seeds)} of them; an interval over seeds needs {min(T_975)} to {max(T_975)}")
     chosen, grid = choose(config)
-    print_grid(grid, chosen)
+    print_grid(grid)
     with ThreadPoolExecutor(config.jobs) as pool:
         list(pool.map(lambda seed: Chain(config, seed).run(chosen), config.seeds))
     scores = {seed: read_scores(Path(config.out) / f"seed-{seed}") for seed in config.seeds}
@@ -232,10 +252,14 @@ def shown(value: dict, digits: int = 1) -> str:
     return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
-def print_grid(grid: list[dict], chosen: dict) -> None:
+def print_grid(grid: list[dict]) -> None:
     for row in grid:
-        star = "  <- chosen" if chosen[row["kind"]] == (row["lr"], row["epochs"]) else ""
-        print(f"grid: {row['kind']:<7} lr {row['lr']:>5}  epochs {row['epochs']}  validation loss {row['loss']:.4f}{star}")
+        print(f"grid: {row['kind']:<7} {setting_words(row):<22} validation loss {row['loss']:.4f}{'  <- chosen' if row['chosen'] else ''}")
+
+
+def setting_words(row: dict) -> str:
+    lr, *epochs = row["setting"]
+    return f"lr {lr}" + (f", epochs {epochs[0]}" if epochs else "")
 
 
 def tables(config: Config, result: dict) -> str:
@@ -254,11 +278,11 @@ def tables(config: Config, result: dict) -> str:
     lines += ["", "| F1 by number of cases | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
     for kind, title in (("direct", "direct PRM"), ("sft", "R-PRM SFT, K=8")):
         lines.append(f"| {title} | " + " | ".join(shown(sizes[kind, n]["f1"]) for n in counts) + " |")
-    lines += ["", "The grid, by validation loss on the first seed (the losses of the two kinds are of different text and not comparable):", "",
-              "| kind | learning rate | epochs | validation loss |", "|---|---|---|---|"]
+    lines += ["", "The grid, by validation loss on the first seed (losses of different kinds are of different text and not comparable):", "",
+              "| kind | setting | validation loss |", "|---|---|---|"]
     for row in result["grid"]:
-        mark = "**" if result["chosen"][row["kind"]] == (row["lr"], row["epochs"]) else ""
-        lines.append(f"| {'direct PRM' if row['kind'] == 'direct' else 'R-PRM SFT'} | {row['lr']} | {row['epochs']} | {mark}{row['loss']:.4f}{mark} |")
+        mark = "**" if row["chosen"] else ""
+        lines.append(f"| {NAMES[row['kind'] + ('' if row['kind'] == 'dpo' else '.1')]} | {setting_words(row)} | {mark}{row['loss']:.4f}{mark} |")
     return "\n".join(lines)
 
 

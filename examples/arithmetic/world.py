@@ -327,14 +327,18 @@ def worked_solution(problem):
     return "\n".join(lines)
 
 
-def comparisons(rng, count=6):
-    """Numbers, and whether those that were found are the same: half of them are, the others nearly."""
+def comparisons(rng, count=4):
+    """Numbers, whether those that were found are the same, and a verdict: in half of the texts all are, else some are nearly."""
     claimed = rng.integers(10, 100, count)
-    lines = []
-    for number in map(int, claimed):
+    differ = rng.random(count) < (0 if rng.random() < 0.5 else 0.4)
+    lines, verdict = [], True
+    for number, other in zip(map(int, claimed), differ):
         near = [n for n in (number + 1, number - 1, number + 10, number - 10, number % 10 * 10 + number // 10, int(rng.choice(claimed)))
                 if has_two_digits(n) and n != number]
-        lines.append("total " + compare(number if rng.random() < 0.5 else int(rng.choice(near)), number)[0])
+        text, agrees = compare(int(rng.choice(near)) if other else number, number)
+        lines.append("total " + text)
+        verdict = verdict and agrees
+    lines.append(VERDICT_LINE.format("Yes" if verdict else "No"))
     return "Compare the steps.\n\n" + ", ".join(map(str, claimed)), "\n".join(lines)
 
 
