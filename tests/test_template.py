@@ -11,7 +11,7 @@ GIVEN = dict(messages=[{"role": "user", "content": "Hello"}], add_generation_pro
 GROWING = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}STEP{% endfor %}{{ ns.x }}"
 BOMBS = [
     "{% for i in range(10 ** 9) %}x{% endfor %}", "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
-    "{% set r = range(9999) | list %}{% for i in r %}{% for j in r %}{% for k in r %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% set r = range(1000) | list %}{% for i in r %}{% for j in r %}{% for k in r %}x{% endfor %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}", "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     GROWING.replace("STEP", "{% set ns.x = ns.x ~ ns.x %}"), GROWING.replace("STEP", "{% set ns.x = ns.x + ns.x %}"),
     GROWING.replace("STEP", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"), GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] %}"),
