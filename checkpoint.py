@@ -1,25 +1,32 @@
 """A checkpoint is a Hugging Face folder: config.json, *.safetensors, tokenizer.json and the chat template.
 
 `load_model` and `load_tokenizer` read one, `save_checkpoint` writes one that Transformers and vLLM open as it is.
-Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox.
+Nothing is executed from a checkpoint: no pickle, no code, and the chat template runs in jinja2's sandbox, within a budget (template.py).
 """
 import json
+import math
+import os
+import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Iterator
 
+import safetensors.torch
 import torch
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
+import ranks
 from cli import BadInput, get_field, expect, read_json, write_json
 from model import Decoder, ModelConfig
+from template import render
 
 SHARD_BYTES = 5_000_000_000
 READ_BYTES = 16_000_000  # a file is mapped piece by piece, so that loading peaks little above the weights themselves
+MATRIX_LIMIT = 2 ** 36  # elements; the largest matrices of published models have 2 ** 31
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
@@ -76,6 +83,9 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         raise BadInput(f"{where}: field 'head_dim': {head_dim} is odd, and rotary embeddings turn pairs; correct it")
     if heads % kv_heads:
         raise BadInput(f"{where}: field 'num_key_value_heads': {heads} heads of size {head_dim} cannot be shared by {kv_heads}; correct it")
+    widest = max((heads + 2 * kv_heads) * head_dim, 2 * size("intermediate_size"), size("vocab_size"))
+    if widest * hidden > MATRIX_LIMIT:
+        raise BadInput(f"{where}: a matrix of {widest} by {hidden} cannot be; correct the sizes")
     theta, scaling = _rope(raw, where)
     config = ModelConfig(
         model_type=model_type, vocab_size=size("vocab_size"), hidden_size=hidden,
@@ -168,30 +178,46 @@ def part_shapes(config: ModelConfig, name: str, shape: torch.Size) -> list[tuple
     return [(n, *shape[1:]) for n in rows]
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+def layout(config: ModelConfig) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Hugging Face name -> (our parameter's name, its first row there, shape), for every tensor of a checkpoint."""
+    with torch.device("meta"):
+        parameters = dict(Decoder(config).named_parameters())
+    found = {}
+    for ours, theirs in tensor_names(config).items():
+        row = 0
+        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
+            found[name] = (ours, row, shape)
+            row += shape[0]
+    return found
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               sharded: bool = False) -> Decoder:
     """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
+
+    sharded: cut over the ranks of a training; each reads its own rows alone.
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
     config = load_config(folder)
     files = _weight_files(Path(folder))
     with torch.device("meta"):
-        model = Decoder(config)
-    parameters = dict(model.named_parameters())
-    wanted = {}  # Hugging Face name -> (our name, first row, shape)
-    for ours, theirs in tensor_names(config).items():
-        row = 0
-        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
-            wanted[name] = (ours, row, shape)
-            row += shape[0]
+        model = Decoder(config).to(dtype)
+    wanted = layout(config)
     found = {name: (path, shape) for path in files for name, shape in _tensor_shapes(path).items()}
     _check_tensors(folder, wanted, found, config)
-    filled = {}
+    if sharded:
+        ranks.shard(model, device)
+        model.to_empty(device=device)
+    else:  # to_empty would import sympy, which takes a second
+        empty = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+        model.load_state_dict(empty, assign=True)
+    parameters = dict(model.named_parameters())
     for name, (ours, row, shape) in wanted.items():
-        if ours not in filled:
-            filled[ours] = torch.empty(parameters[ours].shape, dtype=dtype, device=device)
-        _read_tensor(found[name][0], name, filled[ours][row:row + shape[0]])
-    model.load_state_dict(filled, strict=True, assign=True)
+        own, first = ranks.own_rows(parameters[ours])
+        start, stop = max(row, first), min(row + shape[0], first + len(own))
+        if start < stop:
+            _read_tensor(found[name][0], name, start - row, own[start - first:stop - first])
     return model
 
 
@@ -210,11 +236,18 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _reading_tensors(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+@contextmanager
+def _reading_tensors(path: Path):
+    """A safetensors file, whose every failure is a BadInput."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({error}); download it again") from None
+            yield file
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({str(error)[:200]}); download it again") from None
 
 
 def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> None:
@@ -229,13 +262,13 @@ def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> No
         raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); take config and weights from the same checkpoint")
 
 
-def _read_tensor(path: Path, name: str, out: torch.Tensor) -> None:
-    """Copy a tensor into `out`, a few rows at a time: each piece's file mapping is released before the next."""
+def _read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
+    """Copy a tensor's rows from `first` on into `out`, a few at a time: each piece's file mapping is released before the next."""
     row_bytes = out[0].numel() * 4
     step = max(1, READ_BYTES // row_bytes)
     for start in range(0, len(out), step):
-        with safe_open(path, framework="pt") as file:
-            piece = file.get_slice(name)[start:start + step]
+        with _reading_tensors(path) as file:
+            piece = file.get_slice(name)[first + start:first + min(start + step, len(out))]
             if not piece.is_floating_point():
                 raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; use an unquantised checkpoint")
             out[start:start + step].copy_(piece)
@@ -245,8 +278,14 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
                     dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a Hugging Face folder: weights, config, the tokenizer's files as they are, and the verification prompt.
 
-    Written aside and renamed: an existing folder is replaced only by a whole one.
+    Written aside and renamed: an existing folder is replaced only by a whole one. Where the model is cut over the ranks, all
+    of them must call this: its tensors are gathered one by one, and rank 0 writes them.
     """
+    tensors = whole_tensors(model, dtype)
+    if ranks.rank():
+        for _ in tensors:
+            pass
+        return
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -258,7 +297,7 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
         if prompt is not None:
             (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
         write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
-        _save_weights(aside, model, dtype, shard_bytes)
+        _save_weights(aside, tensors, model.config, dtype, shard_bytes)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -270,27 +309,43 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
     shutil.rmtree(old, ignore_errors=True)  # also what a killed run left between the two
 
 
-def _save_weights(folder: Path, model: Decoder, dtype: torch.dtype, shard_bytes: int) -> None:
-    parameters = dict(model.named_parameters())
-    pieces = []  # (Hugging Face name, view of our parameter)
-    for ours, theirs in tensor_names(model.config).items():
-        rows = [shape[0] for shape in part_shapes(model.config, ours, parameters[ours].shape)]
-        pieces += zip(theirs, parameters[ours].detach().split(rows))
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, but a full disk is an OSError as everywhere else."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+
+
+def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the model as Hugging Face names and cuts it, one after the other, on the CPU."""
+    parameters, gathered = ranks.parameters(model), None
+    for name, (ours, row, shape) in layout(model.config).items():
+        if gathered != ours:
+            gathered, tensor = ours, ranks.whole(parameters[ours].detach())
+        yield name, tensor[row:row + shape[0]].to(dtype).contiguous().cpu()
+
+
+def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig, dtype: torch.dtype,
+                  shard_bytes: int) -> None:
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, _, shape) in layout(config).items()}  # in the order of `tensors`
     shards, room = [[]], shard_bytes
-    for name, piece in pieces:
-        size = piece.numel() * dtype.itemsize
+    for name, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
             room = shard_bytes
-        shards[-1].append((name, piece))
+        shards[-1].append(name)
         room -= size
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):
-        save_file({name: piece.to(dtype).contiguous().cpu() for name, piece in shard}, folder / file, metadata={"format": "pt"})
+        save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(piece.numel() for _, piece in pieces) * dtype.itemsize},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name, _ in shard}})
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}})
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
@@ -308,10 +363,16 @@ class ChatTokenizer:
     trail: str         # its plain text after the message, up to the next special token
     after: list[int]   # and the rest, up to where the answer begins
     eos_ids: list[int]  # every id that ends an answer; the first one ends the answers we train on
+    vocab_size: int    # config.json's: the model has no embedding for an id from here on
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _calling_the_library("tokenizer.json"):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise BadInput(f"tokenizer.json: token {max(ids)} in {text[:40]!r} has no row in the model's vocabulary of {self.vocab_size}; "
+                           f"take tokenizer and config from the same checkpoint")
+        return ids
 
     def encode_marked(self, text: str) -> list[int]:
         """Token ids of a trusted text in which special tokens are meant as such (templates, pretraining text)."""
@@ -329,7 +390,20 @@ class ChatTokenizer:
         return self.encode(text) + self.eos_ids[:1]
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=False)
+        with _calling_the_library("tokenizer.json"):
+            return self.backend.decode(ids, skip_special_tokens=False)
+
+
+@contextmanager
+def _calling_the_library(path: Path | str):
+    """A tokenizer.json that the tokenizers library cannot use is a BadInput, whether the library raises or panics: its
+    panics are BaseExceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BadInput(f"{path}: not a tokenizer that works ({str(error)[:80]}); download it again") from None
 
 
 def load_tokenizer(folder: str | Path) -> ChatTokenizer:
@@ -338,12 +412,11 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise BadInput(f"{path}: no such file; the checkpoint needs its tokenizer.json")
-    try:
+    with _calling_the_library(path):
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"{path}: not a tokenizer ({str(error)[:80]}); download it again") from None
-    backend.no_truncation()
-    backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
     config = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -352,10 +425,13 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
               for name in ("bos_token", "eos_token")}
     eos_ids = _eos_ids(folder, backend, tokens["eos_token"])
     before, after = _render_template(folder, config, tokens)
-    special = [token.content for token in backend.get_added_tokens_decoder().values()]
+    special = [token.content for token in added.values()]
+    with _calling_the_library(path):  # some files do not mark these as special, and then they would count as such in a user's text
+        backend.add_special_tokens([AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized)
+                                    for i, t in added.items() if i in eos_ids or (t.content.strip() and t.content in before + after)])
     last = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
     first = min((after.find(token) for token in special if token in after), default=len(after))
-    tokenizer = ChatTokenizer(backend, [], before[last:], after[:first], [], eos_ids)
+    tokenizer = ChatTokenizer(backend, [], before[last:], after[:first], [], eos_ids, _vocab_size(folder, eos_ids))
     tokenizer.before, tokenizer.after = tokenizer.encode_marked(before[:last]), tokenizer.encode_marked(after[first:])
     return tokenizer
 
@@ -377,6 +453,16 @@ def _eos_ids(folder: Path, backend: Tokenizer, eos_token: str) -> list[int]:
     return ids
 
 
+def _vocab_size(folder: Path, eos_ids: list[int]) -> int:
+    """The vocabulary of config.json's model (without one: any), which must hold the end-of-text ids."""
+    path = folder / "config.json"
+    size = expect(read_json(path), dict, str(path)).get("vocab_size") if path.is_file() else None
+    size = 2 ** 63 if size is None else expect(size, int, f"{path}: field 'vocab_size'")
+    if not all(0 <= i < size for i in eos_ids):
+        raise BadInput(f"{path}: field 'eos_token_id': {str(eos_ids)[:60]} are not all in the vocabulary of {size}; correct it")
+    return size
+
+
 def _render_template(folder: Path, config: dict, tokens: dict[str, str]) -> tuple[str, str]:
     """What the checkpoint's chat template puts before and after the user's message. Without a template: nothing, and a newline."""
     path = folder / "chat_template.jinja"
@@ -393,14 +479,8 @@ def _render_template(folder: Path, config: dict, tokens: dict[str, str]) -> tupl
         return tokens["bos_token"], "\n"
     expect(source, str, f"{path}: field 'chat_template'")
     mark = "\ue000the message\ue001"
-
-    def raise_exception(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = raise_exception
     try:
-        text = environment.from_string(source).render(messages=[{"role": "user", "content": mark}], add_generation_prompt=True, **tokens)
+        text = render(source, messages=[{"role": "user", "content": mark}], add_generation_prompt=True, **tokens)
     except Exception as error:  # a template is a program: whatever it raises is its own fault
         raise BadInput(f"{path}: the chat template fails on one user message ({str(error)[:80]}); correct it") from None
     if text.count(mark) != 1:

@@ -9,15 +9,23 @@ Every script of the project has one frozen dataclass per command; `run` makes th
 """
 import argparse
 import dataclasses
+import errno
 import json
 import os
+import re
 import sys
-from contextlib import contextmanager
+import tempfile
+from array import array
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from types import UnionType
-from typing import Any, Callable, Iterator, Union, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterable, Iterator, Union, get_args, get_origin, get_type_hints
+
+import ranks
 
 EXIT_BAD_INPUT = 2
+EXIT_LOST_RANK = 3
 HOW = ("server", "concurrency", "timeout", "retries", "api_key_env")  # where and how a model is asked: a resumed run may differ in these
 
 
@@ -60,20 +68,48 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     try:
         main(config_class(**given))
+        ranks.leave()
     except BadInput as error:
         sys.exit(_report(str(error)))
     except OSError as error:
-        sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}"))
+        sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}{_remedy(error)}"))
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is that of its CPU allocator
+        if ranks.is_lost(error):
+            print(f"error: rank {ranks.rank()} has lost another rank ({str(error)[:120]}); what is saved is whole: give the same command "
+                  "with --resume to go on", file=sys.stderr)
+            sys.exit(EXIT_LOST_RANK)
+        if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
+            raise
+        sys.exit(_report(out_of_memory(config_class(**given), error)))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if ranks.rank() == 0:
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; make room. What was saved before is whole: with --resume, where the command has it, the run goes on from there"
+    return ""
+
+
+def out_of_memory(config: Any, error: Exception) -> str:
+    """What to lower: the first of these settings that the command has."""
+    names = [name for name in ("micro_tokens", "batch_size") if hasattr(config, name)]
+    lower = f"lower --{names[0].replace('_', '-')} (now {getattr(config, names[0])})" if names else "give it less at a time"
+    if hasattr(config, "checkpoint_activations") and not config.checkpoint_activations:
+        lower += " or give --checkpoint-activations, with which --resume goes on too"
+    return f"out of memory ({str(error)[:100] or type(error).__name__}): {lower}; what was saved before is whole"
+
+
 def _report(message: str) -> int:
-    print("error:", " ".join(message.split("\n")), file=sys.stderr)
+    """One line on stderr. What a file put into the message can neither break the line, nor flood or steer the terminal."""
+    if len(message) > 2000:
+        message = f"{message[:1500]} ... {message[-400:]}"
+    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -163,6 +199,31 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 yield where, expect(parse_json(line, where), dict, where)
 
 
+class Lines:
+    """A JSON-lines file read on demand: in memory stand only the lines' places. lines[i] -> ("FILE:LINE", object)."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise BadInput(f"{path}: no such file; check the path")
+        self.file = open(self.path, "rb")
+        self.places, self.numbers = array("q"), array("q")  # 64-bit: where each non-empty line begins, and its number
+        place = 0
+        for number, line in enumerate(self.file, 1):
+            if line.strip():
+                self.places.append(place)
+                self.numbers.append(number)
+            place += len(line)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[str, dict]:
+        self.file.seek(self.places[i])
+        where = f"{self.path}:{self.numbers[i]}"
+        return where, expect(parse_json(self.file.readline(), where), dict, where)
+
+
 NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
 
 
@@ -184,13 +245,23 @@ def get_field(row: dict, name: str, kind: type, where: str) -> Any:
 # ---------------------------------------------------------------------------------------------- writing
 
 @contextmanager
+def naming(path: str | Path):
+    """A write that fails (a full disk) does not say where; this does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def writing(path: str | Path):
     """A text file that is written aside and renamed when whole; after an error nothing is left."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with naming(path), open(aside, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -210,35 +281,57 @@ def json_line(value: Any) -> str:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """BadInput where the output is there already and --overwrite was not given."""
-    if Path(path).exists() and not overwrite:
+    """BadInput where the output is there already and --overwrite was not given, or where nothing can be written."""
+    path = Path(path)
+    if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give --overwrite to replace it, or another --out")
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2 ** 16))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({folder}: {error.strerror}); make room, or give another --out") from None
 
 
 class Journal:
     """A JSON-lines output that a killed run continues: OUT.part grows line by line and becomes OUT at the end.
 
-    journal = Journal(out, config)      # refuses what cannot be; journal.done: the objects that a killed run left
+    journal = Journal(out, config)      # refuses what cannot be; journal.done: how many lines of a killed run still count
     with journal:                       # from here on there are files
         journal.write(object)
 
     The config stands beside it (OUT.config.json); a resumed run must have the same one, `resume`, `overwrite` and HOW apart.
+    Lines count in whole rounds of `round_size`. With several ranks each has a part of its own for its share of the items
+    (ranks.share), and rank 0 merges them.
     """
 
-    def __init__(self, out: str | Path, config: Any):
-        self.out, self.part = Path(out), Path(f"{out}.part")
+    def __init__(self, out: str | Path, config: Any, round_size: int = 1):
+        self.out, n = Path(out), ranks.count()
+        self.parts = [Path(f"{out}.part")] if n == 1 else [Path(f"{out}.{rank + 1}-of-{n}.part") for rank in range(n)]
+        self.part = self.parts[ranks.rank()]
         self.config_path = Path(f"{out}.config.json")
         self.config = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite")}
-        self.done: list[dict] = []
-        if config.resume and self.out.exists():
+        self.done = 0
+        begun = any(part.exists() for part in self.parts)
+        left = self.part.exists() and self.part.stat().st_size > 0
+        if config.resume and self.out.exists() and not begun:
             raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
-        if not config.resume and self.part.exists() and not config.overwrite:
+        if not config.resume and left and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
-        refuse_existing(out, config.overwrite)
-        self.goes_on = config.resume and self.part.exists()
+        if self._others() and not config.overwrite:
+            raise BadInput(f"{self._others()[0]}: left by an unfinished run of another number of ranks; give --resume to as many "
+                           f"or --overwrite to start anew")
+        self.goes_on = config.resume and left
+        refuse_existing(out, config.overwrite or (config.resume and begun))  # what was begun beside an older output had --overwrite
         if self.goes_on:
             self._check_config()
-            self._read_part()
+            self._read_part(round_size)
+
+    def _others(self) -> list[Path]:
+        """What runs of other numbers of ranks left."""
+        found = self.out.parent.iterdir() if self.out.parent.is_dir() else ()
+        pattern = re.compile(re.escape(self.out.name) + r"(\.\d+-of-\d+)?\.part")
+        return sorted(path for path in found if pattern.fullmatch(path.name) and path not in self.parts)
 
     def _check_config(self) -> None:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
@@ -247,34 +340,73 @@ class Journal:
             raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same command or give --overwrite")
 
-    def _read_part(self) -> None:
-        """Take the whole lines; cut off a last one that the kill left torn."""
-        content = self.part.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]
-        self.done = [parse_json(line, f"{self.part}:{n}") for n, line in enumerate(whole.splitlines(), 1)]
+    def _read_part(self, round_size: int) -> None:
+        """Count the whole lines in whole rounds; cut off the rest, the last of which the kill may have left torn."""
+        place = end = 0
         with open(self.part, "r+b") as file:
-            file.truncate(len(whole))
+            for number, line in enumerate(file, 1):
+                place += len(line)
+                if line.endswith(b"\n") and number % round_size == 0:
+                    self.done, end = number, place
+            file.truncate(end)
 
-    def check(self, ids: list[str]) -> None:
-        """BadInput unless what was left is the beginning of this run's work."""
-        for number, line in enumerate(self.done, 1):
-            if number > len(ids) or line.get("id") != ids[number - 1]:
-                raise BadInput(f"{self.part}:{number}: field 'id' is not that of item {number} of the input; give --overwrite to start anew")
+    def lines(self) -> Iterator[tuple[str, dict]]:
+        """("FILE:LINE", object) for each line that counts, as a stream; before anything is written."""
+        return islice(read_jsonl(self.part), self.done) if self.done else iter(())
+
+    def check(self, items: Iterable[dict]) -> None:
+        """BadInput unless the lines begin this run's work: each has the fields of its item, with the same content."""
+        for number, ((where, line), item) in enumerate(zip_longest(self.lines(), islice(items, self.done), fillvalue={"id": None}), 1):
+            changed = [name for name in item if name not in line or line[name] != item[name]]
+            if changed:
+                raise BadInput(f"{where}: field '{changed[0]}' is not that of item {number} of the input; give --overwrite to start anew")
 
     def __enter__(self):
-        if not self.goes_on:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.part.unlink(missing_ok=True)
-            write_json(self.config_path, self.config)
-        self.file = open(self.part, "a", encoding="utf-8")
+        ranks.wait()  # no rank writes before all have looked
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.part, "a" if self.goes_on else "w", encoding="utf-8")
+        ranks.wait()
+        if not self.goes_on and ranks.rank() == 0:
+            for other in self._others():
+                other.unlink()
+            write_json(self.config_path, self.config)  # after the parts are empty, which --resume takes for nothing begun
         return self
 
     def write(self, value: dict) -> None:
-        self.file.write(json_line(value))
-        self.file.flush()
+        with naming(self.part):
+            self.file.write(json_line(value))
+            self.file.flush()
+
+    def everything(self) -> list[dict]:
+        """On rank 0 the lines of all ranks, in the order of the items, once all are written; on the others nothing."""
+        os.fsync(self.file.fileno())
+        ranks.wait()
+        return [] if ranks.rank() else [parse_json(line, str(self.out)) for line in self._in_turn()]
+
+    def _in_turn(self) -> Iterator[str]:
+        """The parts' lines in turn, which is the order of the items."""
+        with ExitStack() as stack:
+            for file in cycle([stack.enter_context(open(part, encoding="utf-8")) for part in self.parts]):
+                line = file.readline()
+                if not line:
+                    return
+                yield line
 
     def __exit__(self, kind, error, traceback) -> None:
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with suppress(OSError) if kind else naming(self.part):  # a full disk fails here again
+            os.fsync(self.file.fileno())
+            self.file.close()
         if kind is None:
+            ranks.wait()  # for the other parts to be whole
+            if ranks.rank() == 0:
+                self._merge()
+
+    def _merge(self) -> None:
+        """The output from the parts."""
+        if len(self.parts) == 1:
             os.replace(self.part, self.out)
+            return
+        with writing(self.out) as merged:
+            merged.writelines(self._in_turn())
+        for part in self.parts:
+            part.unlink()

@@ -15,15 +15,18 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator
+from typing import Annotated, Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
-from cli import BadInput, Journal, expect, get_field, json_line, parse_json, print_config, read_jsonl, refuse_existing, run, writing
+from cli import BadInput, Journal, Lines, expect, get_field, json_line, print_config, read_jsonl, refuse_existing, run, writing
 from model import Tree, common_prefix
 from readers import read_case, read_labelled_steps
 from rprm import VERIFICATION, Analysis, Case, Prompt, has_one_verdict, load_prompt, parse_verdict
@@ -64,6 +67,9 @@ def cases(config: CasesConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------- samples
 
+ROUND = 8  # batches in a round of sampling
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(ServedConfig):
     cases: Annotated[str, "cases.jsonl"]
@@ -78,26 +84,53 @@ class SampleConfig(ServedConfig):
 
 def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
+    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
     print_config(config)
-    rows = [(get_field(row, "id", str, where), read_case(row, where)) for where, row in read_jsonl(config.cases)][:config.limit]
-    counts, start = Counter(), time.perf_counter()
-    journal = Journal(config.out, config)
-    journal.check([case_id for case_id, _ in rows])
-    for n, line in enumerate(journal.done):
-        count_analyses(counts, rows[n][1], read_analyses(line, f"{journal.part}:{n + 1}"))
+    lines, counts, start = Lines(config.cases), Counter(), time.perf_counter()
+
+    def case_of(i: int) -> tuple[str, Case]:
+        where, row = lines[i]
+        return get_field(row, "id", str, where), read_case(row, where)
+    n_cases, size = min(len(lines), config.limit or len(lines)), round_size(config)
+    for i in range(n_cases):  # a bad line is named before the work
+        case_of(i)
+    own = ranks.share(range(n_cases))
+    journal = Journal(config.out, config, size or 1)
+    journal.check({"id": name, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
+                  for name, case in map(case_of, own))
+    for where, line in journal.lines():
+        count_analyses(counts, read_case(get_field(line, "case", dict, where), where), read_analyses(line, where))
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
-    todo = rows[len(journal.done):]
-    with journal, tqdm(total=len(rows), initial=len(journal.done), desc="sample", unit="case") as bar:
-        write_prompt(config.out, sampler.prompt)
-        for (case_id, case), analyses in zip(todo, in_order(sampler.analyses([case for _, case in todo]))):
-            journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
-            count_analyses(counts, case, analyses)
-            bar.update()
-            bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
-                                f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
-    print_table("analyses", counts)
+    with journal, tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0) as bar:
+        if ranks.rank() == 0:
+            write_prompt(config.out, sampler.prompt)
+        for numbers in rounds(own, journal.done, size):
+            for i, analyses in zip(numbers, in_order(sampler.analyses(case_of(i)[1] for i in numbers))):
+                case_id, case = case_of(i)
+                journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
+                count_analyses(counts, case, analyses)
+                bar.update()
+                bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
+                                    f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
+    print_table("analyses", sum(ranks.gather(counts), Counter()))
     if config.server:
         print(sampler.engine.tally())
+
+
+def round_size(config: ServedConfig) -> int | None:
+    """Items after which the batch is emptied, so that a resumed run, which starts its round anew, ends with the same bytes.
+
+    In other company a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and then a token be
+    another one; rounding when writing would only make that rarer. An emptying batch has a price, which a GPU shall not pay:
+    there it is all one round (None), with those differences. A server's company is its own matter.
+    """
+    return ROUND * config.batch_size if config.server is None and torch.device(config.device).type == "cpu" else None
+
+
+def rounds(items: Sequence, done: int, size: int | None) -> Iterator[Sequence]:
+    """The items after the first `done`, in rounds of `size` (None: in one)."""
+    for first in range(done, len(items), size or max(1, len(items))):
+        yield items[first:first + (size or len(items))]
 
 
 def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
@@ -292,12 +325,15 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
     found = []
     for i, a in enumerate(get_field(row, "analyses", list, where)):
         here = f"{where}: field 'analyses'[{i}]"
-        expect(a, dict, here)
+        text = get_field(expect(a, dict, here), "text", str, here)
         verdict, p_yes = a.get("verdict"), a.get("p_yes")
-        found.append(Analysis(text=get_field(a, "text", str, here),
-                              verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                              p_yes=None if p_yes is None else float(expect(p_yes, float, f"{here}.p_yes")),
-                              n_tokens=get_field(a, "n_tokens", int, here), finished=get_field(a, "finished", bool, here),
+        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
+            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
+        if not 0 <= get_field(a, "n_tokens", int, here) < 2 ** 31:
+            raise BadInput(f"{here}.n_tokens: {str(a['n_tokens'])[:40]} is out of range; correct it")
+        found.append(Analysis(text, verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
+                              p_yes=None if p_yes is None else float(p_yes), n_tokens=a["n_tokens"],
+                              finished=get_field(a, "finished", bool, here),
                               forced=bool(a.get("forced", False))))
     return found
 
@@ -317,25 +353,19 @@ class Examples:
     """
 
     def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer):
-        self.path, self.fields, self.tokenizer = Path(path), fields, tokenizer
-        places, place = [], 0
-        for where, row in read_jsonl(path):
-            self._texts(row, where)
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    places.append(place)
-                place += len(line)
-        if not places:
+        self.path, self.fields, self.tokenizer, self.lines = Path(path), fields, tokenizer, Lines(path)
+        for i in range(len(self)):
+            self._texts(i)
+        if not len(self):
             raise BadInput(f"{path}: has no examples; make it anew")
-        self.places = np.array(places, dtype=np.int64)
 
-    def _texts(self, row: dict, where: str) -> list[str]:
+    def _texts(self, i: int) -> list[str]:
+        where, row = self.lines[i]
         names = next((names for names in self.fields if all(name in row for name in names)), self.fields[0])
         return [get_field(row, name, str, where) for name in names]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.lines)
 
     def length(self, i: int) -> int:
         """Tokens of an example, the prompt once."""
@@ -343,10 +373,7 @@ class Examples:
         return len(prompt) + sum(map(len, responses))
 
     def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
-        with open(self.path, "rb") as file:
-            file.seek(self.places[i])
-            line = file.readline()
-        prompt, *responses = self._texts(parse_json(line, f"{self.path}: example {i + 1}"), f"{self.path}: example {i + 1}")
+        prompt, *responses = self._texts(i)
         if not responses:
             ids = self.tokenizer.encode_marked(prompt)
             ids += [] if ids and ids[-1] in self.tokenizer.eos_ids else self.tokenizer.eos_ids[:1]
@@ -389,6 +416,18 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
     if chosen:
         batches.append(_micro_batch(units, chosen))
     return batches, long
+
+
+def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
+    """This rank's share of a step's trees, as many as every other rank has: the ranks work through them side by side.
+
+    So trees of like size meet, and where they do not come out even, one with no response fills up: its loss and
+    gradient are 0.
+    """
+    if ranks.count() == 1:
+        return batches
+    fill = [MicroBatch(Tree([[0], [0]]), [1, 1], [], []) for _ in range(-len(batches) % ranks.count())]
+    return ranks.share(sorted(batches, key=lambda batch: -len(batch.tree)) + fill)
 
 
 def _micro_batch(units, chosen: list[int]) -> MicroBatch:

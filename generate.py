@@ -16,6 +16,7 @@ from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 
+from cli import BadInput
 from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix, keep_freed_memory
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
@@ -91,6 +92,13 @@ def attend_root(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         return attend_part(q, k, v)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=1.0)
     return out[0], lse[0]
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """The logits after a prompt; broken weights show here, and not as an index error in the sampling."""
+    if not bool(logits.isfinite().all()):
+        raise BadInput("--model: its logits are not finite; the weights or the sizes in config.json are broken: take another checkpoint")
+    return logits
 
 
 class _Prompt(NamedTuple):
@@ -177,7 +185,7 @@ class Engine:
         tree = Tree([request.ids[shared:] for _, request, _ in group]).to(self.model.device)
         hidden, cache = self._forward_tree(tree, shared)
         paths = [torch.from_numpy(path).to(self.model.device) for path in tree.paths]
-        logits = self.model.logits(hidden[torch.stack([path[-1] for path in paths])])  # (prompts, V)
+        logits = _finite(self.model.logits(hidden[torch.stack([path[-1] for path in paths])]))  # (prompts, V)
         self.ready.extend(_Prompt(index, request, cache, path, row)
                           for (index, request, _), path, row in zip(group, paths, logits))
         self.prompt_tokens += sum(len(ids) for _, _, ids in group)
@@ -249,7 +257,7 @@ class Engine:
                 tree = Tree(group).to(self.model.device)
                 hidden, _ = self._forward_tree(tree, shared)
                 last = torch.tensor([path[-1] for path in tree.paths], device=self.model.device)
-                found += self._yes_against_no(at_least_fp32(self.model.logits(hidden[last]))).tolist()
+                found += self._yes_against_no(_finite(at_least_fp32(self.model.logits(hidden[last])))).tolist()
                 group, size = [], 0
         return found
 

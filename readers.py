@@ -13,6 +13,7 @@ from rprm import Case
 
 Labelled = list[tuple[str, Case]]
 TAG = "ки"  # Math-Shepherd's mark at the end of each step
+MAX_STEPS = 1000  # of a solution: each step is a case that repeats all steps before it, so a hostile line of 1 MB could become 1 TB
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def read_solution(row: dict, where: str, need_label: bool = False) -> Solution:
     steps = get_field(row, "steps", list, where)
     if not steps or any(not isinstance(s, str) or not s.strip() for s in steps):
         raise BadInput(f"{where}: field 'steps': needs at least one step and no empty ones; correct it")
+    _check_number(steps, f"{where}: field 'steps'")
     label = get_field(row, "label", int, where) if need_label or row.get("label") is not None else None
     if label is not None and not -1 <= label < len(steps):
         raise BadInput(f"{where}: field 'label': {label} is out of range (-1 to {len(steps) - 1}); correct it")
@@ -66,6 +68,11 @@ def _text(row: dict, name: str, where: str) -> str:
     if not text.strip():
         raise BadInput(f"{where}: field '{name}' is empty; fill it in or remove the line")
     return text
+
+
+def _check_number(steps: list, where: str) -> None:
+    if len(steps) > MAX_STEPS:
+        raise BadInput(f"{where}: {len(steps)} steps, more than {MAX_STEPS}; remove the line")
 
 
 def read_labelled_steps(path: str | Path, counts: Counter) -> Iterator[tuple[str, Labelled]]:
@@ -107,8 +114,10 @@ def prm800k(row: dict, where: str, counts: Counter) -> Labelled:
             counts[f"dropped: {reason} row"] += 1
             return []
     problem = _text(get_field(row, "question", dict, where), "problem", f"{where}: field 'question'")
-    found, previous = [], []
-    for i, step in enumerate(get_field(get_field(row, "label", dict, where), "steps", list, f"{where}: field 'label'")):
+    found, previous = [], ()
+    steps = get_field(get_field(row, "label", dict, where), "steps", list, f"{where}: field 'label'")
+    _check_number(steps, f"{where}: field 'label.steps'")
+    for i, step in enumerate(steps):
         here = f"{where}: field 'label.steps'[{i}]"
         completions = expect(step, dict, here).get("completions") or []
         for j, completion in enumerate(expect(completions, list, f"{here}.completions")):
@@ -117,17 +126,17 @@ def prm800k(row: dict, where: str, counts: Counter) -> Labelled:
             if rating not in (1, 0, -1, None) or isinstance(rating, bool):
                 raise BadInput(f"{here}.completions[{j}]: field 'rating': {rating!r} is not 1, 0 or -1; correct it")
             if rating in (1, -1) and text.strip():
-                found.append((f"{i}-{j}", Case(problem, tuple(previous), text, rating == 1)))
+                found.append((f"{i}-{j}", Case(problem, previous, text, rating == 1)))
             else:
                 counts["dropped: neutral step" if rating == 0 else "dropped: step without a rating"] += 1
         chosen, human = step.get("chosen_completion"), step.get("human_completion")
         if chosen is not None:
             if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < len(completions):
                 raise BadInput(f"{here}: field 'chosen_completion': {chosen!r} is out of range (0 to {len(completions) - 1}); correct it")
-            previous.append(completions[chosen]["text"])
+            previous += (completions[chosen]["text"],)
         elif human is not None:
             human = human.get("text") if isinstance(human, dict) else human
-            previous.append(expect(human, str, f"{here}: field 'human_completion'"))
+            previous += (expect(human, str, f"{here}: field 'human_completion'"),)
         else:
             break  # the solution ends here
     return found
@@ -137,6 +146,7 @@ def math_shepherd(row: dict, where: str, counts: Counter) -> Labelled:
     """`input` has a tag at the end of each step; `label` is the same text with + or - in place of each tag."""
     text, label = get_field(row, "input", str, where), get_field(row, "label", str, where)
     pieces = text.split(TAG)
+    _check_number(pieces[:-1], f"{where}: field 'input'")
     signs, at = [], 0
     for piece in pieces[:-1]:
         at += len(piece)
@@ -159,7 +169,7 @@ def seed_row(row: dict, where: str, counts: Counter) -> Labelled:
         raise BadInput(f"{where}: field 'expert-judge': {judge[:40]!r} is not Positive or Negative; correct it")
     previous = row.get("previous-steps") or []
     if isinstance(previous, str):
-        previous = re.split(r"(?:^|\n)\s*Step \d+:", previous)
+        previous = re.split(r"(?:^|\n)[^\S\n]*Step \d+:", previous)
     here = f"{where}: field 'previous-steps'"
     steps = [re.sub(r"^\s*Step \d+:", "", expect(s, str, here)).strip() for s in expect(previous, list, here)]
     now = re.sub(r"^\s*Step \d+:", "", get_field(row, "now-step", str, where)).strip()

@@ -11,15 +11,17 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Iterator
 
 from tqdm import tqdm
 
-from cli import BadInput, Journal, print_config, run, write_json
-from data import in_order, read_analyses
+import ranks
+from cli import BadInput, Journal, get_field, print_config, run, write_json
+from data import in_order, read_analyses, round_size, rounds
 from readers import Solution, read_rows, read_solution
-from rprm import (DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict)
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
 from server import ServedConfig, load_sampler
 
 
@@ -42,29 +44,40 @@ class Config(ServedConfig):
 
 
 def main(config: Config) -> None:
+    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
     print_config(config)
     found = solutions(config)
-    journal = Journal(config.out, config) if config.out else None
-    lines = journal.done if journal else []
+    if ranks.count() > 1 and not config.out:
+        raise BadInput("several ranks need --out, where their scores are merged")
+    own, alone, size = ranks.share(found), len(found) == 1, round_size(config)
+    journal = Journal(config.out, config, size or 1) if config.out else None
+    lines = []
     if journal:
-        journal.check([solution.id for _, solution in found])
+        journal.check({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label} for source, s in own)
+        lines += [check_line(config, line, where) for where, line in journal.lines()]
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
-    todo, start = found[len(lines):], time.perf_counter()
-    with journal or nullcontext(), tqdm(total=len(found), initial=len(lines), desc="score", unit="solution", disable=len(found) == 1) as bar:
-        for (source, solution), judged in zip(todo, in_order(judge_all(sampler, config, [s for _, s in todo]))):
-            lines.append(score_line(config, source, solution, judged))
-            if journal:
-                journal.write(lines[-1])
-            bar.update()
-            bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-    if len(found) == 1:
+    start = time.perf_counter()
+    with journal or nullcontext(), tqdm(total=len(own), initial=len(lines), desc="score", unit="solution",
+                                         disable=alone or ranks.rank() > 0) as bar:
+        for some in rounds(own, len(lines), size):
+            for (source, solution), judged in zip(some, in_order(judge_all(sampler, config, [s for _, s in some]))):
+                lines.append(score_line(config, source, solution, judged))
+                if journal:
+                    journal.write(lines[-1])
+                bar.update()
+                bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
+        if ranks.count() > 1:
+            lines = journal.everything()
+        if journal and not alone and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
+            write_json(Path(config.out).with_suffix(".summary.json"), summary(lines, config.k))
+    seconds, [tokens] = time.perf_counter() - start, ranks.total(sampler.engine.new_tokens)
+    if ranks.rank():
+        return
+    if alone:
         print_solution(config, lines[0])
     else:
-        table = summary(lines, config.k)
-        print_summary(table)
-        if config.out:
-            write_json(Path(config.out).with_suffix(".summary.json"), table)
-    print(f"model: {config.model}; {time.perf_counter() - start:.1f} s, {sampler.engine.new_tokens} tokens sampled ({rate(sampler, start)})")
+        print_summary(summary(lines, config.k))
+    print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
 
@@ -154,6 +167,16 @@ def score_line(config: Config, source: str, solution: Solution, steps: list[list
             "label": solution.label, "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
             "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
             "samples": [[asdict(a) for a in analyses] for analyses in steps]}
+
+
+def check_line(config: Config, line: dict, where: str) -> dict:
+    """A line that a killed run left. Raises BadInput unless the tables can be made of it."""
+    for analyses in get_field(line, "samples", list, where):
+        read_analyses({"analyses": analyses}, where)
+    predictions = get_field(line, "predictions", dict, where)
+    if not line["samples"] or set(predictions) != {str(k) for k in config.k} or "rewards" not in line:
+        raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
+    return line
 
 
 # ---------------------------------------------------------------------------------------------- tables

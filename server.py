@@ -23,6 +23,7 @@ from time import monotonic
 from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
+import ranks
 import rprm
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from cli import BadInput
@@ -504,6 +505,8 @@ def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = Fal
     """The sampler of a checkpoint folder, or with --server that of the model there."""
     if config.server is None:
         return rprm.load_sampler(config, k, force, complete, direct)
+    if ranks.count() > 1:
+        raise BadInput("--server: one process asks for all; leave torchrun out and raise --concurrency")
     tokenizer = load_tokenizer(config.tokenizer)
     prompt = load_prompt(config.prompt_file, Path(config.tokenizer) / PROMPT_FILE, direct)
     sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.concurrency, force, complete)

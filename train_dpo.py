@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ranks
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
-from cli import BadInput, run
-from data import PAIR_FIELDS, Examples, MicroBatch, travelling_prompt
+from cli import BadInput, naming, run
+from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
 from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -40,8 +41,9 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
+    ranks.join(config.device)
     check_out(config)
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device)
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device, sharded=True)
     train = Examples(config.train, PAIR_FIELDS, tokenizer)
     validation = Examples(config.validation, PAIR_FIELDS, tokenizer) if config.validation else None
     steps, numbers = epoch_batches(len(train), config)
@@ -58,11 +60,11 @@ def main(config: Config) -> None:
         if not n_pairs:
             raise BadInput(f"{train.path}: step {step} has no pair within --micro-tokens {config.micro_tokens}; raise it")
         metrics = Means()
-        for batch in batches:
+        for batch in deal(batches):
             losses = pair_losses(config, model, batch, reference, metrics)
             (losses.sum() / n_pairs).backward()
-        run.log("train", metrics.result() | {"left_out": len(long)} | run.update(metrics.result()["loss"], numbers(step)),
-                ("loss", "accuracy", "margin"))
+        result = metrics.result()
+        run.log("train", result | {"left_out": len(long)} | run.update(result["loss"], numbers(step)), ("loss", "accuracy", "margin"))
         if validation and run.due():
             result = evaluate(run, model, validation, validation_reference)
             run.log("validation", result, ("loss", "accuracy", "margin", "chosen_logprob"))
@@ -74,7 +76,7 @@ def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np
     """The loss of each pair in a tree, (pairs,), with the metrics taken down."""
     with precision(config):
         logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)  # (pairs, chosen | rejected)
-    frozen = torch.from_numpy(reference[batch.examples]).to(model.device)                           # (pairs, 2)
+    frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)      # (pairs, 2)
     lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(logprobs[:, 0], logprobs[:, 1], frozen[:, 0], frozen[:, 1], lengths[:, 0],
                                                         config.beta, config.label_smoothing, config.ipo, config.nll)
@@ -85,7 +87,7 @@ def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np
 
 
 class Means:
-    """Running means over pairs."""
+    """Means over the pairs of all ranks."""
 
     def __init__(self):
         self.sums, self.count = {}, 0
@@ -96,7 +98,8 @@ class Means:
         self.count += len(value)
 
     def result(self) -> dict[str, float]:
-        return {name: total / max(1, self.count) for name, total in self.sums.items()} | {"pairs": self.count}
+        *sums, count = ranks.total(*self.sums.values(), self.count)
+        return {name: total / max(1, count) for name, total in zip(self.sums, sums)} | {"pairs": int(count)}
 
 
 @torch.no_grad()
@@ -105,11 +108,12 @@ def evaluate(run: Run, model: Decoder, examples: Examples, reference: np.ndarray
     for start in range(0, len(examples), size):
         batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
         run.report_long(examples.path, long, examples.length)
-        for batch in batches:
+        for batch in deal(batches):
             pair_losses(run.config, model, batch, reference, metrics)
-    if not metrics.count:
+    result = metrics.result()
+    if not result["pairs"]:
         raise BadInput(f"{examples.path}: no pair is within --micro-tokens {run.config.micro_tokens}; raise it")
-    return metrics.result()
+    return result
 
 
 @torch.no_grad()
@@ -117,31 +121,40 @@ def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np
     """log π_ref of chosen and rejected for each pair, fp32 (pairs, 2), from the cache or computed into it.
 
     The cache is a .npy file beside the pairs, named by the content of the pairs, the model and --micro-tokens. It is
-    written as the work goes on, so a killed run continues; what is missing in it is NaN.
+    written as the work goes on, so a killed run continues; what is missing in it is NaN. Rank 0 alone reads and writes it.
     """
-    path = examples.path.with_name(f"{examples.path.stem}.reference-{content_hash(config, examples)}.npy")
+    path = examples.path.with_name(f"{examples.path.stem}.reference-{content_hash(config, examples)}.npy") if ranks.rank() == 0 else None
+    table = ranks.from_first(open_table(path, len(examples)) if path else np.empty((len(examples), 2), np.float32))
+    for first in tqdm(range(0, len(examples), config.batch_size), desc="reference", unit="batch", disable=ranks.rank() > 0):
+        last = min(first + config.batch_size, len(examples))
+        if not np.isnan(table[first:last]).any():
+            continue
+        batches, long = examples.pack(range(first, last), config.micro_tokens)
+        rows = np.zeros((last - first, 2), dtype=np.float32)
+        for batch in deal(batches):
+            with precision(config):
+                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)
+            rows[np.array(batch.examples, dtype=int) - first] = logprobs[:len(batch.examples)].cpu().numpy()
+        rows[:] = np.reshape(ranks.total(*rows.ravel()), rows.shape)
+        rows[np.array(long, dtype=int) - first] = LEFT_OUT
+        table[first:last] = rows
+    if path and not path.exists():  # else it was complete, or a run beside this one, which writes the same numbers, has renamed it
+        table.flush()
+        os.replace(path.with_suffix(".part"), path)
+    return np.array(table)
+
+
+def open_table(path: Path, n: int) -> np.ndarray:
+    """The cached reference; else the table that a killed run left, or a new one of NaN, (n, 2): what is written into it is in the file."""
     if path.exists():
         print(f"reference: {path} (cached)")
         return np.load(path, allow_pickle=False)
     part = path.with_suffix(".part")
     if not part.exists():
-        np.lib.format.open_memmap(part.with_suffix(".tmp"), "w+", np.float32, (len(examples), 2))[:] = np.nan
+        with naming(part), open(part.with_suffix(".tmp"), "wb") as file:  # written, not mapped: on a full disk that would be a SIGBUS
+            np.save(file, np.full((n, 2), np.nan, dtype=np.float32))
         os.replace(part.with_suffix(".tmp"), part)
-    table = np.lib.format.open_memmap(part, "r+")
-    for first in tqdm(range(0, len(examples), config.batch_size), desc="reference", unit="batch"):
-        last = min(first + config.batch_size, len(examples))
-        if not np.isnan(table[first:last]).any():
-            continue
-        rows = np.full((last - first, 2), LEFT_OUT, dtype=np.float32)
-        for batch in examples.pack(range(first, last), config.micro_tokens)[0]:
-            with precision(config):
-                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)
-            rows[np.array(batch.examples) - first] = logprobs.cpu().numpy()
-        table[first:last] = rows
-    table.flush()
-    if part.exists():  # else a run beside this one, which writes the same numbers, has renamed it
-        os.replace(part, path)
-    return np.array(table)
+    return np.lib.format.open_memmap(part, "r+")
 
 
 def content_hash(config: Config, examples: Examples) -> str:

@@ -12,9 +12,10 @@ from typing import Annotated
 
 import torch
 
+import ranks
 from checkpoint import load_config, load_model, load_tokenizer
 from cli import BadInput, run
-from data import SFT_FIELDS, Examples, travelling_prompt
+from data import SFT_FIELDS, Examples, deal, travelling_prompt
 from model import Decoder
 from rprm import response_logprobs, sft_loss
 from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -30,6 +31,7 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
+    ranks.join(config.device)
     check_out(config)
     model, folder = initial_model(config)
     tokenizer = load_tokenizer(folder)
@@ -47,12 +49,13 @@ def main(config: Config) -> None:
         if not n_tokens:
             raise BadInput(f"{train.path}: step {step} has no example within --micro-tokens {config.micro_tokens}; raise it")
         total = 0.0
-        for batch in batches:
+        for batch in deal(batches):
             with precision(config):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (examples,)
             loss = sft_loss(logprobs, n_tokens)
             loss.backward()
             total += loss.item()
+        [total] = ranks.total(total)
         metrics = run.update(total, numbers(step))
         tree_tokens = sum(len(batch.tree) for batch in batches)
         run.log("train", {"loss": total, "tokens": n_tokens, "tree_tokens": tree_tokens, "left_out": len(long)} | metrics, ("loss", "lr"))
@@ -70,10 +73,11 @@ def evaluate(run: Run, model: Decoder, examples: Examples) -> float:
     for start in range(0, len(examples), size):
         batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
         run.report_long(examples.path, long, examples.length)
-        for batch in batches:
+        n_tokens += sum(sum(batch.lengths) for batch in batches)
+        for batch in deal(batches):
             with precision(run.config):
                 total -= response_logprobs(model, batch.tree.to(model.device), batch.starts).sum().item()
-            n_tokens += sum(batch.lengths)
+    [total] = ranks.total(total)
     if not n_tokens:
         raise BadInput(f"{examples.path}: no example is within --micro-tokens {run.config.micro_tokens}; raise it")
     return total / n_tokens
@@ -84,10 +88,11 @@ def initial_model(config: Config) -> tuple[Decoder, Path]:
     if (config.model is None) == (config.from_scratch is None):
         raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
     if config.model:
-        return load_model(config.model, torch.float32, config.device), Path(config.model)
+        return load_model(config.model, torch.float32, config.device, sharded=True), Path(config.model)
     folder = Path(config.from_scratch).parent
     model = Decoder(load_config(folder))
     model.init_weights(torch.Generator().manual_seed(config.seed))
+    ranks.shard(model, config.device)
     return model.to(config.device), folder
 
 

@@ -7,6 +7,7 @@ A run's folder:
     checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them)
     model/                  the result, a Hugging Face folder: the best by validation loss, or the last without validation
 """
+import hashlib
 import json
 import math
 import os
@@ -18,13 +19,13 @@ from typing import Annotated, Iterator
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import ranks
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, Stopped, expect, json_line, print_config, read_json, resolved, write_json, writing
-from model import Decoder, keep_freed_memory
+from cli import BadInput, Stopped, expect, json_line, naming, print_config, read_json, refuse_existing, resolved, write_json, writing
+from model import Decoder, ModelConfig, keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class TrainConfig:
     """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
     out: Annotated[str, "folder of the run to write"]
     lr: Annotated[float, "peak learning rate", (0, None)]
-    batch_size: Annotated[int, "examples (or pairs) per optimizer step", (1, None)] = 128
-    micro_tokens: Annotated[int, "tokens per forward pass: lower it if memory runs out; a longer example is left out", (16, None)] = 8192
+    batch_size: Annotated[int, "examples (or pairs) per optimizer step, over all ranks", (1, None)] = 128
+    micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; a longer example is left out", (16, None)] = 8192
     epochs: Annotated[int, "passes over the training data", (1, None)] = 1
     max_steps: Annotated[int | None, "stop after so many optimizer steps", (1, None)] = None
     warmup: Annotated[float, "share of the steps in which the learning rate rises from 0", (0, 1)] = 0.03
@@ -89,22 +90,17 @@ class Run:
         self.out = Path(config.out)
         keep_freed_memory()
         model.checkpoint_activations = config.checkpoint_activations
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
+        parameters = ranks.parameters(model).values()
+        matrices = [p for p in parameters if p.dim() >= 2]
+        others = [p for p in parameters if p.dim() < 2]
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                            lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.step, self.best, self.left_out, self.stop_signal = 0, math.inf, set(), None
-        checkpoints = self._checkpoints()
-        if config.resume and checkpoints:
+        checkpoints = self._checkpoints() if config.resume else []
+        if checkpoints:
             self._restore(checkpoints[-1])
-            self._remove_old()
-        elif not config.resume and self.out.exists():
-            shutil.rmtree(self.out)
-        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not (self.out / "config.json").exists():
-            write_json(self.out / "config.json", resolved(config))
-        self._trim_log()
-        self.log_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+        if ranks.rank() == 0:
+            self._open_folder()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda number, frame: setattr(self, "stop_signal", signal.Signals(number)))
 
@@ -112,25 +108,27 @@ class Run:
 
     def progress(self) -> Iterator[int]:
         """The steps still to do, under a bar; a checkpoint every --save-every steps and when a signal asks to stop."""
-        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step") as self.bar:
+        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=ranks.rank() > 0) as self.bar:
             while self.step < self.steps:
                 yield self.step
                 self.step += 1
                 self.bar.update()
-                if self.stop_signal or self.step % self.config.save_every == 0 or self.step == self.steps:
+                stop = int(ranks.highest(self.stop_signal or 0))  # whichever rank was asked, all stop after the same step
+                if stop or self.step % self.config.save_every == 0 or self.step == self.steps:
                     self.save()
-                if self.stop_signal and self.step < self.steps:
+                if stop and self.step < self.steps:
                     break
         if self.step < self.steps:
-            raise Stopped(f"stopped by {self.stop_signal.name} after step {self.step}, which is saved; "
-                          f"give the same command with --resume to go on", self.stop_signal)
+            raise Stopped(f"stopped by {signal.Signals(stop).name} after step {self.step}, which is saved; "
+                          f"give the same command with --resume to go on", stop)
 
     def update(self, loss: float, examples: list[int]) -> dict[str, float]:
         """One optimizer step on the gradients that lie in the parameters. -> learning rate and gradient norm, for the log.
 
-        Raises BadInput before anything is changed where loss or gradient is not finite.
+        `loss` is the step's, summed over the ranks. Raises BadInput before anything is changed where loss or gradient is
+        not finite.
         """
-        norm = float(clip_grad_norm_(self.model.parameters(), self.config.clip))
+        norm = float(ranks.whole(clip_grad_norm_(self.model.parameters(), self.config.clip)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated, and the "
                            f"last checkpoint is whole; lower --lr or look at these examples")
@@ -142,9 +140,12 @@ class Run:
         return {"lr": rate, "grad_norm": norm}
 
     def log(self, split: str, metrics: dict, shown: tuple[str, ...]) -> None:
-        """Append a line to metrics.jsonl and show some of it in the bar."""
-        self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
-        self.log_file.flush()
+        """Append a line to metrics.jsonl and show some of it in the bar (rank 0)."""
+        if ranks.rank():
+            return
+        with naming(self.out / "metrics.jsonl"):
+            self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
+            self.log_file.flush()
         line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         if split == "train":
             self.bar.set_postfix_str(line)
@@ -163,6 +164,9 @@ class Run:
         return (self.step + 1) % self.config.eval_every == 0 or self.step + 1 == self.steps
 
     def keep_if_best(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise BadInput(f"step {self.step + 1}: the validation loss is {loss}, and no model can be chosen by it; the last checkpoint is whole; "
+                           f"lower --lr or look at --validation {getattr(self.config, 'validation', '')}")
         if loss < self.best:
             self.best = loss
             self.save_model()
@@ -182,21 +186,47 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.out / "checkpoints").glob("step-*[0-9]"))
 
+    def _open_folder(self) -> None:
+        """Make the run's folder, or clear away what a killed run left in it (rank 0)."""
+        replaced = self.out.with_name(self.out.name + ".replaced")
+        if self.out.exists() and not self.config.resume:
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.out.rename(replaced)  # first: a kill while its files go must leave no half of a run for --resume to find
+        shutil.rmtree(replaced, ignore_errors=True)  # also what such a kill has left
+        (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._remove_old()
+        if not (self.out / "config.json").exists():
+            write_json(self.out / "config.json", resolved(self.config) | contents(self.config))
+        self._trim_log()
+        self.log_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and both moments by name, this rank's rows of them: what a checkpoint holds."""
+        parameters = ranks.parameters(self.model)
+        return {name: p.detach() for name, p in parameters.items()} | {
+            f"{name}.{key}": self.optimizer.state[p][key] for name, p in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+
     def save(self) -> None:
-        """Weights, both moments, step and best so far; written aside and renamed, then older ones go."""
+        """Weights, both moments, step and best so far; written aside and renamed, then older ones go.
+
+        Every rank writes its own rows; any number of ranks can go on from them.
+        """
         folder = self.out / "checkpoints" / f"step-{self.step:08d}"
         aside = folder.with_suffix(".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        parameters = dict(self.model.named_parameters())
-        save_file({name: p.detach() for name, p in parameters.items()}, aside / "model.safetensors")
-        save_file({f"{name}.{key}": value for name, p in parameters.items() for key, value in self.optimizer.state[p].items()},
-                  aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {"step": self.step, "best": None if self.best == math.inf else self.best,
-                                          "left_out": sorted(self.left_out)})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-        self._remove_old()
+        if ranks.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        ranks.wait()
+        with naming(folder):
+            ranks.save_tensors(aside, self._tensors())
+        ranks.wait()
+        if ranks.rank() == 0:
+            write_json(aside / "state.json", {"step": self.step, "best": None if self.best == math.inf else self.best,
+                                              "left_out": sorted(self.left_out)})
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+            self._remove_old()
+        ranks.wait()  # a rank that then stops would have torchrun end rank 0 too
 
     def _remove_old(self) -> None:
         """All but the last --keep checkpoints, and what a killed run left half-written."""
@@ -207,10 +237,10 @@ class Run:
         state = read_json(folder / "state.json")
         self.step, self.best = state["step"], math.inf if state["best"] is None else state["best"]
         self.left_out = {tuple(pair) for pair in state["left_out"]}
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
-        moments = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
-        for name, p in self.model.named_parameters():
-            self.optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for p in ranks.parameters(self.model).values():  # AdamW counts its steps per parameter; here they are the run's
+            self.optimizer.state[p] = {"step": torch.tensor(float(self.step), device=self.model.device),
+                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        ranks.load_tensors(folder, self._tensors())
         print(f"resumed from {folder}")
 
     def _trim_log(self) -> None:
@@ -222,12 +252,24 @@ class Run:
                 file.writelines(line + "\n" for line in lines)
 
 
+def contents(config: TrainConfig) -> dict[str, str]:
+    """A hash of each data file: a resumed run must not meet other data behind the same path."""
+    found = {}
+    for name in ("train", "validation"):
+        path = getattr(config, name, None)
+        if path and Path(path).is_file():  # else `Examples` will say so
+            with open(path, "rb") as file:
+                found[f"content of --{name}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    return found
+
+
 def check_out(config: TrainConfig) -> None:
     """Before any work: refuse an existing folder, or one that was made with other settings. Prints the config."""
     print_config(config)
     out = Path(config.out)
     if out.exists() and not (config.resume or config.overwrite):
         raise BadInput(f"{out}: exists already; give --resume to go on, --overwrite to replace it, or another --out")
+    refuse_existing(out, overwrite=True)
     is_run = (out / "checkpoints").is_dir() and (out / "config.json").is_file()
     if out.exists() and config.overwrite and any(out.iterdir()) and not is_run:
         raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
@@ -237,22 +279,43 @@ def check_out(config: TrainConfig) -> None:
             raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
-        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device")}
+        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations")}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:
             raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same settings")
+        changed = [name for name, content in contents(config).items() if before.get(name, content) != content]
+        if changed:
+            raise BadInput(f"{out / 'config.json'}: the {changed[0]} is not what the run was begun with; put the file back, or give --overwrite")
+    ranks.wait()  # before rank 0 changes the folder that the others still look at
 
 
 def print_budget(model: Decoder, config: TrainConfig, examples: int, steps: int, tokens: int) -> None:
     """Parameters, tokens per step, steps, estimated memory: before step 0. `tokens`: in the trees of the first step."""
-    c = model.config
-    parameters = sum(p.numel() for p in model.parameters())
-    activation_bytes = 2 if torch.device(config.device).type == "cuda" else 4
-    kept = 2 * c.hidden_size if config.checkpoint_activations else (
-        6 * c.hidden_size + 2 * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + 4 * c.intermediate_size)
-    activations = config.micro_tokens * c.num_hidden_layers * kept * activation_bytes
-    print(f"budget: {parameters:,} parameters; {examples:,} examples, {steps:,} steps of {config.batch_size}; first step {tokens:,} tokens in trees "
-          f"of at most {config.micro_tokens:,}\n"
-          f"memory: about {parameters * 16 / 1e9:.2f} GB for fp32 weights, gradients and both moments, "
-          f"{activations / 1e9:.2f} GB for activations at full trees" + (" (checkpointed)" if config.checkpoint_activations else ""))
+    print(f"budget: {sum(p.numel() for p in model.parameters()):,} parameters; {examples:,} examples, {steps:,} steps of {config.batch_size}; "
+          f"first step {tokens:,} tokens in trees of at most {config.micro_tokens:,}")
+    table = memory(model.config, config, ranks.count())
+    print(f"memory, on each of {ranks.count()} ranks, about:" if ranks.count() > 1 else "memory, about:")
+    for name, size in (table | {"together": sum(table.values())}).items():
+        print(f"  {name:<58} {size / 1e9:7.2f} GB")
+
+
+def memory(shape: ModelConfig, config: TrainConfig, n_ranks: int) -> dict[str, float]:
+    """Estimated bytes on each of `n_ranks` ranks, by what they are for; the rank with the most rows, full trees."""
+    with torch.device("meta"):
+        model = Decoder(shape)
+    rows = sum(math.ceil(len(p) / n_ranks) * p[0].numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.layers[0].parameters())
+    around = sum(p.numel() for p in model.parameters()) - layer * len(model.layers)  # embedding, last norm, head
+    narrow = 2 if torch.device(config.device).type == "cuda" else 4  # bytes of a number in a matrix product
+    kept = (6 * shape.hidden_size + 2 * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
+            + 4 * shape.intermediate_size) * narrow  # bytes that a layer keeps of a token for its backward pass
+    checkpointed = config.checkpoint_activations  # then a layer keeps its input alone, fp32, and the rest while it is at work
+    kept = kept + 4 * shape.hidden_size * len(model.layers) if checkpointed else kept * len(model.layers)
+    table = {"weights, fp32": 4 * rows, "gradients, fp32": 4 * rows, "both moments, fp32": 8 * rows}
+    if n_ranks > 1:
+        table["gathered: two layers, embedding and head, their gradients"] = layer * (3 * narrow + 4) + around * 8
+    elif narrow == 2:
+        table["weights again in bf16, as autocast keeps them"] = 2 * rows
+    table["activations" + (", checkpointed" if checkpointed else "")] = config.micro_tokens * kept
+    return table

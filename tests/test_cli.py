@@ -1,11 +1,15 @@
 """The ground floor: command lines from dataclasses, readers that name the place of an error, files whole or absent."""
+import errno
 import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pytest
+import torch
 
 import cli
 from cli import BadInput, Journal
@@ -153,12 +157,48 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
         assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {said}\n", "")
 
 
+def test_what_a_file_says_neither_breaks_nor_floods_the_line_nor_steers_the_terminal(capsys):
+    def main(config):
+        raise cli.BadInput("rows.jsonl:1: found \x1b[2J\r\u2028\x85" + "x" * 10 ** 6 + "; correct it")
+    with pytest.raises(SystemExit):
+        cli.run((Config, main), argv=["--model", "m"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: rows.jsonl:1: found  [2J   xxx") and said.endswith("x; correct it\n") and len(said) < 2000
+
+
+@dataclass(frozen=True)
+class Training:
+    micro_tokens: Annotated[int, "tokens"] = 8192
+    batch_size: Annotated[int, "examples"] = 128
+    checkpoint_activations: Annotated[bool, "less memory"] = False
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    batch_size: Annotated[int, "cases"] = 16
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8), lambda: bytearray(2 ** 60),
+                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", {"torch": torch})])
+def test_out_of_memory_says_what_to_lower(capsys, fail):
+    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"), (SamplingJob, "lower --batch-size (now 16); ")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run((config, lambda _: fail()), argv=["--micro-tokens", "4096"] if config is Training else [])
+        [error] = capsys.readouterr().err.strip().split("\n")
+        assert stop.value.code == 2 and error.startswith("error: out of memory (") and said in error
+
+
 def test_an_error_in_the_program_is_not_hidden():
     """Only what the user gave is reported in one line; a bug keeps its traceback."""
     def main(config):
         raise ZeroDivisionError
+
+    def shapes(config):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(ZeroDivisionError):
         cli.run((Other, main), argv=[])
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run((Other, shapes), argv=[])
 
 
 def test_the_resolved_config_is_json(capsys):
@@ -265,6 +305,26 @@ def test_written_json_reads_back(tmp_path):
     assert cli.json_line(value).count("\n") == 1 and json.loads(cli.json_line(value)) == value
 
 
+@pytest.mark.parametrize("out", ["file/out.jsonl", "file/new/out.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, out):
+    """A root may write everywhere, so a file stands here where a folder is needed."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput) as error:
+        cli.refuse_existing(tmp_path / out, overwrite=False)
+    says(error, str(tmp_path / out), "cannot be written", "Not a directory")
+    cli.refuse_existing(tmp_path / "new/folder/out.jsonl", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and looking leaves nothing
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_write_that_fails_names_its_file(tmp_path):
+    (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        with Journal(tmp_path / "out.jsonl", OVERWRITE) as journal:
+            journal.write({"n": 0})
+    assert error.value.filename == str(journal.part) and error.value.errno == errno.ENOSPC
+
+
 def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
     cli.refuse_existing(tmp_path / "a", overwrite=False)
     (tmp_path / "a").touch()
@@ -309,7 +369,7 @@ def killed(tmp_path):
 def test_a_journal_becomes_the_output_at_the_end(tmp_path):
     out = tmp_path / "new" / "out.jsonl"
     with Journal(out, Job()) as journal:
-        assert journal.done == []
+        assert journal.done == 0
         journal.write({"n": 0})
         assert rows(journal.part) == [{"n": 0}] and not out.exists()  # a kill now would lose nothing
     assert rows(out) == [{"n": 0}]
@@ -320,7 +380,7 @@ def test_a_journal_becomes_the_output_at_the_end(tmp_path):
 def test_a_killed_run_resumes_after_its_last_whole_line(killed):
     assert not killed.exists()
     with Journal(killed, RESUME) as journal:
-        assert journal.done == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
+        assert journal.done == 2 and [line for _, line in journal.lines()] == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
         journal.write({"n": 2})
     assert [row["n"] for row in rows(killed)] == [0, 1, 2]
     assert not journal.part.exists()
@@ -330,7 +390,7 @@ def test_resuming_twice_loses_nothing(killed):
     for n in (2, 3):
         with pytest.raises(RuntimeError):
             with Journal(killed, RESUME) as journal:
-                assert len(journal.done) == n
+                assert journal.done == n
                 journal.write({"n": n})
                 raise RuntimeError
     with Journal(killed, RESUME) as journal:
@@ -352,7 +412,7 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(killed):
         Journal(killed, Job())
     says(error, f"{killed}.part", "--resume", "--overwrite")
     with Journal(killed, OVERWRITE) as journal:
-        assert journal.done == []
+        assert journal.done == 0
     assert rows(killed) == []
 
 
@@ -378,7 +438,7 @@ def test_overwriting_keeps_the_old_output_until_the_end(tmp_path):
 
 def test_resume_without_an_earlier_run_starts_one(tmp_path):
     with Journal(tmp_path / "out.jsonl", RESUME) as journal:
-        assert journal.done == []
+        assert journal.done == 0
     assert rows(tmp_path / "out.jsonl") == []
 
 
@@ -395,5 +455,63 @@ def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
     with open(f"{killed}.part", "ab") as file:
         file.write(b'\n{"n": 3}\n')  # the torn line is now a line of its own
     with pytest.raises(BadInput) as error:
-        Journal(killed, RESUME)
+        list(Journal(killed, RESUME).lines())
     says(error, f"{killed}.part:3")
+
+
+@pytest.mark.parametrize("round_size, kept", [(1, 5), (2, 4), (3, 3), (4, 4), (6, 0)])
+def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError):
+        with Journal(out, Job()) as journal:
+            for n in range(5):
+                journal.write({"n": n})
+            raise RuntimeError
+    with Journal(out, RESUME, round_size) as journal:
+        assert journal.done == kept
+        journal.write({"n": "new"})
+    assert [row["n"] for row in rows(out)] == [*range(kept), "new"]
+
+
+def test_lines_must_be_those_of_the_items(killed):
+    for items, said in (([{"n": 0}, {"n": 1}, {"n": 2}], None), ([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"), ([{"n": 1}], ":1: field 'n'"),
+                        ([{"n": 0}], ":2: field")):
+        journal = Journal(killed, RESUME)
+        if said is None:
+            journal.check(items)
+        else:
+            with pytest.raises(BadInput) as error:
+                journal.check(items)
+            says(error, f"{killed}.part{said}")
+
+
+def test_a_killed_overwriting_goes_on(tmp_path):
+    """The old output is still there then, and is no sign of a complete run; before the first line, --resume begins anew."""
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"old": 1}\n', encoding="utf-8")
+    with pytest.raises(RuntimeError):
+        with Journal(out, OVERWRITE) as journal:
+            journal.write({"n": 0})
+            raise RuntimeError
+    for config in (RESUME, replace(RESUME, overwrite=True)):
+        assert Journal(out, config).done == 1
+    with Journal(out, RESUME) as journal:
+        journal.write({"n": 1})
+    assert rows(out) == [{"n": 0}, {"n": 1}]
+    Path(f"{out}.part").touch()  # killed between making the part and writing the config
+    with Journal(out, replace(OVERWRITE, resume=True, seed=5)) as journal:
+        journal.write({"n": 2})
+    assert rows(out) == [{"n": 2}] and cli.read_json(f"{out}.config.json")["seed"] == 5
+
+
+def test_lines_are_read_on_demand(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"a": 0}\n\n \r\n{"a": "é "}\n[1]\n{"a": 2}'.encode())
+    lines = cli.Lines(path)
+    assert len(lines) == 4 and lines[3] == (f"{path}:6", {"a": 2}) and lines[1] == (f"{path}:4", {"a": "é "}) and lines[0][1] == {"a": 0}
+    with pytest.raises(BadInput) as error:
+        lines[2]
+    says(error, f"{path}:5: expected an object")
+    with pytest.raises(BadInput) as error:
+        cli.Lines(tmp_path / "absent")
+    says(error, "no such file")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import generate
 import model as model_module
 from checkpoint import load_model
+from cli import BadInput
 from generate import Continuation, Engine, Request, sample, uniform
 from model import Tree, TreeAttention
 
@@ -445,6 +446,17 @@ def test_first_tokens_have_the_models_probabilities(model):
     assert abs(ends - expected[EOS].sum()) <= 5.5 * math.sqrt(max(expected[EOS].sum(), 1))
     chi2, df = ((counts[inside] - expected[inside]) ** 2 / expected[inside]).sum(), len(inside)
     assert chi2 < df + 5 * math.sqrt(2 * df) + 17  # Laurent and Massart: P(chi2 > df + 2 sqrt(df x) + 2x) < e^-x, with x = 14 at these df
+
+
+def test_broken_weights_are_named(tiny_folder):
+    """NaN once reached the sampling, which then looked for a token at index -1."""
+    broken = load_model(tiny_folder)
+    broken.norm.weight.data[3] = math.nan
+    engine = Engine(broken, EOS, YES_NO)
+    with pytest.raises(BadInput, match="logits are not finite"):
+        list(engine.run([Request([5, 6, 7], [1])]))
+    with pytest.raises(BadInput, match="logits are not finite"):
+        engine.read_p_yes([[5, 6, 7]])
 
 
 def test_bf16_weights_sample_and_stay_near_fp32(tiny_folder, model):

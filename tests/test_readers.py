@@ -310,3 +310,21 @@ def test_read_case():
     for name in ("problem", "previous_steps", "now_step"):
         with pytest.raises(BadInput, match=f"^f:1: field '{name}' is missing"):
             read_case({k: v for k, v in row.items() if k != name}, "f:1")
+
+
+# ---------------------------------------------------------------------------------------------- hostile rows
+
+@pytest.mark.parametrize("hostile", [
+    {"problem": "p", "steps": ["s"] * 1001, "label": -1},
+    {"question": {"problem": "p"}, "label": {"steps": [{"completions": [{"text": "s", "rating": 1}], "chosen_completion": 0}] * 1001}},
+    {"input": "p Step 1:" + " s ки" * 1001, "label": "p Step 1:" + " s +" * 1001}])
+def test_a_solution_of_a_thousand_steps_and_no_more(tmp_path, hostile):
+    """n steps make n cases that hold n²/2 steps: a line of a megabyte would fill the memory and then the disk."""
+    assert "rows.jsonl:1: " in (message := refused(write(tmp_path / "rows.jsonl", hostile))) and "1001 steps, more than 1000" in message
+
+
+def test_blank_lines_in_seed_rows_take_no_longer(tmp_path):
+    """White space before "Step 2:" was looked for from each of its newlines anew: 200,000 would have taken an hour."""
+    row = {"id": "a", "query": "q", "previous-steps": "Step 1: a\n \n" + "\n" * 200_000 + "  Step 2: b", "now-step": "c", "expert-judge": "Positive"}
+    [(_, case)], _ = read_one(tmp_path, row)
+    assert case.previous_steps == ("a", "b")

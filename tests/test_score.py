@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import score
 from checkpoint import load_model, load_tokenizer
 from cli import run
@@ -274,42 +275,64 @@ def test_the_batch_size_changes_nothing(tmp_path, tiny):
 
 # ---------------------------------------------------------------------------------------------- resuming
 
-def test_a_killed_run_resumes_to_the_same_file(tmp_path, stand_in):
-    """Torn in mid-line or between two; the table counts the lines of the killed run too."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_killed_run_resumes_to_the_same_file(tmp_path, stand_in, monkeypatch, size):
+    """Torn in mid-line or between two; the table counts the lines of the killed run too. Whole rounds of `size` are kept."""
+    monkeypatch.setattr(data, "ROUND", 1)
     rows, p_yes = random_bench(9, seed=3)
     asked = stand_in(rows, p_yes)
     out = tmp_path / "s.jsonl"
-    flags = ["--input", write(tmp_path / "b.json", rows), "--k", 1, 4, "--out", out]
+    flags = ["--input", write(tmp_path / "b.json", rows), "--k", 1, 4, "--out", out, "--batch-size", size]
     score_py(*flags)
     whole, table, n_asked = out.read_bytes(), summary(out), len(asked)
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for size in (0, 10, ends[0], ends[2] - 1, ends[5] + 33, len(whole)):
+    for torn in (0, 10, ends[0], ends[2] - 1, ends[5] + 33, len(whole)):
         out.rename(f"{out}.part")
-        Path(f"{out}.part").write_bytes(whole[:size])
+        Path(f"{out}.part").write_bytes(whole[:torn])
         asked.clear()
         score_py(*flags, "--resume")
         assert out.read_bytes() == whole and summary(out) == table and not Path(f"{out}.part").exists()
-        assert len(asked) == n_asked - sum(len(line["samples"]) for line in read(out)[:sum(end <= size for end in ends)])
+        assert len(asked) == n_asked - sum(len(line["samples"]) for line in read(out)[:sum(end <= torn for end in ends) // size * size])
 
 
-def test_a_killed_run_of_a_model_resumes_to_the_same_scores(tmp_path, tiny):
-    """With the model itself: the same lines, P(Yes) up to its last digit."""
-    rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(6)]
+@pytest.mark.parametrize("flags_too", [[], ["--all-steps"], ["--direct"]], ids=["plain", "all steps", "direct"])
+def test_a_killed_run_of_a_model_resumes_to_the_same_bytes(tmp_path, tiny, monkeypatch, flags_too):
+    """With the model itself, P(Yes) to its last digit: what is computed side by side is the same again."""
+    monkeypatch.setattr(data, "ROUND", 1)
+    rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(7)]
     out = tmp_path / "s.jsonl"
-    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out]
+    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, *flags_too]
     score_py(*flags)
-    whole, lines = out.read_bytes(), read(out)
-    out.rename(f"{out}.part")
-    Path(f"{out}.part").write_bytes(whole[:len(whole) // 2])
-    score_py(*flags, "--resume")
-    assert read(out) == rewards_close(lines)
+    whole = out.read_bytes()
+    for part in (whole[:len(whole) // 2], whole[:-1]):
+        out.rename(f"{out}.part")
+        Path(f"{out}.part").write_bytes(part)
+        score_py(*flags, "--resume")
+        assert out.read_bytes() == whole
 
 
-def test_a_resumed_run_must_be_the_same_one(tmp_path, stand_in, capsys):
+@pytest.mark.parametrize("spoil", [lambda line: line.pop("predictions"), lambda line: line["predictions"].pop("2"), lambda line: line.update(samples=[]),
+                                   lambda line: line["samples"][0][0].update(p_yes=2), lambda line: line.update(samples=3)])
+def test_a_spoilt_line_of_a_killed_run_is_named(tmp_path, stand_in, capsys, monkeypatch, spoil):
+    monkeypatch.setattr(data, "ROUND", 1)
     rows, p_yes = random_bench(4, seed=3)
     stand_in(rows, p_yes)
     out = tmp_path / "s.jsonl"
-    flags = ["--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out]
+    flags = ["--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, "--batch-size", 1]
+    score_py(*flags)
+    lines = read(out)
+    spoil(lines[1])
+    out.unlink()
+    Path(f"{out}.part").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert f"{out}.part:2: " in refused(capsys, *flags, "--resume")
+
+
+def test_a_resumed_run_must_be_the_same_one(tmp_path, stand_in, capsys, monkeypatch):
+    monkeypatch.setattr(data, "ROUND", 1)
+    rows, p_yes = random_bench(4, seed=3)
+    stand_in(rows, p_yes)
+    out = tmp_path / "s.jsonl"
+    flags = ["--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, "--batch-size", 1]
     score_py(*flags)
     assert "--overwrite" in refused(capsys, *flags) and "nothing to resume" in refused(capsys, *flags, "--resume")
     half = out.read_bytes()[:-30]

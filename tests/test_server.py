@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import data
+import ranks
 import score
 import server
 from checkpoint import load_tokenizer
@@ -452,6 +453,12 @@ def test_what_cannot_work_ends_at_once(stand_in, flags, bench, tmp_path, capsys,
 def test_a_server_without_a_list_of_models_is_asked_all_the_same(stand_in, tiny_folder, models):
     stand_in.models = models
     assert len(found(stand_in, tiny_folder, cases(1))[0]) == 4
+
+
+def test_many_ranks_are_refused(stand_in, tiny_folder, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(BadInput, match="one process asks for all; leave torchrun out"):
+        sampler(stand_in, tiny_folder)
 
 
 def test_nobody_at_the_address(tiny_folder, bench, capsys):

@@ -1,9 +1,12 @@
 """The two training scripts as a user runs them: data, schedule, overfitting, DPO, checkpoints, kills, refusals."""
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import checkpoint
+import ranks
 import train_dpo
 import train_sft
 import training
@@ -74,7 +79,16 @@ def metrics(out, split="train"):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def content(path):
+    """A file's bytes. DCP's safetensors files have several metadata in the header, whose order differs from process to process."""
+    raw = path.read_bytes()
+    if not path.name.startswith("shard-"):
+        return raw
+    size = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:8 + size]), raw[8 + size:]
 
 
 # ---------------------------------------------------------------------------------------------- order and schedule
@@ -320,7 +334,7 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path, tiny_folder, monkey
 
 def load_state(folder):
     from safetensors.torch import load_file
-    return load_file(folder / "model.safetensors")
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 # ---------------------------------------------------------------------------------------------- DPO
@@ -425,7 +439,7 @@ def test_a_non_finite_gradient_stops_before_the_update(tmp_path, tiny_folder, mo
         return found
     load = train_sft.load_model
     monkeypatch.setattr(train_sft, "sft_loss", broken)
-    monkeypatch.setattr(train_sft, "load_model", lambda *given: models.append(load(*given)) or models[0])
+    monkeypatch.setattr(train_sft, "load_model", lambda *given, **named: models.append(load(*given, **named)) or models[0])
     with pytest.raises(BadInput, match="gradient norm nan"):
         train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4)))
     for ours, loaded in zip(models[0].parameters(), load_model(tiny_folder).parameters()):
@@ -536,6 +550,17 @@ def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_f
     assert same_run(tmp_path / "whole", tmp_path / "stopped") == []
 
 
+@pytest.mark.parametrize("script, losses, kept", [(train_sft, [math.nan], False), (train_sft, [1.0, math.inf], True), (train_dpo, [math.nan], False)])
+def test_a_validation_that_is_not_finite_stops_and_says_so(tmp_path, tiny_folder, script, losses, kept, monkeypatch):
+    """Else the run would end without a model, or with that of an early step, and say nothing."""
+    given = iter(losses)
+    monkeypatch.setattr(script, "evaluate", lambda *_: next(given) if script is train_sft else dict.fromkeys(
+        ("loss", "accuracy", "margin", "chosen_logprob"), next(given)))
+    with pytest.raises(BadInput, match=f"the validation loss is {losses[-1]}, .*lower --lr or look at --validation .*held_out"):
+        script.main(small_run(script, tmp_path, tiny_folder, "out"))
+    assert (tmp_path / "out/model").exists() == kept
+
+
 def test_the_best_model_before_a_stop_stays_the_best_after_it(tmp_path, tiny_folder, monkeypatch):
     """Validation losses 3, 1, 2, 1.5 by step: the second step's model is kept, whether the run is stopped after it or not."""
     monkeypatch.setattr(train_sft, "evaluate", lambda run, *_: [3.0, 1.0, 2.0, 1.5][run.step])
@@ -585,8 +610,8 @@ def in_a_child(work, die_at=None):
         shutil.rmtree = deadly(shutil.rmtree, remove_one)
         for name in ("replace", "rename", "fsync", "unlink"):
             setattr(os, name, deadly(getattr(os, name)))
-        for module in (training, checkpoint):
-            module.save_file = deadly(module.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
+        checkpoint.save_file = deadly(checkpoint.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
+        ranks.save_tensors = deadly(ranks.save_tensors, lambda folder, _: write_bytes(folder / "shard-00001-model-00001-of-00001.safetensors", b"torn"))
         work()
         os._exit(0)
     except BaseException:
@@ -611,6 +636,40 @@ def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, tiny_folder,
     assert die_at > 20  # the kills did happen
 
 
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("save", ["step-00000004", "model"])  # the second checkpoint, and the model
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, tiny_folder, script, save, monkeypatch, capsys):
+    script.main(small_run(script, tmp_path, tiny_folder, "whole"))
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"torn")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def full_in_dcp(tensors, metadata=None):  # the bytes that DCP then writes; the first checkpoint's do fit
+        if (tmp_path / "full/checkpoints/step-00000002").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return as_bytes(tensors, metadata)
+    as_bytes = safetensors.torch.save
+    monkeypatch.setattr(*((safetensors.torch, "save_file", full) if save == "model" else (safetensors.torch, "save", full_in_dcp)))
+    with pytest.raises(SystemExit) as stop:
+        run((script.Config, lambda _: script.main(small_run(script, tmp_path, tiny_folder, "full"))),
+            argv=["--model", "m", "--train", "t", "--out", "o"])
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert stop.value.code == 2 and re.match(f"error: {tmp_path}/full/[^:]*{save}[^:]*: No space left on device; make room.", error)
+    assert "--resume" in error
+    monkeypatch.undo()
+    script.main(small_run(script, tmp_path, tiny_folder, "full", resume=True))  # now there is room
+    assert same_run(tmp_path / "whole", tmp_path / "full") == []
+
+
+@pytest.mark.parametrize("script, rows", [("train_sft.py", sft_rows(8)), ("train_dpo.py", pair_rows(8))])
+def test_a_file_that_cannot_grow_ends_in_one_line(tmp_path, tiny_folder, script, rows):
+    """The system's own refusal, met by the process as a user runs it: no file may have more than 100 kB."""
+    flags = ["--model", tiny_folder, "--train", write(tmp_path / "t.jsonl", rows), "--out", tmp_path / "out", "--device", "cpu"]
+    done = run_script(script, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert "/step-00000001: File too large; make room" in done.stderr.strip().split("\n")[-1]
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
     command = [sys.executable, str(ROOT / "train_sft.py"), *map(str, arguments("train_sft.py", tmp_path, tiny_folder)), "--save-every", "1000",
                "--epochs", "50", "--out", str(tmp_path / "out")]
@@ -632,6 +691,36 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, tiny_folder):
 
 
 # ---------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_other_data_behind_the_same_path_are_not_resumed(tmp_path, tiny_folder, script, name):
+    first = small_run(script, tmp_path, tiny_folder, "out")
+    script.main(first)
+    before = files_of(tmp_path / "out")
+    path = Path(getattr(first, name))
+    path.write_text(path.read_text().replace("right", "wrong", 1))
+    with pytest.raises(BadInput, match=f"the content of --{name} is not what the run was begun with"):
+        script.main(dataclasses.replace(first, resume=True))
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_kill_while_a_run_is_replaced_leaves_no_half_of_it(tmp_path, tiny_folder):
+    """--overwrite with another --lr, killed at each of its first file operations: --resume begins anew or refuses, but never
+    goes on from the old run's checkpoints."""
+    script, began_anew = train_sft, 0
+    script.main(small_run(script, tmp_path, tiny_folder, "whole", lr=1e-4))
+    for die_at in range(1, 8):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        script.main(small_run(script, tmp_path, tiny_folder, "out"))
+        assert in_a_child(lambda: script.main(small_run(script, tmp_path, tiny_folder, "out", lr=1e-4, overwrite=True)), die_at) == -signal.SIGKILL
+        if in_a_child(lambda: script.main(small_run(script, tmp_path, tiny_folder, "out", lr=1e-4, resume=True))) == 0:
+            assert same_run(tmp_path / "whole", tmp_path / "out") == []
+            began_anew += 1
+        else:
+            script.main(small_run(script, tmp_path, tiny_folder, "out", resume=True))  # the old run, still whole
+    assert began_anew > 3
+
 
 def test_other_settings_existing_output_and_foreign_folders_are_refused(tmp_path, tiny_folder):
     first = sft_config(tmp_path, tiny_folder, sft_rows(8))

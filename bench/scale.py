@@ -1,0 +1,105 @@
+"""Does the data side stream? Seconds and peak memory of each stage on generated files, up to the official size.
+
+    python bench/scale.py                              # 3,000 and 30,000 examples of 1,500 tokens
+    python bench/scale.py --sizes 3000 30000 300000    # the official size: some 12 GB of files, half an hour
+
+`data.py cases`, `sample` (all but the model: a stand-in answers at once), `sft` and `pairs`, each as it is, then what
+train_sft.py and train_dpo.py do with their files: the start (every line is checked), and the packing of 5 steps of 128. Each
+stage has a process of its own. Wanted: under 2 GB at every size, and no start longer than a minute.
+"""
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Iterable, Iterator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
+import numpy as np
+
+import data
+from bench.common import ROOT, peak_mb, report, run_side
+from checkpoint import load_tokenizer
+from cli import json_line, print_config, run, writing
+from rprm import VERIFICATION, Analysis, Case, load_prompt
+
+STAGES = ("cases", "sample", "sft", "pairs", "train_sft", "train_dpo")
+WORDS = "the sum of apples and pens in each box is half what Tom had before he gave 12 to Mia so we get 34 + 7 = 41".split()
+
+
+@dataclass(frozen=True)
+class Config:
+    sizes: Annotated[tuple[int, ...], "numbers of cases", (100, None)] = (3000, 30000)
+    model: Annotated[str, "checkpoint: its tokenizer and chat template are used"] = str(ROOT / "examples/arithmetic/base")
+    data: Annotated[str, "folder for the files, which are removed afterwards (default: a temporary one)"] = ""
+    threads: Annotated[int, "threads", (1, None)] = 1
+    side: Annotated[str | None, "do this stage's work alone and print it as JSON", STAGES] = None
+
+
+def main(config: Config) -> None:
+    if config.side:
+        return report(stage(config))
+    print_config(config)
+    print("\n| examples | stage | file read | start | seconds | peak MB |\n|---|---|---|---|---|---|")
+    for n in config.sizes:
+        with tempfile.TemporaryDirectory(dir=config.data or None) as folder:
+            write_solutions(Path(folder) / "solutions.jsonl", n)
+            for side in STAGES:
+                found = run_side(__file__, replace(config, sizes=(n,), data=folder, side=side))
+                print(f"| {n:,} | {side} | {found['read_mb']:,.0f} MB | {found['start']:.1f} s | {found['seconds']:.1f} | {found['peak_mb']:,.0f} |", flush=True)
+
+
+def write_solutions(path: Path, n: int) -> None:
+    """n solutions of one step each: about 700 tokens of problem and step, which the analyses double."""
+    rng = np.random.default_rng(0)
+    with writing(path) as file:
+        for i in range(n):
+            words = rng.choice(WORDS, 500)
+            file.write(json_line({"id": str(i), "problem": " ".join(words[:300]), "steps": [" ".join(words[300:])], "label": int(rng.integers(-1, 1))}))
+
+
+def stage(config: Config) -> dict:
+    """One stage in the folder `config.data` -> what it took. `start`: until the first output, or the first step."""
+    folder, begin = Path(config.data), time.perf_counter()
+    reads = {"cases": "solutions", "sample": "cases", "sft": "samples", "pairs": "samples", "train_sft": "sft", "train_dpo": "pairs"}
+    source = folder / f"{reads[config.side]}.jsonl"
+    common = dict(out=str(folder / f"{'samples' if config.side == 'sample' else config.side}.jsonl"))
+    start = 0.0
+    if config.side == "cases":
+        data.cases(data.CasesConfig(input=(str(source),), **common))
+    elif config.side == "sample":
+        waited = []
+
+        def stand_in(sampler_config, k, **_):
+            waited.append(time.perf_counter() - begin)
+            return SimpleNamespace(engine=SimpleNamespace(new_tokens=0), prompt=load_prompt(None, None), analyses=lambda cases: answers(cases, k))
+        data.load_sampler = stand_in
+        data.sample(data.SampleConfig(model=config.model, cases=str(source), n=4, device="cpu", **common))
+        [start] = waited
+    elif config.side in ("sft", "pairs"):
+        command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.PairsConfig)}[config.side]
+        command(kind(samples=(str(source),), max_per_case=1, validation=0.01, **common))
+    else:
+        fields = data.SFT_FIELDS if config.side == "train_sft" else data.PAIR_FIELDS
+        examples = data.Examples(str(source), fields, load_tokenizer(config.model))
+        start = time.perf_counter() - begin
+        for step in range(5):
+            order = np.random.default_rng(step).permutation(len(examples))
+            examples.pack(order[:128].tolist(), 8192)
+    seconds = time.perf_counter() - begin
+    found = {"seconds": seconds, "start": start, "read_mb": source.stat().st_size / 1e6, "peak_mb": peak_mb()}
+    if config.side in ("train_sft", "pairs"):  # room for the next ones
+        (folder / {"train_sft": "sft.jsonl", "pairs": "samples.jsonl"}[config.side]).unlink()
+    return found
+
+
+def answers(cases: Iterable[Case], k: int) -> Iterator[tuple[int, list[Analysis]]]:
+    """Analyses of about 500 tokens that say Yes and No in turn."""
+    text = " ".join(WORDS * 16)
+    for i, _ in enumerate(cases):
+        yield i, [Analysis(f"{j} {text}\n{VERIFICATION} {'Yes' if j % 2 else 'No'}", bool(j % 2), 0.5, 500, True) for j in range(k)]
+
+
+if __name__ == "__main__":
+    run((Config, main))

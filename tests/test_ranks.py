@@ -1,0 +1,425 @@
+"""Two ranks on the CPU against one: training curves, resume across numbers of ranks, merged samples and scores, lost ranks.
+
+Starting ranks is slow, so one torchrun (`ran`) does most of the jobs, each script's main in turn; this file is its program too.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import ranks
+import score
+import train_dpo
+import train_sft
+import training
+from checkpoint import load_config, load_model, load_tokenizer
+from cli import BadInput, Journal, Stopped
+from conftest import ROOT
+from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
+from model import Tree, TreeAttention
+from rprm import response_logprobs
+from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, own_signals is a fixture
+
+JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
+        "sample": (data.SampleConfig, data.sample), "score": (score.Config, score.main)}
+STOP = 4  # a run that is stopped has done so many of its 9 steps
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")  # --: or it takes --n for its own
+
+
+# ---------------------------------------------------------------------------------------------- what the ranks do
+
+def do(name: str, settings: dict, stop_rank: int | None = None) -> None:
+    """A script's main. With stop_rank that rank, and no other, gets SIGTERM in its step STOP."""
+    config, main = JOBS[name]
+    update = training.Run.update
+
+    def stop_soon(run, *given):
+        if run.step == STOP - 1 and ranks.rank() == stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, *given)
+    training.Run.update = stop_soon
+    try:
+        main(config(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}))
+    except Stopped as stopped:
+        assert stop_rank is not None and f"SIGTERM after step {STOP}" in str(stopped)
+    finally:
+        training.Run.update = update
+
+
+def measure(path: Path, settings: dict) -> None:
+    """Bytes of weights, gradients and moments on this rank after a run of one step, into path.RANK."""
+    held, update = {}, training.Run.update
+
+    def look(run, *given):
+        held["gradients"] = [ranks.own_rows(p.grad)[0].nbytes for p in run.model.parameters()]
+        found = update(run, *given)
+        held["weights"] = [ranks.own_rows(p)[0].nbytes for p in run.model.parameters()]
+        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return found
+    training.Run.update = look
+    do("sft", settings | {"max_steps": 1})
+    training.Run.update = update
+    Path(f"{path}.{ranks.rank()}").write_text(json.dumps({name: sum(sizes) for name, sizes in held.items()}))
+
+
+def start(command, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment | options, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+# ---------------------------------------------------------------------------------------------- the runs
+
+def settings(folder: Path, make_folder) -> dict[str, dict]:
+    """The jobs' settings, over files in `folder`: an untied Llama with checkpointed activations, a tied Qwen2 for DPO."""
+    rng = random.Random(3)
+    words = lambda n: " ".join(rng.choice("apples pens boxes half sum".split()) for _ in range(n))
+    shared = dict(lr=3e-3, batch_size=8, micro_tokens=100, eval_every=3, save_every=2, epochs=3, device="cpu")
+    (folder / "prompt.txt").write_text("{problem}\n{previous_steps}\n{now_step}")
+    sampler = dict(model=str(make_folder("qwen2", True)), prompt_file=str(folder / "prompt.txt"), max_new_tokens=12, batch_size=2, device="cpu")
+    cases = [{"id": str(i), "problem": words(4), "previous_steps": [], "now_step": words(3), "label": bool(i % 2)} for i in range(7)]
+    solutions = [{"id": str(i), "problem": words(4), "steps": [words(2), words(3)], "label": i % 3 - 1} for i in range(7)]
+    return {
+        "sft": shared | dict(model=str(make_folder("llama", False)), checkpoint_activations=True, micro_tokens=80,
+                             train=write(folder / "sft.jsonl", sft_rows(22)), validation=write(folder / "sft_held_out.jsonl", sft_rows(5, seed=1))),
+        "dpo": shared | dict(model=str(make_folder("qwen2", True)), nll=0.1,
+                             train=write(folder / "pairs.jsonl", pair_rows(22)), validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
+        "sample": sampler | dict(cases=write(folder / "cases.jsonl", cases), n=2),
+        "score": sampler | dict(input=[write(folder / "solutions.jsonl", solutions)], k=[1, 3]),
+    }
+
+
+def part_done(whole: Path, out: Path, job: dict, lines: list[int]) -> None:
+    """Leave what ranks that were killed after so many lines each leave, the last line torn."""
+    every = whole.read_text().splitlines(keepends=True)
+    for rank, n in enumerate(lines):
+        own = every[rank::len(lines)]
+        Path(f"{out}.{rank + 1}-of-{len(lines)}.part").write_text("".join(own[:n]) + own[n][:9])
+    Path(f"{out}.config.json").write_text(Path(f"{whole}.config.json").read_text().replace(str(whole), str(out)))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, make_folder):
+    """A folder with one/NAME and two/NAME, the outputs of one rank and of two, and of runs that went on with the other number."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    jobs = {name: [settings(folder / number, make_folder)[name] | {"out": str(folder / number / f"{name}.out")} for number in ("one", "two")]
+            for name in JOBS}
+    for name, (one, _) in jobs.items():
+        do(name, one)
+    sft_to = lambda name: jobs["sft"][1] | {"out": str(folder / name)}
+    do("sft", sft_to("one_to_two"), stop_rank=0)
+    plan = [(name, two) for name, (_, two) in jobs.items()]
+    plan += [("sft", sft_to("one_to_two") | {"resume": True}), ("sft", sft_to("two_to_one"), 1)]
+    for name in ("sample", "score"):
+        out = folder / f"two/{name}.resumed.out"
+        part_done(folder / f"one/{name}.out", out, jobs[name][1], [1, 2])
+        config = Path(f"{out}.config.json")
+        config.write_text(config.read_text().replace(str(folder / "one"), str(folder / "two")))
+        plan.append((name, jobs[name][1] | {"out": str(out), "resume": True}))
+    (folder / "plan.json").write_text(json.dumps({"plan": plan, "measure": [str(folder / "held"), sft_to("measured")]}))
+    process = start((*TORCHRUN, __file__, folder / "plan.json"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    do("sft", sft_to("two_to_one") | {"resume": True})
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder, jobs
+
+
+def near(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(one[key] == two[key] or two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5) for key in one)
+
+
+def log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+@pytest.mark.parametrize("name, fields", [("sft", SFT_FIELDS), ("dpo", PAIR_FIELDS)])
+def test_two_ranks_give_the_curve_of_one(ran, name, fields):
+    """Every logged number, validations too; some steps have an odd number of trees, so that a rank had one to fill up."""
+    folder, jobs = ran
+    one, two = log(folder / f"one/{name}.out"), log(folder / f"two/{name}.out")
+    assert len(one) == len(two) == 12 and [row["split"] for row in two].count("validation") == 3
+    assert all(near(*rows) for rows in zip(one, two)), [rows for rows in zip(one, two) if not near(*rows)]
+    assert one[0]["loss"] - one[-1]["loss"] > 0.1
+    config = training.TrainConfig(**{key: jobs[name][1][key] for key in ("out", "lr", "batch_size", "micro_tokens", "epochs")})
+    examples = Examples(jobs[name][1]["train"], fields, load_tokenizer(jobs[name][1]["model"]))
+    steps, numbers = training.epoch_batches(len(examples), config)
+    trees = [len(examples.pack(numbers(step), config.micro_tokens)[0]) for step in range(steps)]
+    assert {n % 2 for n in trees} == {0, 1} and max(trees) > 2
+    assert {path.name[:11] for path in (folder / f"two/{name}.out/checkpoints").rglob("*.safetensors")} == {"shard-00001", "shard-00002"}
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_model_of_two_ranks_is_that_of_one_and_opens_in_transformers(ran, name):
+    from transformers import AutoModelForCausalLM
+    folder, _ = ran
+    one, two = (AutoModelForCausalLM.from_pretrained(folder / number / f"{name}.out/model").state_dict() for number in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
+    files = [files_of(folder / number / f"{name}.out/model") for number in ("one", "two")]
+    assert files[0].keys() == files[1].keys() and [key for key in files[0] if files[0][key] != files[1][key]] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
+def test_a_run_goes_on_with_another_number_of_ranks(ran, name):
+    """Stopped by SIGTERM in step 4 (of two ranks the second alone was asked), gone on with by the other number of ranks."""
+    folder, _ = ran
+    whole, resumed = log(folder / "one/sft.out"), log(folder / name)
+    assert len(whole) == len(resumed) and all(near(*rows) for rows in zip(whole, resumed))
+    [kept] = (folder / name / "checkpoints").iterdir()
+    assert kept.name == "step-00000009" and len(list(kept.glob("shard-*"))) == (2 if name == "one_to_two" else 1)
+
+
+def test_the_reference_of_two_ranks_is_that_of_one(ran):
+    folder, _ = ran
+    [one], [two] = (list((folder / number).glob("pairs.reference-*.npy")) for number in ("one", "two"))
+    assert one.name == two.name and np.allclose(np.load(one), np.load(two), atol=1e-4) and np.isfinite(np.load(two)).all()
+
+
+def test_the_memory_table_counts_what_a_rank_holds(ran, make_folder):
+    """Weights, gradients and moments to the byte on the rank with the most rows; no rank holds more."""
+    folder, jobs = ran
+    config = training.TrainConfig(out="x", lr=1.0, device="cpu")
+    table = training.memory(load_config(jobs["sft"][1]["model"]), config, 2)
+    held = [json.loads(Path(f"{folder / 'held'}.{rank}").read_text()) for rank in range(2)]
+    for name, row in (("weights", "weights, fp32"), ("gradients", "gradients, fp32"), ("moments", "both moments, fp32")):
+        assert held[0][name] == table[row] and held[1][name] <= table[row]
+    alone = training.memory(load_config(jobs["sft"][1]["model"]), config, 1)
+    assert sum(one["weights"] for one in held) == alone["weights, fp32"]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_table_estimates_the_activations(make_folder, checkpointed):
+    """Against the storages that autograd holds after a forward pass; checkpointed, these are the layers' inputs and the last norm's."""
+    model, seen = load_model(make_folder("qwen2", False)), {}
+    config = training.TrainConfig(out="x", lr=1.0, device="cpu", micro_tokens=400, checkpoint_activations=checkpointed)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+    model.checkpoint_activations = checkpointed
+    tree = Tree([[2] + list(range(3, 203)), list(range(1, 200))])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tree.ids, tree.positions, TreeAttention(tree.end)).sum()
+    held = sum(storage.nbytes() for place, storage in seen.items() if place not in parameters)
+    estimates = [training.memory(model.config, dataclasses.replace(config, checkpoint_activations=flag), 1) for flag in (False, True)]
+    if checkpointed:
+        inputs = estimates[1]["activations, checkpointed"] - estimates[0]["activations"] / 2  # without the one of two layers that is at work
+        assert inputs < held < 2.5 * inputs
+    else:
+        assert estimates[0]["activations"] == pytest.approx(held, rel=0.2)
+
+
+@pytest.mark.parametrize("count, trees", [(2, 5), (3, 4), (4, 1), (2, 0)])
+def test_trees_are_dealt_evenly_and_each_once(monkeypatch, count, trees):
+    batches = [MicroBatch(Tree([list(range(i + 2))]), [1], [i], [i + 1]) for i in range(trees)]
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    shares = []
+    for rank in range(count):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        shares.append(deal(batches))
+    assert {len(own) for own in shares} == {math.ceil(trees / count)}
+    assert sorted(i for own in shares for batch in own for i in batch.examples) == list(range(trees))
+
+
+def test_a_tree_that_fills_up_has_no_loss_and_no_gradient(monkeypatch, tiny_folder):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    [fill], model = deal([MicroBatch(Tree([[1, 2]]), [1], [0], [1])]), load_model(tiny_folder)
+    logprobs = response_logprobs(model, fill.tree, fill.starts)
+    logprobs.sum().backward()
+    assert not logprobs.any() and all(not p.grad.any() for p in model.parameters())  # and none is None
+
+
+# ---------------------------------------------------------------------------------------------- sampling and scoring
+
+def rounded(value):
+    if isinstance(value, float):
+        return pytest.approx(value, abs=1e-5)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", ["sample", "score"])
+@pytest.mark.parametrize("out", ["out", "resumed.out"])
+def test_the_merged_file_is_that_of_one_rank(ran, name, out):
+    """Seven items on two ranks; "resumed" goes on from parts of 1 and 2 lines with torn ends, in rounds of 2. No part is left.
+
+    P(Yes) may differ in its last bits, by what was sampled side by side; everything else is the same.
+    """
+    folder, _ = ran
+    one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in (folder / f"one/{name}.out", folder / f"two/{name}.{out}"))
+    assert len(one) == 7 and two == rounded(one)
+    assert not list((folder / "two").glob("*.part"))
+
+
+def test_the_table_of_two_ranks_is_over_all_solutions(ran):
+    """Also where it is made of the parts that killed ranks left."""
+    folder, _ = ran
+    assert (folder / "two/score.summary.json").read_text() == (folder / "two/score.resumed.summary.json").read_text()
+    one, two = (json.loads((folder / number / "score.summary.json").read_text()) for number in ("one", "two"))
+    assert one == two and one[0]["solutions"] == 7
+
+
+Job = dataclasses.make_dataclass("Job", [("resume", bool, False), ("overwrite", bool, False), ("seed", int, 0)], frozen=True)
+
+
+class Killed(Exception):
+    pass
+
+
+def journals(monkeypatch, out: Path, config, die_at_wait: int = 99) -> list[Journal]:
+    """Those of two ranks in this one process; a rank dies when it would wait for the other the so many-th time."""
+    waits = []
+
+    def wait():
+        waits.append(0)
+        if len(waits) == die_at_wait:
+            raise Killed
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "wait", wait)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        found.append(Journal(out, config))
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    return found
+
+
+def leave_parts(out: Path, seed: int) -> None:
+    """A run of two ranks that was killed after three items."""
+    Path(f"{out}.1-of-2.part").write_text('{"n": 0}\n{"n": 2}\n')
+    Path(f"{out}.2-of-2.part").write_text('{"n": 1}\n')
+    Path(f"{out}.config.json").write_text(json.dumps({"seed": seed}))
+
+
+def test_rank_0_has_everything_before_the_output_is_complete(monkeypatch, tmp_path):
+    leave_parts(tmp_path / "out", seed=0)
+    first, second = journals(monkeypatch, tmp_path / "out", Job(resume=True))
+    assert (first.done, second.done) == (2, 1)
+    with first:
+        assert first.everything() == [{"n": 0}, {"n": 1}, {"n": 2}] and not (tmp_path / "out").exists()
+    assert (tmp_path / "out").read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n' and not list(tmp_path.glob("*.part"))
+
+
+def test_a_killed_overwriting_by_many_ranks_mixes_no_runs(monkeypatch, tmp_path):
+    """The old run's settings stay beside its lines until every rank has emptied its part."""
+    out = tmp_path / "out"
+    leave_parts(out, seed=0)
+    with pytest.raises(Killed), journals(monkeypatch, out, Job(overwrite=True, seed=5), die_at_wait=2)[0]:
+        pass
+    assert not Path(f"{out}.1-of-2.part").read_text() and Path(f"{out}.2-of-2.part").read_text()
+    with pytest.raises(BadInput, match="another --seed"):
+        journals(monkeypatch, out, Job(resume=True, seed=5))
+
+
+def test_an_overwriting_that_one_rank_had_begun_goes_on(monkeypatch, tmp_path):
+    (tmp_path / "out").write_text('{"old": 1}\n')
+    with pytest.raises(BadInput, match="is complete already"):
+        journals(monkeypatch, tmp_path / "out", Job(resume=True))
+    Path(tmp_path / "out.1-of-2.part").touch()
+    assert [journal.done for journal in journals(monkeypatch, tmp_path / "out", Job(resume=True))] == [0, 0]
+
+
+def test_parts_of_another_number_of_ranks_are_not_lost_unasked(tmp_path):
+    left = tmp_path / "a.jsonl.2-of-3.part"
+    left.write_text('{"id": "0"}\n')
+    for resume in (True, False):
+        with pytest.raises(BadInput, match="another number of ranks"):
+            Journal(tmp_path / "a.jsonl", Job(resume=resume))
+    with Journal(tmp_path / "a.jsonl", Job(resume=False, overwrite=True)) as journal:
+        journal.write({"id": "1"})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.jsonl", "a.jsonl.config.json"]
+
+
+# ---------------------------------------------------------------------------------------------- a rank is lost
+
+def wait_for(path: Path, lines: int, process) -> None:
+    deadline = time.time() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.02)
+
+
+def command(job: dict, out: Path) -> list:
+    flags = {key: value for key, value in job.items() if key not in ("out", "checkpoint_activations")} | {"out": out, "epochs": 200}
+    return [ROOT / "train_sft.py", *(text for key, value in flags.items() for text in ("--" + key.replace("_", "-"), value))]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The processes that torchrun started, in the order of their ranks."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    environment = lambda pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    found = {int(value[5:]): int(pid) for pid in children for value in environment(pid) if value.startswith(b"RANK=")}
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path, own_signals):
+    """SIGKILL to the second rank: torchrun ends with an error, the last checkpoint is whole, and --resume goes on from it."""
+    _, jobs = ran
+    process = start((*TORCHRUN, *command(jobs["sft"][1], tmp_path / "out")))
+    wait_for(tmp_path / "out/metrics.jsonl", 5, process)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    done = len(metrics(tmp_path / "out"))
+    job = jobs["sft"][1] | {"out": str(tmp_path / "out"), "epochs": 200, "checkpoint_activations": False, "resume": True}
+
+    class Enough(Exception):
+        pass
+    update = training.Run.update
+
+    def stop_soon(run, *given):
+        if run.step == done + 2:
+            raise Enough
+        return update(run, *given)
+    training.Run.update = stop_soon
+    try:
+        with pytest.raises(Enough):
+            do("sft", job)
+    finally:
+        training.Run.update = update
+    assert [row["step"] for row in metrics(tmp_path / "out")] == list(range(done + 2))
+
+
+def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path):
+    """Two processes that find each other by the environment: after SIGKILL to one the other fails at once, with one line."""
+    _, jobs = ran
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    pair = [start(command(jobs["sft"][1], tmp_path / "out"), **where, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    wait_for(tmp_path / "out/metrics.jsonl", 3, pair[0])
+    pair[1].kill()
+    _, errors = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 3, errors
+    assert "rank 0 has lost another rank" in errors and "--resume" in errors and "Traceback" not in errors
+    pair[1].communicate()
+
+
+if __name__ == "__main__":
+    data.ROUND = 1
+    given = json.loads(Path(sys.argv[1]).read_text())
+    for job in given["plan"]:
+        do(*job)
+    measure(*given["measure"])
+    ranks.leave()
