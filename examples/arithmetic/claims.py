@@ -29,7 +29,6 @@ from report import accuracies, import_pyplot, measure, predictions, step_rewards
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
 DPO_SETTINGS = tuple(itertools.product(("3e-5", "1e-4", "3e-4"), ("0", "5")))  # learning rate, weight of the NLL term
 SIZES = (8, 4, 2, 1)  # the data-size curve: the first 1/8, 1/4, 1/2 of the cases, and all
-MILD = ("3e-5", "0")  # a DPO that stops halfway is read too: there averaging has something to average
 KS = tuple(range(1, 9))
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t by number of seeds
 BOOTSTRAPS = 2000
@@ -136,9 +135,8 @@ class Chain:
         self.score("base", self.base, "--k", *KS, "--all-steps")
 
     def run_dpo(self, chosen: dict[str, tuple[str, ...]]) -> None:
-        for setting in (chosen["dpo"], MILD):
-            dpo = self.train_dpo(self.train("sft", 1, *chosen["sft"]), *setting)
-            self.score(f"dpo.{dpo.name}", dpo / "model", "--k", *KS, "--all-steps")
+        dpo = self.train_dpo(self.train("sft", 1, *chosen["sft"]), *chosen["dpo"])
+        self.score(f"dpo.{dpo.name}", dpo / "model", "--k", *KS, "--all-steps")
 
 
 def lowest_loss(run: Path) -> float:
@@ -198,22 +196,20 @@ def every_seed(config: Config, work) -> None:
 
 # ---------------------------------------------------------------------------------------------- numbers
 
-NAMES = {"base": "base", "direct.1": "direct PRM", "sft.1": "R-PRM SFT", "mild": "R-PRM DPO, mild", "dpo": "R-PRM DPO"}
+NAMES = {"base": "base", "direct.1": "direct PRM", "sft.1": "R-PRM SFT", "dpo": "R-PRM DPO"}
 # title, (model, K), minus (model, K), wanted difference in F1 (the paper's); each model is read at the K named
 CLAIMS = (
     ("reasoning before the verdict: R-PRM SFT - direct PRM", ("sft.1", 8), ("direct.1", 1), 8.7),
     ("the same without averaging, K=1", ("sft.1", 1), ("direct.1", 1), None),
     ("preference optimisation: R-PRM DPO - R-PRM SFT", ("dpo", 8), ("sft.1", 8), 5.2),
-    ("the same, K=1", ("dpo", 1), ("sft.1", 1), None),
     ("averaging: R-PRM DPO, K=8 - K=1", ("dpo", 8), ("dpo", 1), 8.4),
-    ("averaging: R-PRM DPO, mild, K=8 - K=1", ("mild", 8), ("mild", 1), 8.4),
     ("averaging: R-PRM SFT, K=8 - K=1", ("sft.1", 8), ("sft.1", 1), 8.4),
     ("R-PRM SFT - base", ("sft.1", 8), ("base", 8), None))
 
 
 def read_scores(folder: Path, chosen: dict) -> dict[str, list[dict]]:
     files = {name: name for name in ("base", *(f"{kind}.{size}" for kind in ("direct", "sft") for size in SIZES))}
-    files |= {name: "dpo.dpo.lr-{}.nll-{}".format(*setting) for name, setting in (("dpo", chosen["dpo"]), ("mild", MILD))}
+    files["dpo"] = "dpo.dpo.lr-{}.nll-{}".format(*chosen["dpo"])
     return {name: [line for _, line in read_jsonl(folder / f"scores.{file}.jsonl")] for name, file in files.items()}
 
 
@@ -252,7 +248,7 @@ def model_rows(scores: dict[int, dict]) -> list[dict]:
 
 
 def k_rows(scores: dict[int, dict]) -> list[dict]:
-    return [over_seeds(scores, name, k, ("f1", "tokens_per_step")) for name in ("base", "sft.1", "mild", "dpo") for k in KS]
+    return [over_seeds(scores, name, k, ("f1", "tokens_per_step")) for name in ("base", "sft.1", "dpo") for k in KS]
 
 
 def size_rows(config: Config, scores: dict[int, dict]) -> list[dict]:
@@ -311,7 +307,7 @@ def draw(config: Config, result: dict) -> None:
         f1 = [row["f1"] for row in rows]
         spread = [[f["mean"] - f["low"] for f in f1], [f["high"] - f["mean"] for f in f1]]
         axis.errorbar(x, [f["mean"] for f in f1], spread, marker="o", markersize=3, capsize=2, label=label)
-    for name in ("base", "sft.1", "mild", "dpo"):
+    for name in ("base", "sft.1", "dpo"):
         rows = [row for row in result["k"] if row["model"] == name]
         curve(left, [row["tokens_per_step"]["mean"] for row in rows], rows, f"{NAMES[name]}, K = 1 to {len(rows)}")
     direct = next(row for row in result["models"] if row["model"] == "direct.1")
