@@ -202,6 +202,7 @@ CLAIMS = (
     ("reasoning before the verdict: R-PRM SFT - direct PRM", ("sft.1", 8), ("direct.1", 1), 8.7),
     ("the same without averaging, K=1", ("sft.1", 1), ("direct.1", 1), None),
     ("preference optimisation: R-PRM DPO - R-PRM SFT", ("dpo", 8), ("sft.1", 8), 5.2),
+    ("the same, K=1", ("dpo", 1), ("sft.1", 1), None),
     ("averaging: R-PRM DPO, K=8 - K=1", ("dpo", 8), ("dpo", 1), 8.4),
     ("averaging: R-PRM SFT, K=8 - K=1", ("sft.1", 8), ("sft.1", 1), 8.4),
     ("R-PRM SFT - base", ("sft.1", 8), ("base", 8), None))
