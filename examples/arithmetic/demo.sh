@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
 # The whole of R-PRM in a small world, each stage as you would type it: from cases to the final table, in minutes.
-#   examples/arithmetic/demo.sh OUT [TEACHER]
+#   examples/arithmetic/demo.sh [OUT] [--teacher FOLDER]
 # The teacher is the embedded base model, which knows the form of an analysis and judges poorly; nothing but its own
 # filtered samples and preferences improves it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:-runs/demo} base=examples/arithmetic/base teacher=${2:-examples/arithmetic/base}
+out=runs/demo base=examples/arithmetic/base teacher=examples/arithmetic/base
+while [ $# -gt 0 ]; do
+    case $1 in
+        --teacher) teacher=${2:?error: --teacher needs a folder}; shift 2 ;;
+        -*) echo "error: unknown flag $1; usage: demo.sh [OUT] [--teacher FOLDER]" >&2; exit 2 ;;
+        *) out=$1; shift ;;
+    esac
+done
+[ -d "$teacher" ] || { echo "error: $teacher: not a folder; give --teacher a checkpoint folder" >&2; exit 2; }
 [ ! -e "$out" ] || { echo "error: $out exists already; remove it or name another folder" >&2; exit 2; }
 mkdir -p "$out"
 set -x
