@@ -148,7 +148,8 @@ def train(config: Config, what: str, peak: dict) -> dict:
     model = random_model(config, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     trees = random_trees(config, 1 if what == "sft" else 2)
-    work = sum(flops_of_forward(model.config, tree, sum(len(path) - start for path, start in zip(tree.paths, starts))) for tree, starts in trees)
+    responses = [sum(len(path) - start for path, start in zip(tree.paths, starts)) for tree, starts in trees]  # tokens of each tree
+    work = sum(flops_of_forward(model.config, tree, n) for (tree, _), n in zip(trees, responses))
     trees = [(tree.to(config.device), starts) for tree, starts in trees]
 
     def step():
@@ -159,7 +160,7 @@ def train(config: Config, what: str, peak: dict) -> dict:
             with precision(config):
                 logprobs = response_logprobs(model, tree, starts)
             if what == "sft":
-                loss = sft_loss(logprobs, sum(starts))
+                loss = sft_loss(logprobs, sum(responses))
             else:
                 chosen, rejected = logprobs.view(-1, 2).unbind(1)
                 loss = dpo_loss(chosen, rejected, *reference.unbind(1), torch.ones_like(chosen), 0.1)[0].mean()

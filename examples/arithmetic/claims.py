@@ -11,6 +11,7 @@ model already says No to nearly everything. A seed has problems of its own, for 
 """
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ import numpy as np
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the project's scripts, which are no package
-from cli import BadInput, print_config, read_jsonl, run, write_json, writing
+from cli import BadInput, print_config, read_json, read_jsonl, run, write_json, writing
+from data import own_prompt
 from report import accuracies, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
@@ -121,8 +123,8 @@ class Chain:
         """F1 at K = 7 on solutions of their own."""
         self.stage("validation", HERE / "world.py", "--out", self.folder / "validation", "--seed", 2000 + self.seed, "--difficulty",
                    self.config.difficulty, "--train", 0, "--validation", 150, "--test", 0, "--pretrain", 0)
-        lines = [line for _, line in read_jsonl(self.score(f"validation.{run.name}", run / "model", "--k", 7, data="validation/validation.jsonl"))]
-        return accuracies(np.array([line["prediction"] for line in lines]), np.array([line["label"] for line in lines]))[2]
+        scores = self.score(f"validation.{run.name}", run / "model", "--k", 7, data="validation/validation.jsonl")
+        return read_json(scores.with_suffix(".summary.json"))[0]["f1"]
 
     def run(self, chosen: dict[str, tuple[str, ...]]) -> None:
         """Everything but DPO."""
@@ -149,18 +151,16 @@ def first_share(source: Path, target: Path, size: int) -> None:
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
     with writing(target) as file:
         file.writelines(lines[:len(lines) // size])
-    words = source.with_suffix(".prompt.txt")
-    if words.exists():
-        with writing(target.with_suffix(".prompt.txt")) as file:
-            file.write(words.read_text(encoding="utf-8"))
+    if own_prompt(source).exists():
+        shutil.copy(own_prompt(source), own_prompt(target))
 
 
-def search(config: Config, grid: list[dict], kind: str, settings, judge, measure: str) -> tuple[str, ...]:
-    """The setting with the lowest judge(setting); all of them go into `grid`, with what was measured under its name."""
+def search(config: Config, grid: list[dict], kind: str, settings, judge, measure: str, best_of=min) -> tuple[str, ...]:
+    """The setting with the lowest (or highest) judge(setting); all of them go into `grid`, with what was measured under its name."""
     with ThreadPoolExecutor(config.jobs) as pool:
         values = list(pool.map(judge, settings))
-    best = settings[int(np.argmin(values))]
-    grid.extend({"kind": kind, "setting": setting, "measure": measure, "value": abs(value), "chosen": setting == best}
+    best = settings[values.index(best_of(values))]
+    grid.extend({"kind": kind, "setting": setting, "measure": measure, "value": value, "chosen": setting == best}
                 for setting, value in zip(settings, values))
     return best
 
@@ -175,7 +175,7 @@ def main(config: Config) -> None:
         chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
     every_seed(config, lambda chain: chain.run(chosen))
     sft = first.train("sft", 1, *chosen["sft"])
-    chosen["dpo"] = search(config, grid, "dpo", list(DPO_SETTINGS), lambda setting: -first.validation_f1(first.train_dpo(sft, *setting)), "validation F1")
+    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)), "validation F1", max)
     print_grid(grid)
     every_seed(config, lambda chain: chain.run_dpo(chosen))
     scores = {seed: read_scores(Path(config.out) / f"seed-{seed}", chosen) for seed in config.seeds}
