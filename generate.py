@@ -8,18 +8,23 @@ It knows token ids only, never text. Keys and values are held in three parts, an
 
 Rows that end leave the batch and waiting prompts take their room. What a row samples depends on its own seed and
 prompt only: row r draws its t-th token with uniform(seed_r, t), whatever else is in the batch.
+
+On a GPU the pass of a step is recorded once and replayed (`CudaGraph`): its thousands of small kernels then cost one launch. As
+nothing in a recording can move or change its shape, the tails are read in steps of WINDOW tokens, and rows that have ended
+stay, without effect, until so many have that a new recording is worth it.
 """
 from collections import deque
 from dataclasses import dataclass
-from typing import Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 
 from cli import BadInput
-from model import Decoder, Tree, TreeAttention, at_least_fp32, common_prefix, keep_freed_memory
+from model import Decoder, Tree, at_least_fp32, common_prefix, keep_freed_memory, tree_attention
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
+WINDOW = 64              # on a GPU, as many more tokens of the tails are read at a time
 CANDIDATES = (64, 1024)  # top-p looks for the nucleus among so many tokens first, then among all
 
 
@@ -101,6 +106,28 @@ def _finite(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+class CudaGraph:
+    """A function without arguments that reads and writes tensors on the GPU: run once, then recorded, then replayed.
+
+    A replay does what was recorded, at the same places in memory: whatever changes from call to call must be changed in place, in
+    tensors; Python's own numbers stay as they were. The tensor that it returns is overwritten by the next call.
+    """
+
+    def __init__(self, work: Callable[[], torch.Tensor]):
+        self.work, self.warm, self.graph = work, False, None
+
+    def __call__(self) -> torch.Tensor:
+        if not self.warm:  # libraries load their kernels at the first call, which cannot be recorded
+            self.warm = True
+            return self.work()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.work()
+        self.graph.replay()
+        return self.out
+
+
 class _Prompt(NamedTuple):
     """A prefilled prompt that waits for room."""
     index: int
@@ -125,10 +152,16 @@ class Engine:
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.context = model.config.max_position_embeddings - reserve
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
+        self.recorded = CudaGraph if model.device.type == "cuda" else None  # what makes a step's pass a recording
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
-        self.new_tokens = 0      # sampled tokens
+        self.sampled = torch.zeros((), dtype=torch.int64, device=model.device)
         self._reset()
+
+    @property
+    def new_tokens(self) -> int:
+        """Sampled tokens (counted on the device, so that no step waits for the sum)."""
+        return int(self.sampled)
 
     def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, list[Continuation]]]:
         """(index of the request, its K continuations), each as soon as its last row ends: not in order.
@@ -145,7 +178,7 @@ class Engine:
                 self._seat(self.ready.popleft())
             if not self.rows:
                 return
-            if bool(self.done.any()):
+            if self._many_are_done():
                 yield from self._retire()
             else:
                 self._step()
@@ -167,6 +200,7 @@ class Engine:
         self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
         self.prompts: list[tuple[int, list]] = []   # per slot: the request's index and its continuations so far
         self.rows = self.longest = self.requests = 0  # R, the length of the longest row, requests read so far
+        self.window = 0  # tokens of the tails that a step reads; 0: to be set anew, since something has moved or changed its shape
 
     # ------------------------------------------------------------------------------------------ prompts
 
@@ -194,7 +228,7 @@ class Engine:
 
     def _forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (T, C) and keys and values (2, layers, KV, T, D) of a tree below the root's first `past` tokens (all or none)."""
-        attention = TreeAttention(tree.end, past)
+        attention = tree_attention(tree.end, past)
         cache = self.root.new_empty(*self.root.shape[:3], len(tree), self.root.shape[4])
 
         def attend(layer, q, k, v):
@@ -270,18 +304,28 @@ class Engine:
 
     @torch.no_grad()
     def _step(self) -> None:
-        """One more token for every row."""
+        """One more token for every row that is not done."""
+        window = -(-self.longest // WINDOW) * WINDOW if self.recorded else self.longest
+        if window != self.window:
+            self.window = window
+            self.tail, self.tokens, self.p_yes = _grown(self.tail, 4, window), _grown(self.tokens, 1, window + 1), _grown(self.p_yes, 1, window + 1)
+            self.decode = self.recorded(self._decode) if self.recorded else self._decode
+        self.longest += 1
+        self._append(slice(0, self.rows), self.decode())
+
+    def _decode(self) -> torch.Tensor:
+        """The logits after every row's last token (R, V), whose keys and values go into the tails.
+
+        What differs between two steps of the same window is all in tensors: self.length, self.tokens, self.tail.
+        """
         rows, last = torch.arange(self.rows, device=self.model.device), self.length - 1
-        self.tail = _grown(self.tail, 4, self.longest)
-        window = torch.arange(self.longest, device=self.model.device)
-        unseen = torch.where(window <= last[:, None], 0.0, -torch.inf)[:, None, None]  # (R, 1, 1, longest)
+        window = torch.arange(self.window, device=self.model.device)
+        unseen = torch.where(window <= last[:, None], 0.0, -torch.inf)[:, None, None]  # (R, 1, 1, window)
 
         def attend(layer, q, k, v):
             self.tail[0, layer, rows, :, last], self.tail[1, layer, rows, :, last] = k, v
             return self._attend(layer, q, unseen)
-        hidden = self.model(self.tokens[rows, last], self.start + last, attend)
-        self.longest += 1
-        self._append(slice(0, self.rows), self.model.logits(hidden))
+        return self.model.logits(self.model(self.tokens[rows, last], self.start + last, attend))
 
     def _attend(self, layer: int, q: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
         """The rows' queries over root, part and tail, merged exactly. q (R, H, D) -> (R, H, D)."""
@@ -289,7 +333,7 @@ class Engine:
         KV, D = self.tail.shape[3], self.tail.shape[5]
         q = (q * D ** -0.5).view(R, KV, -1, D)  # (R, KV, G, D): G queries share a key/value head
         G = q.shape[2]
-        found = [attend_part(q, self.tail[0, layer, :R, :, :self.longest], self.tail[1, layer, :R, :, :self.longest], unseen)]
+        found = [attend_part(q, self.tail[0, layer, :R, :, :self.window], self.tail[1, layer, :R, :, :self.window], unseen)]
         # the rows of one prompt side by side: (R, ...) -> (P, places, KV, G, D) -> (P, KV, places * G, D)
         grid = q.new_zeros(P * self.places, KV, G, D)
         grid[self.grid] = q
@@ -305,18 +349,27 @@ class Engine:
         return merged.to(q.dtype).reshape(R, KV * G, D)
 
     def _append(self, rows: slice, logits: torch.Tensor) -> None:
-        """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position."""
+        """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position.
+
+        A row that is done stays as it is: what is drawn for it stands behind its end.
+        """
         logits = at_least_fp32(logits)
-        at = self.length[rows]
+        at, live = self.length[rows], ~self.done[rows]
         p_yes = self._yes_against_no(logits)
         token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
         self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
         place = torch.arange(rows.start, rows.stop, device=at.device)
         self.tokens[place, at] = token
         self.p_yes[place, at] = p_yes
-        self.length[rows] += 1  # `at` is a view and moves along
-        self.done[rows] = torch.isin(token, self.eos) | (self.length[rows] >= self.limit[rows])
-        self.new_tokens += len(place)
+        self.length[rows] += live  # `at` is a view and moves along
+        self.done[rows] |= torch.isin(token, self.eos) | (self.length[rows] >= self.limit[rows])
+        self.sampled += live.sum()
+
+    def _many_are_done(self) -> bool:
+        """Is it time to take out rows? Recordings last as long as the rows stay the same, and a look at `done` waits for the GPU."""
+        if not self.recorded:
+            return bool(self.done.any())
+        return self.longest % 8 == 0 and int(self.done.sum()) >= max(1, self.rows // 16)
 
     def _retire(self) -> Iterator[tuple[int, list[Continuation]]]:
         """Take the rows that are done out of the batch; yield the requests that are complete with them."""
@@ -355,7 +408,8 @@ class Engine:
         self.prompts = [self.prompts[slot] for slot in order.tolist()]
 
     def _regroup(self) -> None:
-        """Where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
+        """After any change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
+        self.window = 0
         if not self.rows:
             return
         order = self.slot.argsort(stable=True)

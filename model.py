@@ -9,7 +9,7 @@ Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size,
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Callable
 
 import numpy as np
@@ -284,11 +284,75 @@ class TreeAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        if past is not None:
-            k, v = torch.cat((past[0].transpose(0, 1), k)), torch.cat((past[1].transpose(0, 1), v))  # (past + T, KV, D)
+        k, v = after_past(past, k, v)
         out = []
         for start, stop, seen, mask in self.blocks:
             # index_select: the one gather whose backward is both fast and, on CPU, the same in every run
             block = [x.transpose(0, 1)[None] for x in (q[start:stop], k.index_select(0, seen), v.index_select(0, seen))]
             out.append(F.scaled_dot_product_attention(*block, attn_mask=mask[None, None], enable_gqa=True))  # (1, H, queries, D)
         return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
+
+
+def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
+    if past is None:
+        return k, v
+    return torch.cat((past[0].transpose(0, 1), k)), torch.cat((past[1].transpose(0, 1), v))
+
+
+# ---------------------------------------------------------------------------------------------- the same on a GPU
+
+FLEX_BLOCK = 128  # tokens of a block in flex_attention's mask
+
+
+def tree_attention(end: torch.Tensor, past: int = 0) -> Callable:
+    """The attention within a tree, by the device that it lies on."""
+    return FlexTreeAttention(end, past) if end.device.type == "cuda" else TreeAttention(end, past)
+
+
+class FlexTreeAttention:
+    """What TreeAttention computes, through flex_attention: one kernel for all queries, which passes over the blocks that nobody sees."""
+
+    def __init__(self, end: torch.Tensor, past: int = 0):
+        self.mask = flex_mask(end, past)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        k, v = after_past(past, k, v)
+        padded = [F.pad(x, (0, 0, 0, 0, 0, n - len(x))).transpose(0, 1)[None] for x, n in zip((q, k, v), self.mask.shape[-2:] + self.mask.shape[-1:])]
+        return compiled_flex_attention()(*padded, block_mask=self.mask, enable_gqa=True)[0, :, :len(q)].transpose(0, 1)  # (T, H, D)
+
+
+@cache
+def compiled_flex_attention() -> Callable:
+    """Compiled for each length that it meets; not when this file is imported, since that alone would take seconds."""
+    from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.config.recompile_limit = 64  # of lengths, with and without gradients; beyond it, all scores would be written down
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(end: torch.Tensor, past: int):
+    """The tree's rule as flex_attention's BlockMask: key j is seen by the queries begin[j] .. end[j]-1.
+
+    As that is an interval, the least and greatest of a block's beginnings and ends tell which pairs of blocks need no look (nothing
+    is seen) and which no mask (everything is). Lengths are rounded up to powers of two, so that few are compiled; the
+    padding's keys are seen by nobody, and its queries see nothing.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    T = len(end)
+    queries, keys = (max(FLEX_BLOCK, 2 ** math.ceil(math.log2(n))) for n in (T, past + T))
+    long = {"dtype": torch.int32, "device": end.device}
+    begin, stop = torch.full((keys,), queries, **long), torch.zeros(keys, **long)
+    begin[:past], stop[:past] = 0, T
+    begin[past:past + T], stop[past:past + T] = torch.arange(T, **long), end
+    first = torch.arange(0, queries, FLEX_BLOCK, **long)[:, None]  # of each block's queries: (query blocks, 1)
+    last = first + FLEX_BLOCK - 1
+    begins, ends = begin.view(-1, FLEX_BLOCK), stop.view(-1, FLEX_BLOCK)  # (key blocks, 128)
+    full = (begins.amax(1) <= first) & (ends.amin(1) > last)  # (query blocks, key blocks)
+    partial = (begins.amin(1) <= last) & (ends.amax(1) > first) & ~full
+
+    def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many key blocks each query block has, and which they are (in front of the others)."""
+        return pairs.sum(1, dtype=torch.int32)[None, None], pairs.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=FLEX_BLOCK,
+                                    mask_mod=lambda batch, head, q, k: (begin[k] <= q) & (q < stop[k]))

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
 from cli import BadInput, print_config, run
 from generate import Continuation, Engine, Request
-from model import Decoder, Tree, TreeAttention, at_least_fp32
+from model import Decoder, Tree, at_least_fp32, tree_attention
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
@@ -274,7 +274,7 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     owner = np.repeat(np.arange(len(spans)), [len(s) - 1 for s in spans])
     unique, first, where = np.unique(token, return_index=True, return_inverse=True)  # in a tree, a token has one token before it
     before, token, owner, where = (torch.from_numpy(x).to(tree.ids.device) for x in (before[first], unique, owner, where))
-    hidden = model(tree.ids, tree.positions, TreeAttention(tree.end))  # (T, C)
+    hidden = model(tree.ids, tree.positions, tree_attention(tree.end))  # (T, C)
     hidden, target = hidden.index_select(0, before), tree.ids[token]   # (N, C), (N,)
     pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), target.split(chunk))]

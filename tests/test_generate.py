@@ -6,13 +6,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import generate
 import model as model_module
 from checkpoint import load_model
 from cli import BadInput
-from generate import Continuation, Engine, Request, sample, uniform
+from generate import Continuation, CudaGraph, Engine, Request, sample, uniform
 from model import Tree, TreeAttention
 
 YES_NO = (41, 97)
@@ -284,6 +286,80 @@ def test_prompts_of_one_group_share_what_they_share(model):
     engine = engine_of(model)
     run(engine, requests_of(prompts, 2))
     assert engine.prefill_tokens == len({tuple(p[:n]) for p in prompts for n in range(1, len(p) + 1)}) == 60 + 31 + 3 + 2 + 31
+
+
+# ---------------------------------------------------------------------------------------------- recorded steps, as on a GPU
+
+class FakeGraph(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph: what it holds on to are operations, with tensors by their place and numbers by their value.
+
+    A replay does these and nothing else, so a number that has changed in Python since, or a tensor that has been made anew, is missed.
+    """
+    made: list["FakeGraph"] = []
+    waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::_unique2"}  # for the GPU
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        self.made.append(self)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation._schema.name not in self.waits
+        out = operation(*args, **kwargs or {})
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(operation(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # else a view, or changed in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """recording(engine) -> the engine, with its steps recorded and replayed as on CUDA."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(FakeGraph, "made", [])
+
+    def on(engine: Engine) -> Engine:
+        engine.recorded = CudaGraph
+        return engine
+    return on
+
+
+@pytest.mark.parametrize("window", [4, 64])
+@pytest.mark.parametrize("k, max_rows, temperature, top_p", [(1, 5, 0.5, 0.95), (3, 7, 1.0, 1.0), (3, 30, 0.95, 0.95), (8, 1000, 0.0, 0.95)])
+def test_recorded_steps_sample_what_plain_ones_do(model, recording, monkeypatch, window, k, max_rows, temperature, top_p):
+    """With natural ends, waiting prompts, windows that are outgrown, and rows that have ended among the others."""
+    monkeypatch.setattr(generate, "WINDOW", window)
+    requests = requests_of(shared_prompts(14), k)
+    plain, recorded = (engine_of(model, max_rows, temperature, top_p, 40) for _ in range(2))
+    assert_same(run(recording(recorded), requests), run(plain, requests))
+    assert recorded.new_tokens == plain.new_tokens
+    assert sum(graph.replays for graph in FakeGraph.made) > 2 * len(FakeGraph.made) > 2
+
+
+def test_recorded_steps_go_on_when_the_root_shrinks(model, recording, monkeypatch):
+    """A prompt that shares less moves keys and values of the rows that are being decoded."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 1)
+    requests = requests_of(branches()["the root shrinks"], 2)
+    assert_same(run(recording(engine_of(model, 6, max_new_tokens=24)), requests), run(engine_of(model, 6, max_new_tokens=24), requests))
+    assert len(FakeGraph.made) > 2
+
+
+def test_few_recordings_are_made(model, recording, monkeypatch):
+    """Rows that end one by one do not each cost a recording, and those that have ended are soon a sixteenth at most."""
+    requests, retired, done = requests_of(shared_prompts(40), 4), [], []
+    plain, recorded = engine_of(model, 160, 0.9, 0.95, 60), recording(engine_of(model, 160, 0.9, 0.95, 60))
+    compact, step = plain._compact_rows, recorded._step
+    monkeypatch.setattr(plain, "_compact_rows", lambda: (retired.append(plain.rows), compact()))
+    monkeypatch.setattr(recorded, "_step", lambda: (done.append((int(recorded.done.sum()), recorded.rows)), step()))
+    assert_same(run(recorded, requests), run(plain, requests))
+    assert len(FakeGraph.made) < 12 < 30 < len(retired)
+    assert max(n for n, _ in done) > 1 and sum(n <= rows // 16 + 1 for n, rows in done) > len(done) / 3
 
 
 # ---------------------------------------------------------------------------------------------- ends

@@ -2,14 +2,20 @@
 import json
 import random
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import model as model_module
 
 from checkpoint import load_model, load_tokenizer
 from conftest import FAMILIES, LLAMA3_ROPE, make_config
-from model import Decoder, RMSNorm, Tree, TreeAttention, common_prefix
+from model import (Decoder, FlexTreeAttention, RMSNorm, Tree, TreeAttention, common_prefix, compiled_flex_attention, flex_mask,
+                   tree_attention)
 
 EVERY_MODEL = [(family, tied) for family in FAMILIES for tied in (True, False)]
 
@@ -225,6 +231,111 @@ def test_a_past_gives_what_the_whole_tree_gives(tiny_folder, block):
     assert len(rest) == len(whole) - 33
     for path, path_in_whole in zip(rest.paths, whole.paths):
         torch.testing.assert_close(continued[path], expected[path_in_whole[33:]], atol=1e-9, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- flex_attention, as on a GPU
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """flex_attention without the compiler, and with the backward pass that PyTorch refuses to start on a CPU."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(model_module, "compiled_flex_attention", lambda: flex.flex_attention)
+
+
+def long_tree(seed: int, most: int) -> Tree:
+    """Up to ten branches, of up to `most` tokens each, off one another."""
+    rng = random.Random(seed)
+    sequences = [random_ids(rng.randrange(1, 2 * most), seed)]
+    for i in range(rng.randrange(10)):
+        parent = rng.choice(sequences)
+        sequences.append(parent[:rng.randrange(len(parent) + 1)] + random_ids(rng.randrange(1, most), 100 * seed + i))
+    return Tree(sequences)
+
+
+@pytest.mark.parametrize("seed, past", [(0, 0), (1, 0), (2, 0), (3, 1), (4, 129), (5, 300)])
+def test_flex_attention_gives_what_blocks_give(flex_on_cpu, seed, past):
+    """Outputs and gradients, of the past too, in fp64; 4 heads share 2 of keys and values."""
+    tree, found = long_tree(seed, 120), []
+    shapes = [(len(tree), 4, 16), (len(tree), 2, 16), (len(tree), 2, 16)] + [(2, past, 16)] * (2 if past else 0)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    weights = torch.randn(len(tree), 4, 16, dtype=torch.float64)
+    for attention in (TreeAttention, FlexTreeAttention):
+        q, k, v, *before = leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attention(tree.end, past)(0, q, k, v, past=before or None)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_block_mask_lists_what_is_seen(seed):
+    """Token by token: a block that is not listed is seen by nobody, one listed as full by everybody. The kernels trust the lists."""
+    tree, past = long_tree(seed, 300), (0, 1, 128, 500)[seed % 4]
+    T, mask = len(tree), flex_mask(tree.end, past)
+    queries, keys = mask.shape[-2:]
+    assert T <= queries < max(129, 2 * T) and past + T <= keys < max(129, 2 * (past + T))
+    q, j = torch.arange(queries)[:, None], torch.arange(keys)
+    end = torch.cat((torch.full((past,), T), tree.end, torch.zeros(keys - past - T, dtype=torch.int64)))
+    seen = ((j < past) | (j - past <= q)) & (q < end)
+    assert torch.equal(mask.mask_mod(0, 0, q, j), seen)
+    blocks = seen.view(queries // 128, 128, keys // 128, 128).permute(0, 2, 1, 3).flatten(2)
+    full, partial = listed(mask.full_kv_num_blocks, mask.full_kv_indices), listed(mask.kv_num_blocks, mask.kv_indices)
+    assert torch.equal(full, blocks.all(-1)) and not (full & partial).any()
+    assert not (blocks.any(-1) & ~full & ~partial).any()
+    assert (partial & ~blocks.any(-1)).sum() <= len(partial)  # at most one for each block of queries is looked at in vain
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), partial.T) and torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+
+
+def listed(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """A block mask's list as a table: (rows of blocks, columns) bool."""
+    table = torch.zeros(indices.shape[-2:], dtype=torch.bool)
+    for row, (n, columns) in enumerate(zip(numbers[0, 0].tolist(), indices[0, 0].tolist())):
+        table[row, columns[:n]] = True
+    return table
+
+
+def test_a_block_mask_leaves_out_the_branches_that_are_over():
+    """Ten responses below one prompt: a response does not look at its siblings."""
+    tree = Tree([[0] * 128 + [1 + i] * 128 for i in range(10)])
+    mask = flex_mask(tree.end, 0)
+    assert mask.shape[-2:] == (2048, 2048)
+    assert mask.kv_num_blocks.sum() == 11 and mask.full_kv_num_blocks.sum() == 10  # the diagonal, and the prompt under each response
+
+
+def test_trees_of_like_lengths_share_what_is_compiled(monkeypatch):
+    """A new tree, and another past, are other tensors and no other program."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs: compiled.append(graph) or graph.forward))
+    compiled_flex_attention.cache_clear()
+    for seed, past in ((0, 0), (1, 0), (1, 20), (2, 35)):
+        end = Tree([random_ids(140, seed), random_ids(70 + seed, seed)[:60] + [400 + seed]]).end
+        q, k, v, *before = torch.randn(len(end), 4, 16), *torch.randn(2, len(end), 2, 16), *torch.randn(2, 2, past, 16)
+        torch.testing.assert_close(FlexTreeAttention(end, past)(0, q, k, v, past=before), TreeAttention(end, past)(0, q, k, v, past=before))
+    compiled_flex_attention.cache_clear()
+    assert len(compiled) == 1
+
+
+def test_the_device_chooses_the_attention(flex_on_cpu, tiny_folder, monkeypatch):
+    """The whole decoder through flex_attention, with and without checkpointing: the gradients are those of the other path."""
+    model, tree, kinds = load_model(tiny_folder, torch.float64), Tree(family_tree()), []
+    cuda_end = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(model_module, "flex_mask", lambda end, past: kinds.append((end, past)))
+    assert type(tree_attention(tree.end)) is TreeAttention and type(tree_attention(cuda_end, 3)) is FlexTreeAttention
+    assert kinds == [(cuda_end, 3)]
+    monkeypatch.setattr(model_module, "flex_mask", flex_mask)
+    expected = gradients(model, logits_of(model, tree).pow(2).sum())
+    for model.checkpoint_activations in (False, True):
+        found = gradients(model, model.logits(model(tree.ids, tree.positions, FlexTreeAttention(tree.end))).pow(2).sum())
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_flex_attention_under_autocast(flex_on_cpu, tiny_folder):
+    """bf16 products over fp32 weights, as training on CUDA has them."""
+    model, tree = load_model(tiny_folder), Tree(family_tree())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (model(tree.ids, tree.positions, attention(tree.end)) for attention in (FlexTreeAttention, TreeAttention))
+    assert (found - expected).std() < 0.02 * expected.std()
 
 
 # ---------------------------------------------------------------------------------------------- the rest of the decoder
