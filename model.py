@@ -103,6 +103,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+def head_chunk(device: torch.device | str) -> int:
+    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU, as each chunk adds up a gradient of the whole head."""
+    return 2048 if torch.device(device).type == "cuda" else 256
+
+
 class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)

@@ -25,14 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
 from cli import BadInput, print_config, run
 from generate import Continuation, Engine, Request
-from model import Decoder, Tree, at_least_fp32, tree_attention
+from model import Decoder, Tree, at_least_fp32, head_chunk, tree_attention
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
 QUESTION = "Is the step correct (Yes/No)?"
 VERIFICATION = f"Verification: {QUESTION}"
 VERDICT_LINE = re.compile(r".*" + re.escape(QUESTION) + r" (Yes|No)[\s.]*")  # " Yes" and " No" are the tokens that P(Yes) compares
-LOGPROB_CHUNK = 256  # response positions that pass the LM head at once: (256, V) logits, never (T, V)
 
 
 # ---------------------------------------------------------------------------------------------- cases and prompts
@@ -262,12 +261,12 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
 
 # ---------------------------------------------------------------------------------------------- the two losses
 
-def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int = LOGPROB_CHUNK) -> torch.Tensor:
+def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> torch.Tensor:
     """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
 
     starts: where each sequence's response begins (at least 1). A token that several sequences share is computed
-    once and counts in each. Only the tokens before a response token pass the LM head, `chunk` at a time; their logits
-    are made again in the backward pass instead of being kept.
+    once and counts in each. Only the tokens before a response token pass the LM head, `chunk` at a time (default: head_chunk);
+    their logits are made again in the backward pass instead of being kept.
     """
     spans = [path[start - 1:] for path, start in zip(tree.paths, starts)]  # with the token before the response
     before, token = np.concatenate([s[:-1] for s in spans]), np.concatenate([s[1:] for s in spans])
@@ -276,6 +275,7 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     before, token, owner, where = (torch.from_numpy(x).to(tree.ids.device) for x in (before[first], unique, owner, where))
     hidden = model(tree.ids, tree.positions, tree_attention(tree.end))  # (T, C)
     hidden, target = hidden.index_select(0, before), tree.ids[token]   # (N, C), (N,)
+    chunk = chunk or head_chunk(tree.ids.device)
     pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), target.split(chunk))]
     logprobs = torch.cat(pieces).index_select(0, where)

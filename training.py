@@ -25,7 +25,7 @@ from tqdm import tqdm
 import ranks
 from checkpoint import DTYPES, save_checkpoint
 from cli import BadInput, Stopped, expect, json_line, naming, print_config, read_json, refuse_existing, resolved, write_json, writing
-from model import Decoder, ModelConfig, keep_freed_memory
+from model import Decoder, ModelConfig, head_chunk, keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,12 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def precision(config: TrainConfig) -> torch.autocast:
-    """fp32 master weights; on CUDA the matrix products alone run in bf16."""
+    """fp32 master weights; on CUDA the matrix products alone run in bf16.
+
+    No cache: each weight is used once a pass, and a cache would hold all of them in bf16 until its end.
+    """
     device = torch.device(config.device).type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda", cache_enabled=False)
 
 
 class Run:
@@ -308,14 +311,20 @@ def memory(shape: ModelConfig, config: TrainConfig, n_ranks: int) -> dict[str, f
     layer = sum(p.numel() for p in model.layers[0].parameters())
     around = sum(p.numel() for p in model.parameters()) - layer * len(model.layers)  # embedding, last norm, head
     narrow = 2 if torch.device(config.device).type == "cuda" else 4  # bytes of a number in a matrix product
+    copy = 2 if narrow == 2 else 0  # bytes of a weight's bf16 copy
     kept = (6 * shape.hidden_size + 2 * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
             + 4 * shape.intermediate_size) * narrow  # bytes that a layer keeps of a token for its backward pass
-    checkpointed = config.checkpoint_activations  # then a layer keeps its input alone, fp32, and the rest while it is at work
-    kept = kept + 4 * shape.hidden_size * len(model.layers) if checkpointed else kept * len(model.layers)
+    chunk = head_chunk(config.device) * shape.vocab_size * 16  # logits, fp32, and three more of their size in the backward pass
+    chunk += shape.vocab_size * shape.hidden_size * (copy + (4 if n_ranks == 1 else 0))  # the head's bf16 copy and new gradient
     table = {"weights, fp32": 4 * rows, "gradients, fp32": 4 * rows, "both moments, fp32": 8 * rows}
     if n_ranks > 1:
         table["gathered: two layers, embedding and head, their gradients"] = layer * (3 * narrow + 4) + around * 8
-    elif narrow == 2:
-        table["weights again in bf16, as autocast keeps them"] = 2 * rows
-    table["activations" + (", checkpointed" if checkpointed else "")] = config.micro_tokens * kept
+    if config.checkpoint_activations:  # of a layer, its input alone is kept, fp32; the rest while it is at work
+        table["activations, checkpointed"] = config.micro_tokens * 4 * shape.hidden_size * len(model.layers)
+        table["at work: a layer, or a chunk of logits"] = max(config.micro_tokens * kept + copy * layer, chunk)
+    else:
+        if copy and n_ranks == 1:
+            table["weights again in bf16, for the backward pass"] = copy * rows
+        table["activations"] = config.micro_tokens * kept * len(model.layers)
+        table["at work: a chunk of logits"] = chunk
     return table

@@ -1,14 +1,24 @@
-"""The GPU benchmark in miniature on the CPU: every line of it runs, and its FLOPs are those that PyTorch counts."""
+"""The GPU benchmark in miniature on the CPU: every line of it runs, its FLOPs are those that PyTorch counts, and 7B fits its card."""
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
+import model as model_module
+import rprm
+import training
 from bench import gpu
-from model import Tree, TreeAttention
+from model import Decoder, Tree, TreeAttention, head_chunk
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +42,55 @@ def test_its_flops_are_those_that_pytorch_counts():
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
     attention = 4 * float((tree.positions + 1).sum()) * 64 * 2
     assert gpu.flops_of_forward(model.config, tree, 4) == products + attention
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if torch.is_tensor(t)):
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage.nbytes())
+        return out
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_table_at_7b(monkeypatch, checkpointed):
+    """Every tensor of two steps of SFT in the shape of Qwen2.5-7B, 8,192 tokens, bf16 products: fake ones, which have sizes and no content.
+
+    With checkpointing that fits a card of 141 GB (149e9 bytes, of which CUDA itself wants one); autocast's cache would add 8e9.
+    """
+    shape, config = gpu.SHAPES["7b"], training.TrainConfig(out="x", lr=1.0, device="cuda", micro_tokens=8192, checkpoint_activations=checkpointed)
+    monkeypatch.setattr(model_module, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
+    monkeypatch.setattr(rprm, "head_chunk", lambda device: head_chunk("cuda"))
+
+    def attend(layer, q, k, v):  # flash attention: what it keeps is what flex_attention keeps
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    monkeypatch.setattr(rprm, "tree_attention", lambda end: attend)
+    tree = Tree([[0] * 500 + [i] * (771 if i == 1 else 769) for i in range(1, 11)])
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+        model = Decoder(shape)
+        model.checkpoint_activations = checkpointed
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        for _ in range(2):
+            alive.peak = 0
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=training.precision(config)._cache_enabled):
+                logprobs = rprm.response_logprobs(model, tree, [600] * 10)
+            logprobs.sum().backward()
+            optimizer.step()  # gradients stay, as they do between the trees of one step
+    assert len(tree) == 8192
+    estimate = sum(training.memory(shape, config, 1).values())
+    assert estimate == pytest.approx(alive.peak, rel=0.03 if checkpointed else 0.1)
+    assert not checkpointed or alive.peak < 140e9

@@ -351,15 +351,15 @@ def test_recorded_steps_go_on_when_the_root_shrinks(model, recording, monkeypatc
 
 
 def test_few_recordings_are_made(model, recording, monkeypatch):
-    """Rows that end one by one do not each cost a recording, and those that have ended are soon a sixteenth at most."""
-    requests, retired, done = requests_of(shared_prompts(40), 4), [], []
-    plain, recorded = engine_of(model, 160, 0.9, 0.95, 60), recording(engine_of(model, 160, 0.9, 0.95, 60))
-    compact, step = plain._compact_rows, recorded._step
+    """Rows that end one by one do not each cost a recording: they wait until a sixteenth of the rows have."""
+    requests, retired, taken = requests_of(shared_prompts(40), 4), [], []
+    plain, recorded = (Engine(model, EOS[:2], YES_NO, 0.9, 0.95, 150, 160) for _ in range(2))
+    compact, compact_too = plain._compact_rows, recorded._compact_rows
     monkeypatch.setattr(plain, "_compact_rows", lambda: (retired.append(plain.rows), compact()))
-    monkeypatch.setattr(recorded, "_step", lambda: (done.append((int(recorded.done.sum()), recorded.rows)), step()))
-    assert_same(run(recorded, requests), run(plain, requests))
-    assert len(FakeGraph.made) < 12 < 30 < len(retired)
-    assert max(n for n, _ in done) > 1 and sum(n <= rows // 16 + 1 for n, rows in done) > len(done) / 3
+    monkeypatch.setattr(recorded, "_compact_rows", lambda: (taken.append((int(recorded.done.sum()), recorded.rows)), compact_too()))
+    run(recording(recorded), requests), run(plain, requests)
+    assert all(rows // 16 <= n for n, rows in taken) and sum(n <= rows // 8 for n, rows in taken) > len(taken) / 2
+    assert len(FakeGraph.made) <= len(taken) + 3 < len(retired) / 4  # and two windows are outgrown
 
 
 # ---------------------------------------------------------------------------------------------- ends

@@ -267,10 +267,13 @@ def test_flex_attention_gives_what_blocks_give(flex_on_cpu, seed, past):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_block_mask_lists_what_is_seen(seed):
+EDGES = [[[1] * 255, [1] * 127 + [2] * 40], [[1] * 256, [1] * 128 + [2] * 40], [[1] * 257, [1] * 129 + [2] * 40], [[1] * 128], [[1]]]
+
+
+@pytest.mark.parametrize("past", [0, 1, 128, 500])
+@pytest.mark.parametrize("tree", [long_tree(seed, 300) for seed in range(4)] + [Tree(sequences) for sequences in EDGES])
+def test_the_block_mask_lists_what_is_seen(tree, past):
     """Token by token: a block that is not listed is seen by nobody, one listed as full by everybody. The kernels trust the lists."""
-    tree, past = long_tree(seed, 300), (0, 1, 128, 500)[seed % 4]
     T, mask = len(tree), flex_mask(tree.end, past)
     queries, keys = mask.shape[-2:]
     assert T <= queries < max(129, 2 * T) and past + T <= keys < max(129, 2 * (past + T))
