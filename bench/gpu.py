@@ -1,12 +1,15 @@
 """On a GPU: what share of it training, sampling and prefill use, at the shapes of real models, with random weights.
 
-    python bench/gpu.py --shape 7b          # one 141 GB card: fp32 weights, gradients and moments of 7B take 122 GB
-    python bench/gpu.py --shape 0.5b --what sft dpo sample
+    python bench/gpu.py --shape 7b --out 7b.json     # one 141 GB card: fp32 weights, gradients and moments of 7B take 122 GB
+    python bench/gpu.py --shape 0.5b --what sft dpo attention sample peer reward
     python bench/gpu.py --shape tiny --device cpu    # the same lines in miniature
 
 Prompts have 700 tokens, of which 500 are the same instructions, and responses 600. FLOPs count every token of a tree once,
 response tokens alone at the head, and no recomputation; FLOP/s and bandwidth of the card are measured in the same run.
+Times are medians after a run to warm up. The peer is Transformers' `generate`, in batches as large as fit.
 """
+import gc
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import numpy as np
 import torch
 
-from bench.common import Clock, surroundings
+from bench.common import Clock, seconds_of, surroundings
 from cli import print_config, run, write_json
 from generate import Engine, Request
-from model import Decoder, ModelConfig, Tree
+from model import Decoder, FlexTreeAttention, ModelConfig, Tree, TreeAttention
 from rprm import dpo_loss, response_logprobs, sft_loss
 from training import precision
 
@@ -34,17 +37,21 @@ SHAPES = {
                         num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **QWEN),
 }
 INSTRUCTIONS, PROMPT, RESPONSE = 500, 700, 600  # tokens; the prompt has the instructions in it
+STEPS = 5  # of a solution
+WORK = ("sft", "dpo", "attention", "sample", "peer", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     shape: Annotated[str, "the model's shape: Qwen2.5's, or one for a laptop", tuple(SHAPES)] = "0.5b"
-    what: Annotated[tuple[str, ...], "what to measure", ("sft", "dpo", "sample")] = ("sft", "dpo", "sample")
+    what: Annotated[tuple[str, ...], "what to measure", WORK] = WORK
     micro_tokens: Annotated[int, "tokens of a tree", (64, None)] = 8192
     trees: Annotated[int, "trees per optimizer step", (1, None)] = 4
     steps: Annotated[int, "timed optimizer steps", (1, None)] = 5
-    prompts: Annotated[int, "prompts that are sampled side by side", (1, None)] = 64
+    prompts: Annotated[int, "prompts that are sampled side by side (the peer: at most)", (1, None)] = 64
     k: Annotated[int, "continuations of each", (1, None)] = 10
+    solutions: Annotated[int, "solutions that are scored in bulk", (1, None)] = 32
+    repeats: Annotated[int, "timed runs of the sampling", (1, None)] = 3
     scale: Annotated[float, "of the lengths above, for a laptop", (0.01, 1)] = 1.0
     checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass"] = True
     device: Annotated[str, "where to run"] = "cuda"
@@ -55,11 +62,17 @@ def main(config: Config) -> None:
     print_config(config)
     peak = {"flops": measured_flops(config), "bandwidth": measured_bandwidth(config)}
     print(f"measured: {peak['flops'] / 1e12:.3g} TFLOP/s (bf16 product), {peak['bandwidth'] / 1e9:.4g} GB/s (copy)")
-    rows = [{"sft": train, "dpo": train, "sample": sample}[what](config, what, peak) for what in config.what]
-    for row in rows:
-        print("\n" + "\n".join(f"{name:<34} {value:.4g}" if isinstance(value, float) else f"{name:<34} {value}" for name, value in row.items()))
-    if config.out:
-        write_json(config.out, surroundings(0) | {"device": device_name(config), "config": asdict(config), "measured": peak, "rows": rows})
+    rows = []
+    for what in config.what:
+        gc.collect()  # the model of the work before is part of cycles
+        if is_cuda(config):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        measure = {"sft": train, "dpo": train, "attention": attention, "sample": sample, "peer": peer, "reward": reward_in_bulk}[what]
+        rows.append({"work": what, "shape": config.shape} | measure(config, what, peak) | {"peak memory, GB": peak_gb(config)})
+        print("\n" + "\n".join(f"{name:<40} {value:.4g}" if isinstance(value, float) else f"{name:<40} {value}" for name, value in rows[-1].items()))
+        if config.out:
+            write_json(config.out, surroundings(0) | {"device": device_name(config), "config": asdict(config), "measured": peak, "rows": rows})
 
 
 # ---------------------------------------------------------------------------------------------- the card
@@ -73,14 +86,11 @@ def is_cuda(config: Config) -> bool:
 
 
 def seconds(config: Config, work: Callable, repeats: int) -> float:
-    """The time of `repeats` runs of `work`, after one to warm up."""
-    work()
-    synchronize(config)
-    start = time.perf_counter()
-    for _ in range(repeats):
+    """The median time of `work`, after one run to warm up."""
+    def whole():
         work()
-    synchronize(config)
-    return time.perf_counter() - start
+        synchronize(config)
+    return seconds_of(whole, repeats)
 
 
 def synchronize(config: Config) -> None:
@@ -92,14 +102,14 @@ def measured_flops(config: Config) -> float:
     """FLOP/s of one large bf16 product: what the tensor cores really give."""
     n = 8192 if is_cuda(config) else 256
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=config.device) for _ in range(2))
-    return 10 * 2 * n ** 3 / seconds(config, lambda: a @ b, 10)
+    return 2 * n ** 3 / seconds(config, lambda: a @ b, 10)
 
 
 def measured_bandwidth(config: Config) -> float:
     """Bytes per second of a copy, read and written."""
     a = torch.empty(2 ** (30 if is_cuda(config) else 22), dtype=torch.uint8, device=config.device)
     b = torch.empty_like(a)
-    return 10 * 2 * len(a) / seconds(config, lambda: b.copy_(a), 10)
+    return 2 * len(a) / seconds(config, lambda: b.copy_(a), 10)
 
 
 def peak_gb(config: Config) -> float:
@@ -167,26 +177,54 @@ def train(config: Config, what: str, peak: dict) -> dict:
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    took = seconds(config, step, config.steps) / config.steps
+    took = seconds(config, step, config.steps)
     flops = work * (3 if what == "sft" else 4)
     tokens = sum(len(tree) for tree, _ in trees)
-    return {"work": what, "shape": config.shape, "seconds per optimizer step": took, "tokens in trees": tokens, "tokens/s": tokens / took,
-            "model FLOP utilisation": flops / took / peak["flops"], "peak memory, GB": peak_gb(config)}
+    return {"seconds per optimizer step": took, "tokens in trees": tokens, "tokens/s": tokens / took,
+            "model FLOP utilisation": flops / took / peak["flops"]}
 
 
-def sample(config: Config, _: str, peak: dict) -> dict:
-    """Prefill FLOP/s and decoding against its roofline: the time that a step's bytes or FLOPs take at the least."""
-    dtype = torch.bfloat16
-    model = random_model(config, dtype)
-    instructions, prompt, response = lengths(config)
-    rng, shape, rows = np.random.default_rng(1), model.config, config.prompts * config.k
-    shared = rng.integers(shape.vocab_size, size=instructions).tolist()
-    requests = [Request(shared + rng.integers(shape.vocab_size, size=prompt - instructions).tolist(), list(range(i * config.k, (i + 1) * config.k)))
-                for i in range(config.prompts)]
-    engine, prefill = Engine(model, [], (1, 2), 0.95, 0.95, response, rows), Clock()
+def attention(config: Config, _: str, peak: dict) -> dict:
+    """The attention of one layer over one tree, with its backward pass (on a GPU), through flex_attention and through SDPA in blocks."""
+    [tree, _], *_ = random_trees(config, 1)
+    shape, dtype = SHAPES[config.shape], torch.bfloat16 if is_cuda(config) else torch.float32
+    q, k, v = (torch.randn(len(tree), heads, shape.head_dim, dtype=dtype, device=config.device, requires_grad=is_cuda(config))
+               for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads))
+    flops = 4 * float((tree.positions + 1).sum()) * shape.num_attention_heads * shape.head_dim * (3 if is_cuda(config) else 1)
+    row = {}
+    for name, kind in (("flex_attention", FlexTreeAttention), ("SDPA in blocks", TreeAttention)):
+        attend = kind(tree.end.to(config.device))
+
+        def work():
+            out = attend(0, q, k, v)
+            if out.requires_grad:
+                torch.autograd.grad(out.sum(), (q, k, v))
+        took = seconds(config, work, 10)
+        row |= {f"{name}, seconds": took, f"{name}, share of FLOP/s": flops / took / peak["flops"]}
+    return row
+
+
+def random_requests(config: Config) -> list[Request]:
+    """--prompts prompts below the same instructions, --k continuations of each."""
+    instructions, prompt, _ = lengths(config)
+    rng, vocab = np.random.default_rng(1), SHAPES[config.shape].vocab_size
+    shared = rng.integers(vocab, size=instructions).tolist()
+    return [Request(shared + rng.integers(vocab, size=prompt - instructions).tolist(), list(range(i * config.k, (i + 1) * config.k)))
+            for i in range(config.prompts)]
+
+
+def engine_of(config: Config, model: Decoder, new_tokens: int) -> Engine:
+    """With the paper's settings; the end-of-text token is off."""
+    return Engine(model, [], (1, 2), 0.95, 0.95, new_tokens, config.prompts * config.k)
+
+
+def timed_run(config: Config, model: Decoder, requests: list[Request]) -> tuple[float, float, Engine]:
+    """Seconds of prefill, seconds of all else, and the engine that did it."""
+    engine, prefill = engine_of(config, model, lengths(config)[2]), Clock()
     plain = engine._prefill
 
     def timed(waiting):
+        synchronize(config)  # what came before is not prefill
         with prefill:
             found = plain(waiting)
             synchronize(config)
@@ -196,16 +234,67 @@ def sample(config: Config, _: str, peak: dict) -> dict:
     for _ in engine.run(requests):
         pass
     synchronize(config)
-    took = time.perf_counter() - start - prefill.seconds
+    return prefill.seconds, time.perf_counter() - start - prefill.seconds, engine
+
+
+def sample(config: Config, _: str, peak: dict) -> dict:
+    """Prefill FLOP/s and decoding against its roofline: the time that a step's bytes or FLOPs take at the least."""
+    model, requests = random_model(config, torch.bfloat16), random_requests(config)
+    (instructions, prompt, response), shape, rows = lengths(config), model.config, config.prompts * config.k
+    list(engine_of(config, model, 2).run(requests))  # warm up
+    before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
+    before, took = statistics.median(before), statistics.median(took)
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else model.embed.weight.numel())
     per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes of keys and values, bf16
     cached = instructions + config.prompts * (prompt - instructions)  # read by each step
     least = sum(max((2 * weights + per_token * (cached + rows * t)) / peak["bandwidth"], 2 * weights * rows / peak["flops"])
                 for t in range(1, response))
-    tree_flops = 2 * engine.prefill_tokens * weights
-    return {"work": "sample", "shape": config.shape, "rows": rows, "decode tokens/s": rows * (response - 1) / took,
-            "decode, share of the roofline": least / took, "prefill seconds": prefill.seconds,
-            "prefill, share of FLOP/s": tree_flops / prefill.seconds / peak["flops"], "peak memory, GB": peak_gb(config)}
+    return {"rows": rows, "tokens/s": rows * response / (before + took), "decode tokens/s": rows * (response - 1) / took,
+            "decode, share of the roofline": least / took, "prefill seconds": before,
+            "prefill, share of FLOP/s": 2 * engines[0].prefill_tokens * weights / before / peak["flops"]}
+
+
+def peer(config: Config, _: str, peak: dict) -> dict:
+    """Transformers' `generate` on a part of the same work: one batch, of as many of the prompts as fit into memory."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+    from bench.peer import generate
+    shape, response = SHAPES[config.shape], lengths(config)[2]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+             "rope_theta", "tie_word_embeddings", "max_position_embeddings")
+    with torch.device(config.device):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**{name: getattr(shape, name) for name in names}), dtype=torch.bfloat16,
+                                                 attn_implementation="sdpa").eval()
+    prompts = [request.ids for request in random_requests(config)]
+
+    def took(new_tokens: int) -> float:
+        return seconds(config, lambda: generate(model, prompts, config.k, new_tokens, [], 0.95, 0.95), 1)
+    while True:
+        try:
+            whole, first = took(response), took(1)
+            break
+        except torch.OutOfMemoryError:
+            prompts = prompts[:len(prompts) // 2]  # with none left, the next try fails
+        torch.cuda.empty_cache()
+    rows = len(prompts) * config.k
+    return {"rows": rows, "tokens/s": rows * response / whole, "decode tokens/s": rows * (response - 1) / (whole - first)}
+
+
+def reward_in_bulk(config: Config, _: str, peak: dict) -> dict:
+    """The reward of all steps of --solutions solutions, prompts of 700 tokens on average: a step's has the problem and the steps before it."""
+    model = random_model(config, torch.bfloat16)
+    instructions, prompt, response = lengths(config)
+    rng, vocab = np.random.default_rng(2), model.config.vocab_size
+    shared, requests, step = rng.integers(vocab, size=instructions).tolist(), [], max(1, (prompt - instructions) // (STEPS + 1))
+    for _ in range(config.solutions):
+        own = rng.integers(vocab, size=prompt - instructions - step * (STEPS + 1) // 2 + step * STEPS).tolist()  # the problem, then the steps
+        requests += [Request(shared + own[:len(own) - step * (STEPS - t)], rng.integers(2 ** 62, size=config.k).tolist()) for t in range(1, STEPS + 1)]
+    list(engine_of(config, model, 2).run(requests))  # warm up
+    engine = engine_of(config, model, response)
+    start = time.perf_counter()
+    rewards = {i: statistics.mean(c.p_yes[-1] for c in continuations) for i, continuations in engine.run(requests)}
+    took = time.perf_counter() - start
+    return {"solutions": config.solutions, "steps": len(rewards), "seconds per solution": took / config.solutions,
+            "tokens/s": engine.new_tokens / took, "prompt tokens computed / their sum": engine.prefill_tokens / engine.prompt_tokens}
 
 
 if __name__ == "__main__":

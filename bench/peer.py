@@ -13,8 +13,8 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], k: int, new_token
     """k continuations of each prompt of one batch, the end-of-text token included; [] for eos_ids turns ends off."""
     longest = max(map(len, prompts))
     pad = eos_ids[0] if eos_ids else 0
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # padded on the left
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # padded on the left
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     model.generation_config.eos_token_id = eos_ids or None
     out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=temperature, top_p=top_p, top_k=0,
                          num_return_sequences=k, max_new_tokens=new_tokens, pad_token_id=pad, use_cache=True)

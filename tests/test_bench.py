@@ -1,5 +1,6 @@
 """The GPU benchmark in miniature on the CPU: every line of it runs, its FLOPs are those that PyTorch counts, and 7B fits its card."""
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -25,11 +26,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", "--scale", "0.05", "--micro-tokens", "256",
-                           "--trees", "2", "--steps", "1", "--prompts", "3", "--k", "2", "--out", tmp_path / "gpu.json"],
-                          capture_output=True, text=True)
+                           "--trees", "2", "--steps", "1", "--prompts", "3", "--k", "2", "--solutions", "2", "--repeats", "1", "--out", tmp_path / "gpu.json"],
+                          capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})  # flex_attention without a compiler
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    assert [row["work"] for row in rows] == ["sft", "dpo", "sample"]
+    assert [row["work"] for row in rows] == list(gpu.WORK)
     assert all(0 < row[name] < 1 for row in rows for name in row if "utilisation" in name or "share" in name)
 
 
