@@ -308,7 +308,8 @@ class Engine:
         window = -(-self.longest // WINDOW) * WINDOW if self.recorded else self.longest
         if window != self.window:
             self.window = window
-            self.tail, self.tokens, self.p_yes = _grown(self.tail, 4, window), _grown(self.tokens, 1, window + 1), _grown(self.p_yes, 1, window + 1)
+            self.tail = _grown(self.tail, 4, window)
+            self.tokens, self.p_yes = _grown(self.tokens, 1, window + 1), _grown(self.p_yes, 1, window + 1)
             self.decode = self.recorded(self._decode) if self.recorded else self._decode
         self.longest += 1
         self._append(slice(0, self.rows), self.decode())
@@ -408,7 +409,7 @@ class Engine:
         self.prompts = [self.prompts[slot] for slot in order.tolist()]
 
     def _regroup(self) -> None:
-        """After any change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
+        """After a change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
         self.window = 0
         if not self.rows:
             return

@@ -104,7 +104,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def head_chunk(device: torch.device | str) -> int:
-    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU, as each chunk adds up a gradient of the whole head."""
+    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each chunk makes a gradient of the whole head."""
     return 2048 if torch.device(device).type == "cuda" else 256
 
 
@@ -324,7 +324,8 @@ class FlexTreeAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         k, v = after_past(past, k, v)
-        padded = [F.pad(x, (0, 0, 0, 0, 0, n - len(x))).transpose(0, 1)[None] for x, n in zip((q, k, v), self.mask.shape[-2:] + self.mask.shape[-1:])]
+        queries, keys = self.mask.shape[-2:]
+        padded = [F.pad(x, (0, 0, 0, 0, 0, n - len(x))).transpose(0, 1)[None] for x, n in ((q, queries), (k, keys), (v, keys))]
         return compiled_flex_attention()(*padded, block_mask=self.mask, enable_gqa=True)[0, :, :len(q)].transpose(0, 1)  # (T, H, D)
 
 

@@ -70,9 +70,10 @@ def main(config: Config) -> None:
             torch.cuda.reset_peak_memory_stats()
         measure = {"sft": train, "dpo": train, "attention": attention, "sample": sample, "peer": peer, "reward": reward_in_bulk}[what]
         rows.append({"work": what, "shape": config.shape} | measure(config, what, peak) | {"peak memory, GB": peak_gb(config)})
-        print("\n" + "\n".join(f"{name:<40} {value:.4g}" if isinstance(value, float) else f"{name:<40} {value}" for name, value in rows[-1].items()))
+        print("\n" + "\n".join(f"{name:<40} {format(value, '.4g') if isinstance(value, float) else value}" for name, value in rows[-1].items()))
         if config.out:
-            write_json(config.out, surroundings(0) | {"device": device_name(config), "config": asdict(config), "measured": peak, "rows": rows})
+            about = surroundings(0) | {"device": device_name(config), "config": asdict(config), "measured": peak}
+            write_json(config.out, about | {"rows": rows})
 
 
 # ---------------------------------------------------------------------------------------------- the card
@@ -259,8 +260,8 @@ def peer(config: Config, _: str, peak: dict) -> dict:
     from transformers import AutoModelForCausalLM, Qwen2Config
     from bench.peer import generate
     shape, response = SHAPES[config.shape], lengths(config)[2]
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-             "rope_theta", "tie_word_embeddings", "max_position_embeddings")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "rms_norm_eps", "rope_theta", "tie_word_embeddings", "max_position_embeddings")
     with torch.device(config.device):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**{name: getattr(shape, name) for name in names}), dtype=torch.bfloat16,
                                                  attn_implementation="sdpa").eval()
@@ -280,14 +281,16 @@ def peer(config: Config, _: str, peak: dict) -> dict:
 
 
 def reward_in_bulk(config: Config, _: str, peak: dict) -> dict:
-    """The reward of all steps of --solutions solutions, prompts of 700 tokens on average: a step's has the problem and the steps before it."""
+    """The reward of all steps of --solutions solutions: a step's prompt has the problem and the steps before it, 700 tokens on average."""
     model = random_model(config, torch.bfloat16)
     instructions, prompt, response = lengths(config)
-    rng, vocab = np.random.default_rng(2), model.config.vocab_size
-    shared, requests, step = rng.integers(vocab, size=instructions).tolist(), [], max(1, (prompt - instructions) // (STEPS + 1))
+    rng, vocab, own = np.random.default_rng(2), model.config.vocab_size, prompt - instructions
+    step = max(1, own // (STEPS + 1))  # tokens of a step; the problem has about half of the prompt's own
+    shared, requests = rng.integers(vocab, size=instructions).tolist(), []
     for _ in range(config.solutions):
-        own = rng.integers(vocab, size=prompt - instructions - step * (STEPS + 1) // 2 + step * STEPS).tolist()  # the problem, then the steps
-        requests += [Request(shared + own[:len(own) - step * (STEPS - t)], rng.integers(2 ** 62, size=config.k).tolist()) for t in range(1, STEPS + 1)]
+        solution = shared + rng.integers(vocab, size=own + step * (STEPS - 1) // 2).tolist()
+        for left in reversed(range(STEPS)):
+            requests.append(Request(solution[:len(solution) - step * left], rng.integers(2 ** 62, size=config.k).tolist()))
     list(engine_of(config, model, 2).run(requests))  # warm up
     engine = engine_of(config, model, response)
     start = time.perf_counter()

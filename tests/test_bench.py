@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", "--scale", "0.05", "--micro-tokens", "256",
-                           "--trees", "2", "--steps", "1", "--prompts", "3", "--k", "2", "--solutions", "2", "--repeats", "1", "--out", tmp_path / "gpu.json"],
-                          capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})  # flex_attention without a compiler
+    small = "--scale 0.05 --micro-tokens 256 --trees 2 --steps 1 --prompts 3 --k 2 --solutions 2 --repeats 1".split()
+    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", *small, "--out", tmp_path / "gpu.json"],
+                          capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})  # flex_attention uncompiled
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [row["work"] for row in rows] == list(gpu.WORK)
@@ -72,7 +72,8 @@ def test_the_memory_table_at_7b(monkeypatch, checkpointed):
 
     With checkpointing that fits a card of 141 GB (149e9 bytes, of which CUDA itself wants one); autocast's cache would add 8e9.
     """
-    shape, config = gpu.SHAPES["7b"], training.TrainConfig(out="x", lr=1.0, device="cuda", micro_tokens=8192, checkpoint_activations=checkpointed)
+    shape = gpu.SHAPES["7b"]
+    config = training.TrainConfig(out="x", lr=1.0, device="cuda", micro_tokens=8192, checkpoint_activations=checkpointed)
     monkeypatch.setattr(model_module, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
     monkeypatch.setattr(rprm, "head_chunk", lambda device: head_chunk("cuda"))
 

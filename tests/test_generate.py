@@ -331,7 +331,7 @@ def recording(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [4, 64])
-@pytest.mark.parametrize("k, max_rows, temperature, top_p", [(1, 5, 0.5, 0.95), (3, 7, 1.0, 1.0), (3, 30, 0.95, 0.95), (8, 1000, 0.0, 0.95)])
+@pytest.mark.parametrize("k, max_rows, temperature, top_p", [(1, 5, 0.5, 0.95), (3, 7, 1, 1), (3, 30, 0.95, 0.95), (8, 1000, 0, 0.95)])
 def test_recorded_steps_sample_what_plain_ones_do(model, recording, monkeypatch, window, k, max_rows, temperature, top_p):
     """With natural ends, waiting prompts, windows that are outgrown, and rows that have ended among the others."""
     monkeypatch.setattr(generate, "WINDOW", window)

@@ -286,7 +286,8 @@ def test_the_block_mask_lists_what_is_seen(tree, past):
     assert torch.equal(full, blocks.all(-1)) and not (full & partial).any()
     assert not (blocks.any(-1) & ~full & ~partial).any()
     assert (partial & ~blocks.any(-1)).sum() <= len(partial)  # at most one for each block of queries is looked at in vain
-    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), partial.T) and torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), partial.T)
+    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
 
 
 def listed(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
