@@ -239,20 +239,25 @@ def timed_run(config: Config, model: Decoder, requests: list[Request]) -> tuple[
 
 
 def sample(config: Config, _: str, peak: dict) -> dict:
-    """Prefill FLOP/s and decoding against its roofline: the time that a step's bytes or FLOPs take at the least."""
+    """Prefill FLOP/s, and decoding against its roofline."""
     model, requests = random_model(config, torch.bfloat16), random_requests(config)
-    (instructions, prompt, response), shape, rows = lengths(config), model.config, config.prompts * config.k
+    response, shape, rows = lengths(config)[2], model.config, config.prompts * config.k
     list(engine_of(config, model, 2).run(requests))  # warm up
     before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
     before, took = statistics.median(before), statistics.median(took)
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else model.embed.weight.numel())
-    per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes of keys and values, bf16
-    cached = instructions + config.prompts * (prompt - instructions)  # read by each step
-    least = sum(max((2 * weights + per_token * (cached + rows * t)) / peak["bandwidth"], 2 * weights * rows / peak["flops"])
-                for t in range(1, response))
     return {"rows": rows, "tokens/s": rows * response / (before + took), "decode tokens/s": rows * (response - 1) / took,
-            "decode, share of the roofline": least / took, "prefill seconds": before,
+            "decode, share of the roofline": roofline(config, weights, peak) / took, "prefill seconds": before,
             "prefill, share of FLOP/s": 2 * engines[0].prefill_tokens * weights / before / peak["flops"]}
+
+
+def roofline(config: Config, weights: int, peak: dict) -> float:
+    """The seconds that decoding takes at the least: each step as long as its bytes (weights, keys and values, bf16) or its FLOPs take."""
+    (instructions, prompt, response), shape, rows = lengths(config), SHAPES[config.shape], config.prompts * config.k
+    per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes of keys and values
+    cached = instructions + config.prompts * (prompt - instructions)  # read by each step
+    return sum(max((2 * weights + per_token * (cached + rows * t)) / peak["bandwidth"], 2 * weights * rows / peak["flops"])
+               for t in range(1, response))
 
 
 def peer(config: Config, _: str, peak: dict) -> dict:

@@ -45,6 +45,14 @@ def test_its_flops_are_those_that_pytorch_counts():
     assert gpu.flops_of_forward(model.config, tree, 4) == products + attention
 
 
+def test_the_roofline_of_decoding_by_hand():
+    """3 prompts × 2: 599 steps that read 1,100 shared keys and 6 t sampled ones, of 256 bytes with their values, and 1,000 weights."""
+    config = gpu.Config(shape="tiny", device="cpu", prompts=3, k=2)
+    read = 599 * (2 * 1000 + 256 * 1100) + 256 * 6 * 599 * 600 / 2
+    assert gpu.roofline(config, 1000, {"bandwidth": 10.0, "flops": 1e30}) == pytest.approx(read / 10)
+    assert gpu.roofline(config, 1000, {"bandwidth": 1e30, "flops": 10.0}) == pytest.approx(599 * 2 * 1000 * 6 / 10)
+
+
 class Alive(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive: now, and at most."""
 
