@@ -38,6 +38,7 @@ class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
     p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
     finished: bool      # ended by itself; False: cut off at max_new_tokens
+    read: float | None = None  # P(Yes) after the words that `run` was told to add, None where there were none
 
 
 def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -170,13 +171,18 @@ class Engine:
         """Sampled tokens (counted on the device, so that no step waits for the sum)."""
         return int(self.sampled)
 
-    def run(self, requests: Iterable[Request | None]) -> Iterator[tuple[int, list[Continuation]]]:
+    def run(self, requests: Iterable[Request | None],
+            added: Callable[[list[int]], list[int]] = lambda ids: []) -> Iterator[tuple[int, list[Continuation]]]:
         """(index of the request, its K continuations), each as soon as its last row ends: not in order.
+
+        added(the tokens of a continuation that has ended) -> the tokens of words to put after it, or []: the row stays until they
+        have passed the model, and P(Yes) is read behind them. At most `reserve` - 1 of them.
 
         Where `requests` gives None, it has nothing at present and is asked again after the next step; with nothing
         being decoded, None is the end.
         """
         self._reset()
+        self.added = added
         waiting = iter(requests)
         while True:
             while self.ready or self._prefill(waiting):
@@ -202,10 +208,12 @@ class Engine:
         self.part_length = torch.zeros(0, **long)   # (P,)
         self.tokens = torch.zeros(0, 0, **long)     # (R, longest), what the rows have sampled
         self.p_yes = torch.zeros(0, 0, device=weight.device)
-        # per row: its prompt's slot, sample number, seed, prompt length, sampled tokens, and the most it may sample
+        # per row: its prompt's slot, sample number, seed, prompt length, tokens after it, and the most it may have
         self.slot, self.number, self.seed, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(6))
+        self.given = torch.zeros(0, **long)  # per row: 0, or where its added words end: tokens before that are not sampled
         self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
         self.prompts: list[tuple[int, list]] = []   # per slot: the request's index and its continuations so far
+        self.pending: dict[tuple[int, int], Continuation] = {}  # (index, number) -> one that has ended, while its added words are read
         self.rows = self.longest = self.requests = 0  # R, the length of the longest row, requests read so far
         self.window = 0  # tokens of the tails that a step reads; 0: to be set anew, since something has moved or changed its shape
 
@@ -279,7 +287,7 @@ class Engine:
         self.part_length = torch.cat((self.part_length, self.part_length.new_tensor([n])))
         self.slot, self.number = extend(self.slot, P), extend(self.number, range(K))
         self.seed, self.start = extend(self.seed, prompt.request.seeds), extend(self.start, length)
-        self.length, self.done = extend(self.length, 0), extend(self.done, False)
+        self.length, self.given, self.done = extend(self.length, 0), extend(self.given, 0), extend(self.done, False)
         self.limit = extend(self.limit, min(self.max_new_tokens, self.context - length))
         self.rows, self.longest = R + K, max(self.longest, 1)
         self._append(slice(R, R + K), prompt.logits.repeat(K, 1))
@@ -367,11 +375,12 @@ class Engine:
         token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
         self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
         place = torch.arange(rows.start, rows.stop, device=at.device)
-        self.tokens[place, at] = token
+        given = at < self.given[rows]
+        self.tokens[place, at] = torch.where(given, self.tokens[place, at], token)
         self.p_yes[place, at] = p_yes
         self.length[rows] += live  # `at` is a view and moves along
-        self.done[rows] |= torch.isin(token, self.eos) | (self.length[rows] >= self.limit[rows])
-        self.sampled += live.sum()
+        self.done[rows] |= (torch.isin(token, self.eos) & ~given) | (self.length[rows] >= self.limit[rows])
+        self.sampled += (live & (self.given[rows] == 0)).sum()
 
     def _many_are_done(self) -> bool:
         """Is it time to take out rows? Recordings last as long as the rows stay the same, and a look at `done` waits for the GPU."""
@@ -380,29 +389,47 @@ class Engine:
         return self.longest % 8 == 0 and int(self.done.sum()) >= max(1, self.rows // 16)
 
     def _retire(self) -> Iterator[tuple[int, list[Continuation]]]:
-        """Take the rows that are done out of the batch; yield the requests that are complete with them."""
-        done = torch.nonzero(self.done)[:, 0]
+        """Take the rows that are done out of the batch, unless words are added to them; yield the requests that are complete with them."""
         complete = []
-        for row in done.tolist():
-            n = int(self.length[row])
-            ids, p_yes = self.tokens[row, :n].tolist(), self.p_yes[row, :n].tolist()
-            finished = ids[-1] in self.eos.tolist()
-            slot = int(self.slot[row])
+        for row in torch.nonzero(self.done)[:, 0].tolist():
+            slot, number = int(self.slot[row]), int(self.number[row])
             continuations = self.prompts[slot][1]
-            continuations[int(self.number[row])] = Continuation(ids[:-1] if finished else ids, p_yes, finished)
+            if given := int(self.given[row]):
+                ended = self.pending.pop((self.prompts[slot][0], number))
+                ended.read = float(self.p_yes[row, given])
+            elif self._add(row, ended := self._ended(row)):
+                self.pending[self.prompts[slot][0], number] = ended
+                continue
+            continuations[number] = ended
             if all(continuations):
                 complete.append(self.prompts[slot])
-        slot_done = torch.tensor([all(continuations) for _, continuations in self.prompts], device=done.device)
+        slot_done = torch.tensor([all(continuations) for _, continuations in self.prompts], device=self.done.device)
         self._compact_rows()
         self._compact_slots(slot_done)
         self._regroup()
         yield from complete
 
+    def _ended(self, row: int) -> Continuation:
+        n = int(self.length[row])
+        ids, p_yes = self.tokens[row, :n].tolist(), self.p_yes[row, :n].tolist()
+        finished = ids[-1] in self.eos.tolist()
+        return Continuation(ids[:-1] if finished else ids, p_yes, finished)
+
+    def _add(self, row: int, ended: Continuation) -> bool:
+        """Put the added words, if any, behind a continuation, in place of its end-of-text token: its row then runs through them."""
+        words = self.added(ended.ids)
+        if words:
+            given = len(ended.ids) + len(words)
+            self.tokens, self.p_yes = _grown(self.tokens, 1, given + 1), _grown(self.p_yes, 1, given + 1)
+            self.tokens[row, len(ended.ids):given] = torch.tensor(words, device=self.tokens.device)
+            self.given[row], self.limit[row], self.done[row] = given, given + 1, False
+        return bool(words)
+
     def _compact_rows(self) -> None:
         order, holes, movers = _compaction(self.done)
         for store, dim in ((self.tail, 2), (self.tokens, 0), (self.p_yes, 0)):
             store.index_copy_(dim, holes, store.index_select(dim, movers))
-        for name in ("slot", "number", "seed", "start", "length", "limit", "done"):
+        for name in ("slot", "number", "seed", "start", "length", "given", "limit", "done"):
             setattr(self, name, getattr(self, name)[order])
         self.rows = len(order)
         self.longest = int(self.length.max()) if self.rows else 0

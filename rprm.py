@@ -183,7 +183,7 @@ class Sampler:
                 open_cases[index] = case, self.prompt_ids(case)
                 yield Request(open_cases[index][1], [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
                 index += 1
-        for index, continuations in self.engine.run(requests()):
+        for index, continuations in self.engine.run(requests(), self._added):
             yield index, self._judge(*open_cases.pop(index), continuations)
 
     def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
@@ -193,14 +193,18 @@ class Sampler:
             verdict = parse_verdict(text)
             p_yes = None if verdict is None else c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
             found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished))
-            if verdict is None and self.sampling.force:
+            if verdict is None and c.read is not None:
+                found[i] = replace(found[i], p_yes=c.read, forced=True)
+            elif verdict is None:
                 unread.append(i)
-        if self.sampling.complete:
-            return self._complete(case, prompt, found, unread)
-        texts = [prompt + continuations[i].ids + self._verification(found[i].text) for i in unread]
-        for i, p_yes in zip(unread, self.engine.read_p_yes(texts)):
-            found[i] = replace(found[i], p_yes=p_yes, forced=True)
-        return found
+        return self._complete(case, prompt, found, unread) if self.sampling.complete else found
+
+    def _added(self, ids: list[int]) -> list[int]:
+        """What is put after an analysis for P(Yes) to be read: the verification line where a verdict is missing, if it is to be forced."""
+        if not self.sampling.force or self.sampling.complete:  # the latter cuts the analysis back first
+            return []
+        text = self.tokenizer.decode(ids)
+        return self._verification(text) if parse_verdict(text) is None else []
 
     def _complete(self, case: Case, prompt: list[int], found: list[Analysis], unread: list[int]) -> list[Analysis]:
         """Analyses without a verdict, cut back to their last whole sentence, with the line and an answer drawn from P(Yes)."""

@@ -101,9 +101,9 @@ def engine_of(model, max_rows: int = 160, temperature: float = 0.5, top_p: float
     return Engine(model, EOS, YES_NO, temperature, top_p, max_new_tokens, max_rows)
 
 
-def run(engine: Engine, requests) -> list[list[Continuation]]:
+def run(engine: Engine, requests, *added) -> list[list[Continuation]]:
     """The continuations of every request, each given once, in the order of the requests."""
-    found = list(engine.run(requests))
+    found = list(engine.run(requests, *added))
     assert sorted(index for index, _ in found) == list(range(len(found)))
     return [continuations for _, continuations in sorted(found, key=lambda pair: pair[0])]
 
@@ -357,6 +357,26 @@ def test_few_recordings_are_made(model, recording, monkeypatch):
     run(recording(recorded), requests), run(plain, requests)
     assert all(rows // 16 <= n for n, rows in taken) and sum(n <= rows // 8 for n, rows in taken) > len(taken) / 2
     assert len(FakeGraph.made) <= len(taken) + 3 < len(retired) / 4  # and two windows are outgrown
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("max_rows", [5, 160])
+def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatch, max_rows, recorded):
+    """Rows that end by themselves and rows that are cut off, with added words of several lengths or none; the rest is as without."""
+    monkeypatch.setattr(generate, "WINDOW", 4)
+    words = {0: [], 1: [7], 2: [9, EOS[0], 11], 3: random_ids(9, 1)}  # an end-of-text token among them ends nothing
+    requests = requests_of(shared_prompts(7), 3)
+    engine = engine_of(model, max_rows, max_new_tokens=12)
+    plain = run(engine, requests)
+    assert {c.finished for row in plain for c in row} == {True, False} and {sum(c.ids) % 4 for row in plain for c in row} == set(words)
+    sampled = engine.new_tokens
+    found = run(recording(engine) if recorded else engine, requests, lambda ids: words[sum(ids) % 4])
+    assert_same(found, plain)
+    assert engine.new_tokens == 2 * sampled
+    for request, row in zip(requests, found):
+        for c in row:
+            added = words[sum(c.ids) % 4]
+            assert c.read == (pytest.approx(yes_against_no(full_pass(model, request.ids + c.ids + added)), abs=1e-5) if added else None)
 
 
 # ---------------------------------------------------------------------------------------------- ends

@@ -42,7 +42,8 @@ def make_sampler(tiny_folder):
 def scripted(monkeypatch, tokenizer, texts: dict[Case, list[str]], seed: int = 0) -> None:
     """Sample k of a case is texts[case][k], then the end of the turn: whatever the logits say."""
     tokens = {row_seed(seed, case, k): tokenizer.response(text) for case, some in texts.items() for k, text in enumerate(some)}
-    monkeypatch.setattr(generate, "uniform", lambda seeds, t: torch.tensor([tokens[s][i] for s, i in zip(seeds.tolist(), t.tolist())]))
+    monkeypatch.setattr(generate, "uniform", lambda seeds, t: torch.tensor(
+        [tokens[s][i] if i < len(tokens[s]) else 0 for s, i in zip(seeds.tolist(), t.tolist())]))  # later draws are ignored
     monkeypatch.setattr(generate, "sample", lambda logits, u, temperature, top_p: u)
 
 
