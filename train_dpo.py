@@ -41,7 +41,7 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device)
+    ranks.join(config.device, config.rank_timeout)
     check_out(config)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device, sharded=True)
     train = Examples(config.train, PAIR_FIELDS, tokenizer)

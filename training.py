@@ -28,6 +28,10 @@ from cli import BadInput, Stopped, expect, json_line, naming, print_config, read
 from model import Decoder, ModelConfig, keep_freed_memory
 
 
+# how a run is made and saved, not what it computes: a resumed one may differ in these
+HOW = ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations", "rank_timeout")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
@@ -49,6 +53,7 @@ class TrainConfig:
     save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
     device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, None)] = 1800.0
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     overwrite: Annotated[bool, "replace an existing --out"] = False
 
@@ -279,7 +284,7 @@ def check_out(config: TrainConfig) -> None:
             raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
-        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations")}
+        ours = {k: v for k, v in resolved(config).items() if k not in HOW}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:
             raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,14 @@ def read(path: Path) -> list[dict]:
 
 def summary(out: Path) -> list[dict]:
     return json.loads(out.with_suffix(".summary.json").read_text())
+
+
+def table_row(lines: list[dict], k: int) -> dict:
+    """That of these lines of scores at this K."""
+    counts = Counter()
+    for line in lines:
+        score.count_line(counts, line | {"source": "s"}, (1, k))
+    return score.summary_row(counts, "s", k)
 
 
 def rewards_close(lines: list[dict]) -> list[dict]:
@@ -141,10 +150,11 @@ def test_hand_worked_accuracies(tmp_path, stand_in, capsys):
 ])
 def test_f1_is_the_harmonic_mean(right_errors, errors, right_correct, correct, f1):
     """And nothing where there is nothing to take it over."""
+    analysis = {"verdict": True, "p_yes": 0.9, "n_tokens": 1, "finished": True, "forced": False}
     lines = [{"label": 2, "predictions": {"4": 2 if i < right_errors else 1, "1": 0}} for i in range(errors)]
     lines += [{"label": -1, "predictions": {"4": -1 if i < right_correct else 0, "1": 0}} for i in range(correct)]
     lines += [{"label": None, "predictions": {"4": 2, "1": 0}}]
-    found = score.accuracies(lines, 4)
+    found = table_row([{"samples": [[analysis] * 4]} | line for line in lines], 4)
     assert found["f1"] == (f1 if f1 is None else pytest.approx(f1))
     assert found["error_accuracy"] == (pytest.approx(100 * right_errors / errors) if errors else None)
     assert found["correct_accuracy"] == (pytest.approx(100 * right_correct / correct) if correct else None)
@@ -178,7 +188,7 @@ def test_unparsed_truncated_forced_and_null(tmp_path, stand_in, monkeypatch):
         return {"text": "", "verdict": verdict, "p_yes": p, "n_tokens": n, "finished": finished, "forced": forced}
     lines = [{"label": -1, "predictions": {"2": -1, "1": -1}, "samples": [[a(True, 0.9), a(None, 0.8, False, True, 30)], [a(None, None), a(None, None)]]},
              {"label": 0, "predictions": {"2": 0, "1": -1}, "samples": [[a(None, 0.1, forced=True), a(False, 0.2)]]}]
-    two, one = score.summary_row("s", lines, 2), score.summary_row("s", lines, 1)
+    two, one = table_row(lines, 2), table_row(lines, 1)
     assert (two["unparsed"], two["truncated"], two["forced"], two["null_rewards"]) == (pytest.approx(400 / 6), pytest.approx(100 / 6), 2, 1)
     assert (one["unparsed"], one["truncated"], one["forced"], one["null_rewards"]) == (pytest.approx(200 / 3), 0, 1, 1)
     assert (two["tokens_per_step"], one["tokens_per_step"]) == (pytest.approx(80 / 3), 10)

@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the project's scripts, which are no package
 from cli import BadInput, print_config, read_json, read_jsonl, run, write_json, writing
 from data import own_prompt
-from report import accuracies, import_pyplot, measure, predictions, step_rewards  # beside this file
+from report import f1_of, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
 DPO_SETTINGS = tuple(itertools.product(("3e-5", "1e-4", "3e-4"), ("0", "5")))  # learning rate, weight of the NLL term
@@ -106,8 +106,12 @@ class Chain:
         self.stage("pairs", "data.py", "pairs", "--samples", f / "preferences.jsonl", "--validation", 0.1, "--seed", self.seed,
                    "--out", f / "pairs.jsonl", "--overwrite")
 
+    @staticmethod
+    def dpo_name(lr: str, nll: str) -> str:
+        return f"dpo.lr-{lr}.nll-{nll}"
+
     def train_dpo(self, sft: Path, lr: str, nll: str) -> Path:
-        c, f, name = self.config, self.folder, f"dpo.lr-{lr}.nll-{nll}"
+        c, f, name = self.config, self.folder, self.dpo_name(lr, nll)
         self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
                    "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", nll, "--beta", c.beta, "--batch-size", 32,
                    "--eval-every", 5, "--seed", self.seed, "--resume")
@@ -138,7 +142,7 @@ class Chain:
 
     def run_dpo(self, chosen: dict[str, tuple[str, ...]]) -> None:
         dpo = self.train_dpo(self.train("sft", 1, *chosen["sft"]), *chosen["dpo"])
-        self.score(f"dpo.{dpo.name}", dpo / "model", "--k", *KS, "--all-steps")
+        self.score(dpo.name, dpo / "model", "--k", *KS, "--all-steps")
 
 
 def lowest_loss(run: Path) -> float:
@@ -175,7 +179,7 @@ def main(config: Config) -> None:
         chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
     every_seed(config, lambda chain: chain.run(chosen))
     sft = first.train("sft", 1, *chosen["sft"])
-    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)), "validation F1", max)
+    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1_of(first.train_dpo(sft, *setting)), "validation F1", max)
     print_grid(grid)
     every_seed(config, lambda chain: chain.run_dpo(chosen))
     scores = {seed: read_scores(Path(config.out) / f"seed-{seed}", chosen) for seed in config.seeds}
@@ -210,7 +214,7 @@ CLAIMS = (
 
 def read_scores(folder: Path, chosen: dict) -> dict[str, list[dict]]:
     files = {name: name for name in ("base", *(f"{kind}.{size}" for kind in ("direct", "sft") for size in SIZES))}
-    files["dpo"] = "dpo.dpo.lr-{}.nll-{}".format(*chosen["dpo"])
+    files["dpo"] = Chain.dpo_name(*chosen["dpo"])
     return {name: [line for _, line in read_jsonl(folder / f"scores.{file}.jsonl")] for name, file in files.items()}
 
 
@@ -229,8 +233,8 @@ def claim(scores: dict[int, dict], title: str, better: tuple[str, int], worse: t
         first, second = (predictions(step_rewards(models[name], k)) for name, k in (better, worse))
         rng = np.random.default_rng(seed)
         draws = [rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAPS)]
-        drawn = [accuracies(first[d], labels[d])[2] - accuracies(second[d], labels[d])[2] for d in draws]
-        differences.append(accuracies(first, labels)[2] - accuracies(second, labels)[2])
+        drawn = [f1_of(first[d], labels[d]) - f1_of(second[d], labels[d]) for d in draws]
+        differences.append(f1_of(first, labels) - f1_of(second, labels))
         bootstraps.append(np.percentile(drawn, [2.5, 97.5]).tolist())
     return {"claim": title, "wanted": wanted} | interval(differences) | {"bootstrap_per_seed": bootstraps}
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's scripts, which are no package
+import score
 from cli import BadInput, read_jsonl, run, write_json
 
 THRESHOLD = 0.5
@@ -72,11 +73,15 @@ def predictions(rewards: list[np.ndarray]) -> np.ndarray:
     return np.array([next((t for t, value in enumerate(own) if value < THRESHOLD), -1) for own in rewards])
 
 
-def accuracies(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Error accuracy, correct accuracy and F1, ProcessBench's harmonic mean, in percent."""
-    error = 100 * np.mean(predicted[labels >= 0] == labels[labels >= 0])
-    correct = 100 * np.mean(predicted[labels < 0] == -1)
-    return error, correct, 2 * error * correct / (error + correct) if error + correct else 0.0
+def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """error_accuracy, correct_accuracy and f1, in percent; nan where there is nothing to take them over."""
+    hit, wrong = predicted == labels, labels >= 0
+    found = score.accuracies(*(int(n) for n in ((hit & wrong).sum(), wrong.sum(), (hit & ~wrong).sum(), (~wrong).sum())))
+    return {name: np.nan if value is None else value for name, value in found.items()}
+
+
+def f1_of(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return accuracies(predicted, labels)["f1"]
 
 
 def auroc(values: np.ndarray, labels: np.ndarray) -> float:
@@ -91,19 +96,18 @@ def bootstrap_f1(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     """95% interval of F1 over solutions drawn with replacement."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAPS)]
-    low, high = np.percentile([accuracies(predicted[d], labels[d])[2] for d in draws], [2.5, 97.5])
+    low, high = np.percentile([f1_of(predicted[d], labels[d]) for d in draws], [2.5, 97.5])
     return float(low), float(high)
 
 
 def measure(name: str, lines: list[dict], k: int) -> dict:
     labels, rewards = np.array([line["label"] for line in lines]), step_rewards(lines, k)
     predicted = predictions(rewards)
-    error, correct, f1 = accuracies(predicted, labels)
     values, right = labelled_steps(lines, rewards)
     low, high = bootstrap_f1(predicted, labels)
     analyses = [a for line in lines for step in line["samples"] for a in step[:k]]
     steps = sum(len(line["samples"]) for line in lines)
-    return {"model": name, "k": k, "solutions": len(lines), "error_accuracy": error, "correct_accuracy": correct, "f1": f1, "f1_low": low, "f1_high": high,
+    return {"model": name, "k": k, "solutions": len(lines), **accuracies(predicted, labels), "f1_low": low, "f1_high": high,
             "auroc": auroc(values, right), "brier": float(np.mean((values - right) ** 2)),
             "unparsed": 100 * float(np.mean([a["verdict"] is None and not (a["forced"] and a["n_tokens"] == 0) for a in analyses])),
             "tokens_per_step": sum(a["n_tokens"] for a in analyses) / steps}
