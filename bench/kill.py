@@ -75,6 +75,7 @@ def results(world: Path) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
+    """A file's bytes. DCP's safetensors files have several metadata in the header, whose order differs from process to process."""
     raw = path.read_bytes()
     if not path.name.startswith("shard-"):
         return raw
@@ -109,7 +110,7 @@ def command(stage: str, world: Path) -> list[str]:
     return {
         "sample": ["data.py", "sample", *sampling, "--cases", str(world / "cases.jsonl"), "--n", "2", "--limit", "200", "--out", str(out / "samples.jsonl")],
         "score": ["score.py", *sampling, "--input", str(world / "world/test.jsonl"), "--k", "1", "3", "--out", str(out / "scores.jsonl")],
-        "train_sft": ["train_sft.py", *training, "--lr", "3e-4", "--max-steps", "16",
+        "train_sft": ["train_sft.py", *training, "--lr", "3e-4", "--max-steps", "12",
                       "--train", str(world / "sft.jsonl"), "--validation", str(world / "sft.validation.jsonl")],
         "train_dpo": ["train_dpo.py", *training, "--lr", "2e-5", "--max-steps", "10",
                       "--train", str(world / "pairs.jsonl"), "--validation", str(world / "pairs.validation.jsonl")],

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,10 @@ import ranks
 import train_dpo
 import train_sft
 import training
+from bench.kill import content
 from checkpoint import load_model, load_tokenizer
 from cli import BadInput, Stopped, run
-from conftest import ROOT, make_config, write_checkpoint
+from conftest import ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from training import TrainConfig, epoch_batches, learning_rate
 
@@ -80,15 +80,6 @@ def metrics(out, split="train"):
 
 def files_of(folder):
     return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def content(path):
-    """A file's bytes. DCP's safetensors files have several metadata in the header, whose order differs from process to process."""
-    raw = path.read_bytes()
-    if not path.name.startswith("shard-"):
-        return raw
-    size = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:8 + size]), raw[8 + size:]
 
 
 # ---------------------------------------------------------------------------------------------- order and schedule
@@ -499,18 +490,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_folder, script):
     """SIGKILL at two random moments, then --resume: metrics, last checkpoint and best model are the same files."""
     given = arguments(script, tmp_path, tiny_folder)
     assert run_script(script, *given, "--out", tmp_path / "whole").returncode == 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), *map(str, given), "--out", str(tmp_path / "killed"), "--resume"]
-    for kill_at in random.Random(script).sample(range(3, 25), 2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        log, deadline = tmp_path / "killed/metrics.jsonl", time.time() + 60
-        while process.poll() is None and time.time() < deadline and (not log.exists() or log.read_bytes().count(b"\n") < kill_at):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = run_script(script, *given, "--out", tmp_path / "killed", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    moments = random.Random(script).sample(range(3, 25), 2)
+    assert "resumed from" in kill_and_resume([script, *given, "--out", tmp_path / "killed"], tmp_path / "killed/metrics.jsonl", moments)
     whole, killed = files_of(tmp_path / "whole"), files_of(tmp_path / "killed")
     for files in (whole, killed):
         files.pop("config.json")  # says --out and --resume
@@ -671,13 +652,8 @@ def test_a_file_that_cannot_grow_ends_in_one_line(tmp_path, tiny_folder, script,
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
-    command = [sys.executable, str(ROOT / "train_sft.py"), *map(str, arguments("train_sft.py", tmp_path, tiny_folder)), "--save-every", "1000",
-               "--epochs", "50", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 60
-    while not (tmp_path / "out/metrics.jsonl").exists() or not (tmp_path / "out/metrics.jsonl").stat().st_size:
-        assert time.time() < deadline
-        time.sleep(0.02)
+    process = start(["train_sft.py", *arguments("train_sft.py", tmp_path, tiny_folder), "--save-every", 1000, "--epochs", 50, "--out", tmp_path / "out"])
+    wait_for_lines(tmp_path / "out/metrics.jsonl", 1, process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in errors.splitlines()[-1]
