@@ -11,7 +11,7 @@ import pytest
 import data
 import rprm
 from cli import run
-from conftest import ROOT
+from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
 from rprm import VERIFICATION, Case, Prompt, parse_verdict
 
@@ -182,6 +182,17 @@ def test_sample_is_the_method_itself(sampling, tiny_folder):
         case = Case(line["case"]["problem"], tuple(line["case"]["previous_steps"]), line["case"]["now_step"])
         [(_, found)] = sampler.analyses([case])
         assert [a["text"] for a in line["analyses"]] == [a.text for a in found]
+
+
+def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, short, tmp_path):
+    """SIGKILL to the process at three random moments, rounds of 8 cases."""
+    write(tmp_path / "cases.jsonl", [case_row(i) for i in range(60)])
+    flags = ["sample", "--model", tiny_folder, "--device", "cpu", "--cases", tmp_path / "cases.jsonl", "--n", 2, "--prompt-file", short,
+             "--max-new-tokens", 24, "--batch-size", 1, "--out"]
+    data_py(*flags, tmp_path / "whole.jsonl")
+    kill_and_resume(["data.py", *flags, tmp_path / "killed.jsonl"], tmp_path / "killed.jsonl.part", random.Random(5).sample(range(1, 55), 3))
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert names(tmp_path) == ["cases.jsonl"] + [f"{name}.{end}" for name in ("killed", "whole") for end in ("jsonl", "jsonl.config.json", "prompt.txt")]
 
 
 @pytest.mark.parametrize("flags_too", [[], ["--complete"]], ids=["plain", "complete"])

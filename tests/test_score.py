@@ -19,7 +19,7 @@ import data
 import score
 from checkpoint import load_model, load_tokenizer
 from cli import run
-from conftest import ROOT
+from conftest import ROOT, kill_and_resume
 from model import Tree, TreeAttention
 from rprm import VERIFICATION, Analysis, Case, Prompt, load_prompt, load_sampler, reward
 
@@ -319,6 +319,16 @@ def test_a_killed_run_of_a_model_resumes_to_the_same_bytes(tmp_path, tiny, monke
         Path(f"{out}.part").write_bytes(part)
         score_py(*flags, "--resume")
         assert out.read_bytes() == whole
+
+
+def test_a_scoring_killed_by_the_system_resumes_to_the_same_files(tmp_path, tiny):
+    """SIGKILL to the process at three random moments, rounds of 8 solutions; scores and table."""
+    rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(40)]
+    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 1, 2, "--max-new-tokens", 24, "--batch-size", 1, "--out"]
+    score_py(*flags, tmp_path / "whole.jsonl")
+    kill_and_resume(["score.py", *flags, tmp_path / "killed.jsonl"], tmp_path / "killed.jsonl.part", random.Random(6).sample(range(1, 35), 3))
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert summary(tmp_path / "killed.jsonl") == summary(tmp_path / "whole.jsonl")
 
 
 @pytest.mark.parametrize("spoil", [lambda line: line.pop("predictions"), lambda line: line["predictions"].pop("2"), lambda line: line.update(samples=[]),
