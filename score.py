@@ -236,7 +236,7 @@ def accuracies(found: int, wrong: int, kept: int, correct: int) -> dict[str, flo
 def summary(counts: Counter, sources: list[str], ks: tuple[int, ...]) -> list[dict]:
     """A row per source and K, and the average over the sources where there are several."""
     rows = []
-    for k in sorted(ks):
+    for k in sorted(set(ks)):
         own = [summary_row(counts, source, k) for source in sources]
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):

@@ -131,7 +131,7 @@ def test_hand_worked_accuracies(tmp_path, stand_in, capsys):
     """2 of 4 errors found, 1 of 2 correct solutions left alone: F1 = 2 * 50 * 50 / 100."""
     rows = [r for r, _, _ in HAND]
     stand_in(rows, [p for _, p, _ in HAND])
-    score_py("--input", write(tmp_path / "bench.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl")
+    score_py("--input", write(tmp_path / "bench.json", rows), "--k", 2, 2, "--out", tmp_path / "s.jsonl")
     lines = read(tmp_path / "s.jsonl")
     assert [line["id"] for line in lines] == list("abcdefg")
     assert [line["prediction"] for line in lines] == [prediction for *_, prediction in HAND]
