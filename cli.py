@@ -27,7 +27,8 @@ import ranks
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_RANK = 3
-HOW = ("server", "concurrency", "timeout", "retries", "api_key_env", "rank_timeout")  # where and how a model is asked: a resumed run may differ in these
+# where and how a model is asked: a resumed run may differ in these
+HOW = ("server", "concurrency", "timeout", "retries", "api_key_env", "rank_timeout")
 
 
 class BadInput(Exception):
@@ -110,7 +111,8 @@ def _report(message: str) -> int:
     """One line on stderr. What a file put into the message can neither break the line, nor flood or steer the terminal."""
     if len(message) > 2000:
         message = f"{message[:1500]} ... {message[-400:]}"
-    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    shown = "".join(c if c.isprintable() else " " for c in message)
+    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}: {shown}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 

@@ -52,7 +52,8 @@ def main(config: Config) -> None:
         raise BadInput("several ranks need --out, where their scores are merged")
     own, alone, size = ranks.share(range(len(found))), len(found) == 1, round_size(config)
     journal, done = Journal(config.out, config, size or 1) if config.out else nullcontext(), 0
-    items = ({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label} for source, s in map(found.__getitem__, own))
+    items = ({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label}
+             for source, s in map(found.__getitem__, own))
     for done, (where, line) in enumerate(journal.check(items) if config.out else deque(items, maxlen=0), 1):
         count_line(counts, check_line(config, line, where), config.k)
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
@@ -191,7 +192,8 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
 def score_line(config: Config, source: str, solution: Solution, steps: list[list[Analysis]]) -> dict:
     """The line of scores.jsonl; rewards and prediction at the largest K, predictions at each."""
     return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps),
-            "label": solution.label, "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
+            "label": solution.label, "rewards": [reward(analyses) for analyses in steps],
+            "prediction": predict(steps, max(config.k), config.threshold),
             "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
             "samples": [[asdict(a) for a in analyses] for analyses in steps]}
 

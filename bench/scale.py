@@ -50,7 +50,8 @@ def main(config: Config) -> None:
             write_solutions(Path(folder) / "solutions.jsonl", n)
             for side in STAGES:
                 found = run_side(__file__, replace(config, sizes=(n,), data=folder, side=side))
-                print(f"| {n:,} | {side} | {found['read_mb']:,.0f} MB | {found['start']:.1f} s | {found['seconds']:.1f} | {found['peak_mb']:,.0f} |", flush=True)
+                print(f"| {n:,} | {side} | {found['read_mb']:,.0f} MB | {found['start']:.1f} s | {found['seconds']:.1f} | "
+                      f"{found['peak_mb']:,.0f} |", flush=True)
 
 
 def write_solutions(path: Path, n: int) -> None:
@@ -59,7 +60,8 @@ def write_solutions(path: Path, n: int) -> None:
     with writing(path) as file:
         for i in range(n):
             words = rng.choice(WORDS, 500)
-            file.write(json_line({"id": str(i), "problem": " ".join(words[:300]), "steps": [" ".join(words[300:])], "label": int(rng.integers(-1, 1))}))
+            file.write(json_line({"id": str(i), "problem": " ".join(words[:300]), "steps": [" ".join(words[300:])],
+                                  "label": int(rng.integers(-1, 1))}))
 
 
 READS = {"cases": "solutions", "sample": "cases", "resume": "cases", "score": "solutions", "sft": "samples", "pairs": "samples",
@@ -73,7 +75,8 @@ def stage(config: Config) -> dict:
 
     def stand_in(sampler_config, k, *_, **__):
         started.append(time.perf_counter() - begin)
-        return SimpleNamespace(engine=SimpleNamespace(new_tokens=0), prompt=load_prompt(None, None), analyses=lambda cases: answers(cases, k))
+        return SimpleNamespace(engine=SimpleNamespace(new_tokens=0), prompt=load_prompt(None, None),
+                               analyses=lambda cases: answers(cases, k))
     data.load_sampler = score.load_sampler = stand_in
     if config.side == "cases":
         data.cases(data.CasesConfig(input=(str(source),), out=out))

@@ -71,7 +71,8 @@ class Chain:
             code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
-            raise BadInput(f"{part}: the stage failed with exit code {code}; its last line: {part.read_text(encoding='utf-8').strip()[-300:]}")
+            last = part.read_text(encoding="utf-8").strip()[-300:]
+            raise BadInput(f"{part}: the stage failed with exit code {code}; its last line: {last}")
         os.replace(part, log)
 
     def prepare(self) -> None:
@@ -80,8 +81,8 @@ class Chain:
         self.stage("world", HERE / "world.py", "--out", f / "world", "--seed", 1000 + self.seed, "--difficulty", c.difficulty,
                    "--train", c.train, "--validation", 0, "--test", c.test, "--pretrain", 0)
         self.stage("cases", "data.py", "cases", "--input", f / "world/train.jsonl", "--out", f / "cases.jsonl", "--overwrite")
-        self.stage("seed", "data.py", "sample", "--model", self.base, "--cases", f / "cases.jsonl", "--n", 4, "--seed", self.seed, *SAMPLING,
-                   "--out", f / "seed.jsonl", "--resume")
+        self.stage("seed", "data.py", "sample", "--model", self.base, "--cases", f / "cases.jsonl", "--n", 4,
+                   "--seed", self.seed, *SAMPLING, "--out", f / "seed.jsonl", "--resume")
         for size in SIZES:
             first_share(f / "cases.jsonl", f / f"cases.{size}.jsonl", size)
             first_share(f / "seed.jsonl", f / f"seed.{size}.jsonl", size)
@@ -94,8 +95,9 @@ class Chain:
         """SFT of the base on 1/size of the cases, as a direct PRM or to reason -> the run's folder."""
         f = self.folder
         name = f"{kind}.{size}.lr-{lr}.epochs-{epochs}"
-        self.stage(name, "train_sft.py", "--model", self.base, "--train", f / f"{kind}.{size}.jsonl", "--validation", f / f"{kind}.{size}.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", epochs, "--batch-size", 32, "--eval-every", 10, "--seed", self.seed, "--resume")
+        self.stage(name, "train_sft.py", "--model", self.base, "--train", f / f"{kind}.{size}.jsonl",
+                   "--validation", f / f"{kind}.{size}.validation.jsonl", "--out", f / name, "--lr", lr, "--epochs", epochs,
+                   "--batch-size", 32, "--eval-every", 10, "--seed", self.seed, "--resume")
         return f / name
 
     def prefer(self, sft: Path) -> None:
@@ -112,9 +114,9 @@ class Chain:
 
     def train_dpo(self, sft: Path, lr: str, nll: str) -> Path:
         c, f, name = self.config, self.folder, self.dpo_name(lr, nll)
-        self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", nll, "--beta", c.beta, "--batch-size", 32,
-                   "--eval-every", 5, "--seed", self.seed, "--resume")
+        self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl",
+                   "--validation", f / "pairs.validation.jsonl", "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs,
+                   "--nll", nll, "--beta", c.beta, "--batch-size", 32, "--eval-every", 5, "--seed", self.seed, "--resume")
         return f / name
 
     def score(self, name: str, model: Path, *flags, data: str = "world/test.jsonl") -> Path:
@@ -179,7 +181,8 @@ def main(config: Config) -> None:
         chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
     every_seed(config, lambda chain: chain.run(chosen))
     sft = first.train("sft", 1, *chosen["sft"])
-    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1_of(first.train_dpo(sft, *setting)), "validation F1", max)
+    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)),
+                           "validation F1", max)
     print_grid(grid)
     every_seed(config, lambda chain: chain.run_dpo(chosen))
     scores = {seed: read_scores(Path(config.out) / f"seed-{seed}", chosen) for seed in config.seeds}
@@ -271,7 +274,7 @@ def shown(value: dict, digits: int = 1) -> str:
 
 def print_grid(grid: list[dict]) -> None:
     for row in grid:
-        print(f"grid: {row['kind']:<7} {setting_words(row):<22} {row['measure']} {row['value']:.4f}{'  <- chosen' if row['chosen'] else ''}")
+        print(f"grid: {row['kind']:<7} {setting_words(row):<22} {row['measure']} {row['value']:.4f}" + "  <- chosen" * row["chosen"])
 
 
 def setting_words(row: dict) -> str:
@@ -285,10 +288,11 @@ def tables(config: Config, result: dict) -> str:
     for c in result["claims"]:
         wanted = "" if c["wanted"] is None else f"+{c['wanted']}"
         lines.append(f"| {c['claim']} | {wanted} | {shown(c)} | {', '.join(f'{d:+.1f}' for d in c['seeds'])} |")
-    lines += ["", "| model | K | error accuracy | correct accuracy | F1 | AUROC | Brier | unparsed % | tokens per step |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += ["", "| model | K | error accuracy | correct accuracy | F1 | AUROC | Brier | unparsed % | tokens per step |", "|---" * 9 + "|"]
     for r in result["models"]:
-        lines.append(f"| {NAMES[r['model']]} | {r['k']} | {shown(r['error_accuracy'])} | {shown(r['correct_accuracy'])} | {shown(r['f1'])} | "
-                     f"{shown(r['auroc'], 3)} | {shown(r['brier'], 3)} | {r['unparsed']['mean']:.1f} | {r['tokens_per_step']['mean']:.0f} |")
+        cells = [NAMES[r["model"]], r["k"], *(shown(r[name]) for name in ("error_accuracy", "correct_accuracy", "f1")),
+                 shown(r["auroc"], 3), shown(r["brier"], 3), f"{r['unparsed']['mean']:.1f}", f"{r['tokens_per_step']['mean']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     sizes = {(r["model"].split(".")[0], r["cases"]): r for r in result["sizes"]}
     counts = sorted({cases for _, cases in sizes})
     lines += ["", "| F1 by number of cases | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
@@ -299,7 +303,8 @@ def tables(config: Config, result: dict) -> str:
     for row in result["grid"]:
         mark = "**" if row["chosen"] else ""
         value = f"{row['value']:.1f}" if row["measure"].endswith("F1") else f"{row['value']:.4f}"
-        lines.append(f"| {NAMES[row['kind'] + ('' if row['kind'] == 'dpo' else '.1')]} | {setting_words(row)} | {row['measure']} | {mark}{value}{mark} |")
+        name = NAMES[row["kind"] if row["kind"] == "dpo" else f"{row['kind']}.1"]
+        lines.append(f"| {name} | {setting_words(row)} | {row['measure']} | {mark}{value}{mark} |")
     return "\n".join(lines)
 
 

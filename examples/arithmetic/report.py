@@ -1,6 +1,7 @@
 """The table and the plots at the end of the demo, from scores.jsonl files and the runs' metrics.
 
-    python examples/arithmetic/report.py --scores base.jsonl direct.jsonl sft.jsonl dpo.jsonl --names base "direct PRM" "R-PRM SFT" "R-PRM DPO" --out runs/demo
+    python examples/arithmetic/report.py --scores base.jsonl direct.jsonl sft.jsonl dpo.jsonl \\
+        --names base "direct PRM" "R-PRM SFT" "R-PRM DPO" --out runs/demo
 
 Scores are made with score.py --all-steps, so every K up to the sampled one can be read off the same analyses.
 """
@@ -114,11 +115,14 @@ def measure(name: str, lines: list[dict], k: int) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'model':<14}{'K':>3}{'error acc.':>12}{'correct acc.':>14}{'F1 [95%]':>20}{'AUROC':>8}{'Brier':>8}{'unparsed %':>12}{'tokens/step':>13}")
+    print(f"\n{'model':<14}{'K':>3}{'error acc.':>12}{'correct acc.':>14}{'F1 [95%]':>20}{'AUROC':>8}{'Brier':>8}"
+          f"{'unparsed %':>12}{'tokens/step':>13}")
     for r in rows:
         print(f"{r['model']:<14}{r['k']:>3}{r['error_accuracy']:>12.1f}{r['correct_accuracy']:>14.1f}"
-              f"{r['f1']:>8.1f} [{r['f1_low']:4.1f}, {r['f1_high']:4.1f}]{r['auroc']:>8.3f}{r['brier']:>8.3f}{r['unparsed']:>12.1f}{r['tokens_per_step']:>13.0f}")
-    print(f"({rows[0]['solutions']} solutions; accuracies and F1 in percent; intervals: bootstrap over solutions; AUROC and Brier over the steps up to the first wrong one)")
+              f"{r['f1']:>8.1f} [{r['f1_low']:4.1f}, {r['f1_high']:4.1f}]{r['auroc']:>8.3f}{r['brier']:>8.3f}"
+              f"{r['unparsed']:>12.1f}{r['tokens_per_step']:>13.0f}")
+    print(f"({rows[0]['solutions']} solutions; accuracies and F1 in percent; intervals: bootstrap over solutions; "
+          f"AUROC and Brier over the steps up to the first wrong one)")
 
 
 # ---------------------------------------------------------------------------------------------- plots
@@ -168,7 +172,8 @@ def reward_figure(plt, config: Config, models: dict[str, list[dict]]):
     for column, (name, lines) in enumerate(models.items()):
         values, right = labelled_steps(lines, step_rewards(lines, max(config.k)))
         top, bottom = axes[:, column]
-        top.hist([values[right], values[~right]], bins=bins, density=True, color=["tab:green", "tab:red"], label=["right steps", "wrong steps"])
+        top.hist([values[right], values[~right]], bins=bins, density=True, color=["tab:green", "tab:red"],
+                 label=["right steps", "wrong steps"])
         top.set(title=name, ylabel="density")
         top.legend()
         place = np.clip(np.digitize(values, bins) - 1, 0, 9)
