@@ -67,7 +67,7 @@ def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 
 def kill_and_resume(command: list, path: Path, moments: list[int]) -> str:
-    """Run a script with --resume, SIGKILL it when `path` has so many lines, and again at the next moment; then to the end -> what it printed."""
+    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output."""
     command = [*command, "--resume"]
     for lines in moments:
         process = start(command)

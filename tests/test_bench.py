@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", "--scale", "0.05", "--micro-tokens", "256",
-                           "--trees", "2", "--steps", "1", "--prompts", "3", "--k", "2", "--out", tmp_path / "gpu.json"],
+    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", "--scale", "0.05",
+                           "--micro-tokens", "256", "--trees", "2", "--steps", "1", "--prompts", "3", "--k", "2",
+                           "--out", tmp_path / "gpu.json"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]

@@ -178,10 +178,13 @@ class SamplingJob:
     batch_size: Annotated[int, "cases"] = 16
 
 
-@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8), lambda: bytearray(2 ** 60),
-                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", {"torch": torch})])
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8),
+                                  lambda: bytearray(2 ** 60),
+                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+                                               {"torch": torch})])
 def test_out_of_memory_says_what_to_lower(capsys, fail):
-    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"), (SamplingJob, "lower --batch-size (now 16); ")):
+    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"),
+                         (SamplingJob, "lower --batch-size (now 16); ")):
         with pytest.raises(SystemExit) as stop:
             cli.run((config, lambda _: fail()), argv=["--micro-tokens", "4096"] if config is Training else [])
         [error] = capsys.readouterr().err.strip().split("\n")

@@ -68,7 +68,8 @@ def measure(path: Path, settings: dict) -> None:
         held["gradients"] = [ranks.own_rows(p.grad)[0].nbytes for p in run.model.parameters()]
         found = update(run, *given)
         held["weights"] = [ranks.own_rows(p)[0].nbytes for p in run.model.parameters()]
-        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values()
+                           for key in ("exp_avg", "exp_avg_sq")]
         return found
     training.Run.update = look
     do("sft", settings | {"max_steps": 1})
@@ -84,14 +85,17 @@ def settings(folder: Path, make_folder) -> dict[str, dict]:
     words = lambda n: " ".join(rng.choice("apples pens boxes half sum".split()) for _ in range(n))
     shared = dict(lr=3e-3, batch_size=8, micro_tokens=100, eval_every=3, save_every=2, epochs=3, device="cpu")
     (folder / "prompt.txt").write_text("{problem}\n{previous_steps}\n{now_step}")
-    sampler = dict(model=str(make_folder("qwen2", True)), prompt_file=str(folder / "prompt.txt"), max_new_tokens=12, batch_size=2, device="cpu")
+    sampler = dict(model=str(make_folder("qwen2", True)), prompt_file=str(folder / "prompt.txt"), max_new_tokens=12, batch_size=2,
+                   device="cpu")
     cases = [{"id": str(i), "problem": words(4), "previous_steps": [], "now_step": words(3), "label": bool(i % 2)} for i in range(7)]
     solutions = [{"id": str(i), "problem": words(4), "steps": [words(2), words(3)], "label": i % 3 - 1} for i in range(7)]
     return {
         "sft": shared | dict(model=str(make_folder("llama", False)), checkpoint_activations=True, micro_tokens=80,
-                             train=write(folder / "sft.jsonl", sft_rows(22)), validation=write(folder / "sft_held_out.jsonl", sft_rows(5, seed=1))),
+                             train=write(folder / "sft.jsonl", sft_rows(22)),
+                             validation=write(folder / "sft_held_out.jsonl", sft_rows(5, seed=1))),
         "dpo": shared | dict(model=str(make_folder("qwen2", True)), nll=0.1,
-                             train=write(folder / "pairs.jsonl", pair_rows(22)), validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
+                             train=write(folder / "pairs.jsonl", pair_rows(22)),
+                             validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
         "sample": sampler | dict(cases=write(folder / "cases.jsonl", cases), n=2),
         "score": sampler | dict(input=[write(folder / "solutions.jsonl", solutions)], k=[1, 3]),
     }
@@ -113,7 +117,8 @@ def ran(tmp_path_factory, make_folder):
     for name in ("one", "two"):
         (folder / name).mkdir()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    jobs = {name: [settings(folder / number, make_folder)[name] | {"out": str(folder / number / f"{name}.out")} for number in ("one", "two")]
+    jobs = {name: [settings(folder / number, make_folder)[name] | {"out": str(folder / number / f"{name}.out")}
+                   for number in ("one", "two")]
             for name in JOBS}
     for name, (one, _) in jobs.items():
         do(name, one)
@@ -218,7 +223,8 @@ def test_the_memory_table_estimates_the_activations(make_folder, checkpointed):
     held = sum(storage.nbytes() for place, storage in seen.items() if place not in parameters)
     estimates = [training.memory(model.config, dataclasses.replace(config, checkpoint_activations=flag), 1) for flag in (False, True)]
     if checkpointed:
-        inputs = estimates[1]["activations, checkpointed"] - estimates[0]["activations"] / 2  # without the one of two layers that is at work
+        at_work = estimates[0]["activations"] / 2  # one of two layers
+        inputs = estimates[1]["activations, checkpointed"] - at_work
         assert inputs < held < 2.5 * inputs
     else:
         assert estimates[0]["activations"] == pytest.approx(held, rel=0.2)
@@ -263,7 +269,8 @@ def test_the_merged_file_is_that_of_one_rank(ran, name, out):
     P(Yes) may differ in its last bits, by what was sampled side by side; everything else is the same.
     """
     folder, _ = ran
-    one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in (folder / f"one/{name}.out", folder / f"two/{name}.{out}"))
+    one, two = ([json.loads(line) for line in path.read_text().splitlines()]
+                for path in (folder / f"one/{name}.out", folder / f"two/{name}.{out}"))
     assert len(one) == 7 and two == rounded(one)
     assert not list((folder / "two").glob("*.part"))
 
@@ -356,7 +363,8 @@ def test_parts_of_another_number_of_ranks_are_not_lost_unasked(tmp_path):
 # ---------------------------------------------------------------------------------------------- a rank is lost
 
 def command(job: dict, out: Path) -> list:
-    return ["train_sft.py", *flags_of({key: value for key, value in job.items() if key != "checkpoint_activations"} | {"out": out, "epochs": 200})]
+    flags = {key: value for key, value in job.items() if key != "checkpoint_activations"} | {"out": out, "epochs": 200}
+    return ["train_sft.py", *flags_of(flags)]
 
 
 def flags_of(job: dict) -> list:
@@ -429,7 +437,8 @@ def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
     if script == "train":
         line, log = command(jobs["sft"][1], tmp_path / "out"), tmp_path / "out/metrics.jsonl"
     else:
-        cases = [json.loads(text) | {"problem": f"{i}"} for i, text in enumerate(Path(jobs["sample"][1]["cases"]).read_text().splitlines() * 30)]
+        given = Path(jobs["sample"][1]["cases"]).read_text().splitlines()
+        cases = [json.loads(text) | {"problem": f"{i}"} for i, text in enumerate(given * 30)]
         job = jobs["sample"][1] | {"cases": write(tmp_path / "cases.jsonl", cases), "out": tmp_path / "out.jsonl"}
         line, log = ["data.py", "sample", *flags_of(job)], tmp_path / "out.jsonl.2-of-2.part"
     pair = pair_of_ranks([*line, "--rank-timeout", 3])

@@ -55,7 +55,8 @@ def pair_rows(n, seed=0):
 
 def run_script(script, *arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=environment, **options)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, env=environment,
+                          **options)
 
 
 def run_here(script, *arguments):
@@ -148,7 +149,8 @@ def test_a_text_trains_every_token_but_the_first_and_means_its_special_tokens(tm
 @pytest.mark.parametrize("script, line, said", [
     (train_sft, '{"prompt": "a"}', "field 'response' is missing"), (train_sft, '{"prompt": 3, "response": "b"}', "field 'prompt'"),
     (train_sft, '{"instruction": "a", "output": null}', "field 'output'"), (train_sft, '{"text": ["a"]}', "field 'text'"),
-    (train_sft, "[1]", "expected an object"), (train_sft, '{"prompt": "a"', "not valid JSON"), (train_sft, '{"text": "\\ud800"}', "not valid JSON"),
+    (train_sft, "[1]", "expected an object"), (train_sft, '{"prompt": "a"', "not valid JSON"),
+    (train_sft, '{"text": "\\ud800"}', "not valid JSON"),
     (train_dpo, '{"prompt": "a", "chosen": "b"}', "field 'rejected' is missing"),
     (train_dpo, '{"instruction": "a", "chosen": "b", "rejected": 0}', "field 'rejected'"), (train_dpo, '{"text": "a"}', "is missing"),
 ])
@@ -360,7 +362,8 @@ def test_dpo_learns_what_the_reference_does_not_know(tmp_path, tiny_folder):
     reference = np.load(cache)
     assert 0.3 <= (reference[:, 0] > reference[:, 1]).mean() <= 0.7
     pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
-    after = train_dpo.reference_logprobs(dataclasses.replace(settings, model=str(tmp_path / "dpo/model")), load_model(tmp_path / "dpo/model"), pairs)
+    after = train_dpo.reference_logprobs(dataclasses.replace(settings, model=str(tmp_path / "dpo/model")),
+                                         load_model(tmp_path / "dpo/model"), pairs)
     assert (after[:, 0] > after[:, 1]).mean() > 0.9
     margins = (after - reference)[:, 0] - (after - reference)[:, 1]
     assert (margins > 0).mean() > 0.9
@@ -534,11 +537,12 @@ def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_f
     for step in (1, 2, 3):
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, .* --resume"):
             script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))
-    script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))  # its last step: nothing to stop
+    script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))  # its last step
     assert same_run(tmp_path / "whole", tmp_path / "stopped") == []
 
 
-@pytest.mark.parametrize("script, losses, kept", [(train_sft, [math.nan], False), (train_sft, [1.0, math.inf], True), (train_dpo, [math.nan], False)])
+@pytest.mark.parametrize("script, losses, kept", [(train_sft, [math.nan], False), (train_sft, [1.0, math.inf], True),
+                                                  (train_dpo, [math.nan], False)])
 def test_a_validation_that_is_not_finite_stops_and_says_so(tmp_path, tiny_folder, script, losses, kept, monkeypatch):
     """Else the run would end without a model, or with that of an early step, and say nothing."""
     given = iter(losses)
@@ -600,7 +604,8 @@ def in_a_child(work, die_at=None):
             setattr(os, name, deadly(getattr(os, name)))
         os.fsync = deadly(lambda file: None)  # a moment to die at; what a process has written outlives it without
         checkpoint.save_file = deadly(checkpoint.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
-        ranks.save_tensors = deadly(ranks.save_tensors, lambda folder, _: write_bytes(folder / "shard-00001-model-00001-of-00001.safetensors", b"torn"))
+        shard = "shard-00001-model-00001-of-00001.safetensors"
+        ranks.save_tensors = deadly(ranks.save_tensors, lambda folder, _: write_bytes(folder / shard, b"torn"))
         work()
         os._exit(0)
     except BaseException:
@@ -660,7 +665,8 @@ def test_a_file_that_cannot_grow_ends_in_one_line(tmp_path, tiny_folder, script,
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
-    process = start(["train_sft.py", *arguments("train_sft.py", tmp_path, tiny_folder), "--save-every", 1000, "--epochs", 50, "--out", tmp_path / "out"])
+    flags = [*arguments("train_sft.py", tmp_path, tiny_folder), "--save-every", 1000, "--epochs", 50, "--out", tmp_path / "out"]
+    process = start(["train_sft.py", *flags])
     wait_for_lines(tmp_path / "out/metrics.jsonl", 1, process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
@@ -697,7 +703,8 @@ def test_a_kill_while_a_run_is_replaced_leaves_no_half_of_it(tmp_path, tiny_fold
     for die_at in range(1, 8):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         script.main(small_run(script, tmp_path, tiny_folder, "out"))
-        assert in_a_child(lambda: script.main(small_run(script, tmp_path, tiny_folder, "out", lr=1e-4, overwrite=True)), die_at) == -signal.SIGKILL
+        replacing = lambda: script.main(small_run(script, tmp_path, tiny_folder, "out", lr=1e-4, overwrite=True))
+        assert in_a_child(replacing, die_at) == -signal.SIGKILL
         if in_a_child(lambda: script.main(small_run(script, tmp_path, tiny_folder, "out", lr=1e-4, resume=True))) == 0:
             assert same_run(tmp_path / "whole", tmp_path / "out") == []
             began_anew += 1
@@ -729,7 +736,8 @@ def test_resuming_a_finished_run_changes_nothing_and_may_save_otherwise(tmp_path
     assert files_of(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name, value", [("seed", 1), ("batch_size", 3), ("max_steps", 2), ("epochs", 2), ("micro_tokens", 500), ("schedule", "constant"),
+@pytest.mark.parametrize("name, value", [("seed", 1), ("batch_size", 3), ("max_steps", 2), ("epochs", 2), ("micro_tokens", 500),
+                                         ("schedule", "constant"),
                                          ("validation", None)])
 def test_resuming_with_another_setting_is_refused_by_its_name(tmp_path, tiny_folder, name, value):
     train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "out"))
@@ -757,8 +765,10 @@ def test_overwrite_does_not_remove_what_the_run_needs(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
-@pytest.mark.parametrize("flags, said", [(["--unknown", "1"], "unrecognized"), (["--batch", "4"], "unrecognized"), (["--lr", "-1"], "out of range"),
-                                         (["--lr", "nan"], "out of range"), (["--batch-size", "0"], "out of range"), (["--epochs", "1.5"], "is not int")])
+@pytest.mark.parametrize("flags, said", [(["--unknown", "1"], "unrecognized"), (["--batch", "4"], "unrecognized"),
+                                         (["--lr", "-1"], "out of range"),
+                                         (["--lr", "nan"], "out of range"), (["--batch-size", "0"], "out of range"),
+                                         (["--epochs", "1.5"], "is not int")])
 def test_bad_flags_fail(tmp_path, tiny_folder, capsys, script, flags, said):
     rows = write(tmp_path / "t", sft_rows(1))
     assert run_here(script, "--model", tiny_folder, "--train", rows, "--out", tmp_path / "out", *flags) == 2
