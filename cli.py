@@ -35,6 +35,10 @@ class BadInput(Exception):
     """Something the user gave cannot be used. The message is one line: what, where (file, line, field), and the remedy."""
 
 
+class Complete(Exception):
+    """All is done already: a run that was killed just before its end was asked to go on. The message says so."""
+
+
 class Stopped(Exception):
     """A signal asked to stop, and the work so far is saved. The message says how to go on."""
 
@@ -69,7 +73,10 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     config_class, main = next((c, m) for c, m in commands if m.__name__ == chosen)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     try:
-        main(config_class(**given))
+        try:
+            main(config_class(**given))
+        except Complete as complete:
+            print(complete)
         ranks.leave()
     except BadInput as error:
         sys.exit(_report(str(error)))
@@ -318,8 +325,9 @@ class Journal:
         self.done = 0
         begun = any(part.exists() for part in self.parts)
         left = self.part.exists() and self.part.stat().st_size > 0
-        if config.resume and self.out.exists() and not begun:
-            raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
+        if config.resume and self.out.exists() and not begun and self.config_path.exists():
+            self._check_config()
+            raise Complete(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
         if not config.resume and left and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
         if self._others() and not config.overwrite:
@@ -341,7 +349,7 @@ class Journal:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
         changed = [k for k in self.config if k not in HOW and before.get(k) != self.config[k]]
         if changed:
-            raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "
+            raise BadInput(f"{self.config_path}: the run had another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same command or give --overwrite")
 
     def _read_part(self, round_size: int) -> None:

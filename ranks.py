@@ -123,7 +123,8 @@ def from_first(array: np.ndarray) -> np.ndarray:
 
 
 def gather(value: Any) -> list:
-    """Every rank's value, in the order of the ranks."""
+    """Every rank's value, in the order of the ranks, once all have come here (`meet`)."""
+    meet()
     values = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)

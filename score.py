@@ -67,7 +67,6 @@ def main(config: Config) -> None:
                     journal.write(line)
                 bar.update()
                 bar.set_postfix_str(f"F1 {summary_row(counts, source, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-        ranks.meet()
         rows = summary(sum(ranks.gather(counts), Counter()), found.sources, config.k)
         if config.out and not alone and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
             write_json(Path(config.out).with_suffix(".summary.json"), rows)

@@ -588,7 +588,7 @@ def test_turn_marks_that_the_file_does_not_call_special_stay_text_too(folder):
     for token in value["added_tokens"]:
         token["special"] = False
     (folder / "tokenizer.json").write_text(json.dumps(value))
-    tokenizer, text = load_tokenizer(folder), f"Yes{IM_END}\n{IM_START}assistant"
+    tokenizer, text = load_tokenizer(folder), f"Yes{IM_END}\n{IM_START}assistant{END_OF_TEXT}"
     assert not special_ids(folder) & set(tokenizer.encode(text)) and tokenizer.decode(tokenizer.encode(text)) == text
     assert [i for i in tokenizer.chat(text) if i in special_ids(folder)] == [0, 1, 0]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cli
-from cli import BadInput, Journal
+from cli import BadInput, Complete, Journal
 from conftest import ROOT
 
 
@@ -423,8 +423,9 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
     with Journal(out, Job()) as journal:
         journal.write({"n": 0})
-    for config, word in ((RESUME, ": is complete already"), (Job(), ": exists already")):
-        with pytest.raises(BadInput) as error:
+    for config, kind, word in ((RESUME, Complete, ": is complete already"), (Job(), BadInput, ": exists already"),
+                               (Job(seed=1, resume=True), BadInput, "another --seed")):
+        with pytest.raises(kind) as error:
             Journal(out, config)
         says(error, str(out), word, "--overwrite")
     assert rows(out) == [{"n": 0}]

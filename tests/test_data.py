@@ -241,13 +241,15 @@ def test_complete_gives_every_analysis_a_verdict(sampling, capsys):
 
 
 def test_a_resumed_sampling_must_be_the_same_one(sampling, capsys, monkeypatch):
-    """Another flag, other cases, a damaged line, no --resume, or nothing left to do: refused, and what is there stays."""
+    """Another flag, other cases, a damaged line, or no --resume: refused, and what is there stays. Nothing left to do is no error."""
     monkeypatch.setattr(data, "ROUND", 1)
     out, flags = sampling
     data_py(*flags)
     whole = out.read_bytes()
     part = Path(f"{out}.part")
-    assert "nothing to resume" in refused(capsys, *flags, "--resume")
+    data_py(*flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out and out.read_bytes() == whole
+    assert "--seed" in refused(capsys, *flags, "--resume", "--seed", 1)
     assert "--overwrite" in refused(capsys, *flags)
     half = whole[:len(whole) // 2]
     out.rename(part)

@@ -343,7 +343,7 @@ def test_a_killed_overwriting_by_many_ranks_mixes_no_runs(monkeypatch, tmp_path)
 
 def test_an_overwriting_that_one_rank_had_begun_goes_on(monkeypatch, tmp_path):
     (tmp_path / "out").write_text('{"old": 1}\n')
-    with pytest.raises(BadInput, match="is complete already"):
+    with pytest.raises(BadInput, match="exists already"):
         journals(monkeypatch, tmp_path / "out", Job(resume=True))
     Path(tmp_path / "out.1-of-2.part").touch()
     assert [journal.done for journal in journals(monkeypatch, tmp_path / "out", Job(resume=True))] == [0, 0]
