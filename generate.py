@@ -48,32 +48,39 @@ def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """Draw a token per row by inverting the nucleus's distribution function at u. (R, V), (R,) -> (R,) int64. Uses logits up.
 
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p. It nearly always lies
-    among the first few, so a row's vocabulary is sorted only as far as needed.
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p. It is sorted only as far as
+    needed to find the token at u, which is mostly among the first few.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)  # in place: at this size, fresh memory costs more than the sums
-    if top_p >= 1:  # everything is in the nucleus, in any order
-        return _invert(p, u, top_p)
     token = torch.empty(len(p), dtype=torch.int64, device=p.device)
     rows = torch.arange(len(p), device=p.device)  # those still without a token
     for width in CANDIDATES + (p.shape[1],):
         top, ids = p.topk(min(width, p.shape[1]), dim=-1)  # (rows, width), most likely first
-        token[rows] = ids.gather(1, _invert(top, u, top_p)[:, None])[:, 0]
-        wider = torch.nonzero(top.sum(dim=-1) < top_p)[:, 0]  # the nucleus of these is wider
-        if width >= p.shape[1] or not len(wider):
+        place, sure = _invert(top, u, top_p, whole=width >= p.shape[1])
+        token[rows] = ids.gather(1, place[:, None])[:, 0]
+        unsure = torch.nonzero(~sure)[:, 0]
+        if not len(unsure):
             return token
-        rows, p, u = rows[wider], p[wider], u[wider]
+        rows, p, u = rows[unsure], p[unsure], u[unsure]
 
 
-def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The place at which the cumulative probability of the nucleus passes u. p (R, N) most likely first -> (R,)."""
+def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative probability passes u times the nucleus's. p (R, N) most likely first -> places (R,), whether they are sure (R,).
+
+    Where these N tokens (the `whole` vocabulary, or its head) stop short of top_p, the nucleus's probability is known to
+    lie between top_p and top_p + the least of them; the place is sure if it is the same for both.
+    """
     cumulative = p.cumsum(dim=-1)
     nucleus = (cumulative - p < top_p).sum(dim=-1, keepdim=True)  # a token is in while those before it do not reach top_p
-    mass = cumulative.gather(1, nucleus - 1)
-    place = torch.searchsorted(cumulative, u[:, None] * mass, right=True)
-    return torch.minimum(place, nucleus - 1)[:, 0]  # rounding must not step out of the nucleus
+    least = most = cumulative.gather(1, nucleus - 1)
+    if not whole:
+        short = least < top_p
+        least, most = torch.where(short, top_p, least), torch.where(short, top_p + p[:, -1:], most)
+    place, latest = (torch.searchsorted(cumulative, u[:, None] * mass, right=True) for mass in (least, most))
+    sure = (place == latest) & (place < p.shape[1])
+    return torch.minimum(place, nucleus - 1)[:, 0], sure[:, 0] | whole  # rounding must not step out of the nucleus
 
 
 def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):

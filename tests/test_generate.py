@@ -52,9 +52,6 @@ def draw(logits, u: float, temperature: float, top_p: float) -> int:
     if temperature == 0:
         return int(np.argmax(logits))
     tokens, p = nucleus(logits, temperature, top_p)
-    if top_p == 1:  # any order will do there: the engine's is that of the vocabulary
-        order = np.argsort(tokens)
-        tokens, p = tokens[order], p[order]
     return int(tokens[min(np.searchsorted(np.cumsum(p), u, side="right"), len(p) - 1)])
 
 
@@ -437,7 +434,7 @@ def test_a_nucleus_wider_than_the_candidates():
 def test_the_ends_of_the_range_of_u():
     """u = 0 takes no token of probability 0 before the first possible one; the largest u takes none after the last."""
     logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]])
-    for top_p, first, last in ((1.0, 1, 2), (0.95, 2, 1), (0.5, 2, 2)):  # below 1, the most likely token comes first
+    for top_p, first, last in ((1.0, 2, 1), (0.95, 2, 1), (0.5, 2, 2)):  # the most likely token comes first
         found = [sample(logits.clone(), torch.tensor([u]), 1.0, top_p).item() for u in (0.0, 1 - 2.0 ** -24)]
         assert found == [first, last]
 
