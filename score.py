@@ -54,7 +54,8 @@ def main(config: Config) -> None:
     journal, done = Journal(config.out, config, size or 1) if config.out else nullcontext(), 0
     items = ({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label}
              for source, s in map(found.__getitem__, own))
-    for done, (where, line) in enumerate(journal.check(items) if config.out else deque(items, maxlen=0), 1):
+    lines = journal.check(items) if config.out else deque(items, maxlen=0)  # either way a bad solution is named before the work
+    for done, (where, line) in enumerate(lines, 1):
         count_line(counts, check_line(config, line, where), config.k)
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
