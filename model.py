@@ -134,7 +134,23 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(T, -1, self.head_dim).split(self.sizes, dim=1)  # (T, H, D), (T, KV, D), (T, KV, D)
         q = apply_rope(self.q_norm(q), cos, sin)
         k = apply_rope(self.k_norm(k), cos, sin)
+        v = v.contiguous()  # as a view, it would keep all of qkv for the backward pass
         return self.out(attend(q, k, v).reshape(T, -1))  # (T, H, D) -> (T, H*D) -> (T, C)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, (T, 2 I) -> (T, I). It keeps its input alone for the backward pass, a quarter less than the same in autograd."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), dim=-1)
 
 
 class MLP(nn.Module):
@@ -146,8 +162,7 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(SwiGLU.apply(self.gate_up(x)))
 
 
 class Layer(nn.Module):
@@ -275,20 +290,57 @@ class TreeAttention:
     def __init__(self, end: torch.Tensor, past: int = 0, block: int = 256):
         T = len(end)
         end = torch.cat((end.new_full((past,), past + T), end + past))
-        self.blocks = []  # (first query, last query + 1, the keys seen (n,), mask (queries, n))
+        self.blocks = []  # (first query, last query + 1, the keys seen (n,), what is added to the scores (1, 1, queries, n): 0 or -inf)
         for start in range(0, T, block):
             stop = min(start + block, T)
             seen = torch.nonzero(end[:past + stop] > past + start).squeeze(1)
             query = torch.arange(past + start, past + stop, device=end.device)[:, None]
-            self.blocks.append((start, stop, seen, (seen <= query) & (query < end[seen])))
+            mask = torch.where((seen <= query) & (query < end[seen]), 0.0, -torch.inf)
+            self.blocks.append((start, stop, seen, mask[None, None]))
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         if past is not None:
             k, v = torch.cat((past[0].transpose(0, 1), k)), torch.cat((past[1].transpose(0, 1), v))  # (past + T, KV, D)
+        if q.device.type == "cpu":
+            return BlockAttention.apply(q, k, v, self.blocks)
         out = []
         for start, stop, seen, mask in self.blocks:
-            # index_select: the one gather whose backward is both fast and, on CPU, the same in every run
             block = [x.transpose(0, 1)[None] for x in (q[start:stop], k.index_select(0, seen), v.index_select(0, seen))]
-            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask[None, None], enable_gqa=True))  # (1, H, queries, D)
+            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask.to(q.dtype), enable_gqa=True))  # (1, H, queries, D)
         return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
+
+
+class BlockAttention(torch.autograd.Function):
+    """TreeAttention's blocks through PyTorch's flash kernel for CPU. Left to autograd, each block would keep its keys and values for the
+    backward pass, and write down a gradient for all of q, k and v; here keys are gathered again, and gradients added in place."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks):
+        out, ctx.blocks, lses = torch.empty_like(q), blocks, []
+        for start, stop, seen, mask in blocks:
+            block = BlockAttention.of(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block, attn_mask=mask.to(q.dtype))
+            out[start:stop] = o[0].transpose(0, 1)
+            lses.append(lse)
+        ctx.save_for_backward(q, k, v, out, *lses)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, *lses = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (start, stop, seen, mask), lse in zip(ctx.blocks, lses):
+            g, o, *block = BlockAttention.of(grad[start:stop], out[start:stop], q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, *block, o, lse, 0.0, False, attn_mask=mask.to(q.dtype))
+            block_q, block_k, block_v = (x[0].transpose(0, 1) for x in found)
+            grad_q[start:stop] = block_q
+            grad_k.index_add_(0, seen, block_k)
+            grad_v.index_add_(0, seen, block_v)
+        return grad_q, grad_k, grad_v, None
+
+    @staticmethod
+    def of(*parts):
+        """(n, heads, D) -> (1, heads, n, D) each, as the kernel takes them."""
+        return [x.transpose(0, 1)[None] for x in parts]
