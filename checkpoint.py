@@ -59,7 +59,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     """Read config.json in either dialect. Raises BadInput that names the field for anything not implemented."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such checkpoint folder; give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
+        raise BadInput(f"{folder}: no such checkpoint folder; "
+                       f"give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
     return parse_config(expect(read_json(path), dict, str(path)), str(path))
 
 
@@ -116,7 +117,8 @@ def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise BadInput(f"{where}: field '{field}': rope type {str(kind)[:40]!r} is not implemented (only default and llama3); use another checkpoint")
+        raise BadInput(f"{where}: field '{field}': rope type {str(kind)[:40]!r} is not implemented (only default and llama3); "
+                       f"use another checkpoint")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = {"rope_type": "llama3"} | {name: _number(rope, name, -1, f"{where}: field '{field}'") for name in names}
     scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])  # Transformers warns of a float
@@ -259,7 +261,8 @@ def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> No
     problems = [f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
     if problems:
-        raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); take config and weights from the same checkpoint")
+        raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); "
+                       f"take config and weights from the same checkpoint")
 
 
 def _read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
@@ -339,7 +342,8 @@ def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], con
             room = shard_bytes
         shards[-1].append(name)
         room -= size
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    n = len(shards)
+    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     for file, shard in zip(files, shards):
         save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -427,8 +431,9 @@ def load_tokenizer(folder: str | Path) -> ChatTokenizer:
     before, after = _render_template(folder, config, tokens)
     special = [token.content for token in added.values()]
     with _calling_the_library(path):  # some files do not mark these as special, and then they would count as such in a user's text
-        backend.add_special_tokens([AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized)
-                                    for i, t in added.items() if i in eos_ids or (t.content.strip() and t.content in before + after)])
+        marks = [t for i, t in added.items() if i in eos_ids or (t.content.strip() and t.content in before + after)]
+        backend.add_special_tokens([AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip,
+                                               normalized=t.normalized) for t in marks])
     last = max((before.rfind(token) + len(token) for token in special if token in before), default=0)
     first = min((after.find(token) for token in special if token in after), default=len(after))
     tokenizer = ChatTokenizer(backend, [], before[last:], after[:first], [], eos_ids, _vocab_size(folder, eos_ids))

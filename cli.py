@@ -16,8 +16,9 @@ import re
 import sys
 import tempfile
 from array import array
+from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import cycle, islice, zip_longest
+from itertools import cycle, islice
 from pathlib import Path
 from types import UnionType
 from typing import Any, Callable, Iterable, Iterator, Union, get_args, get_origin, get_type_hints
@@ -26,11 +27,16 @@ import ranks
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_RANK = 3
-HOW = ("server", "concurrency", "timeout", "retries", "api_key_env")  # where and how a model is asked: a resumed run may differ in these
+# where and how a model is asked: a resumed run may differ in these
+HOW = ("server", "concurrency", "timeout", "retries", "api_key_env", "rank_timeout")
 
 
 class BadInput(Exception):
     """Something the user gave cannot be used. The message is one line: what, where (file, line, field), and the remedy."""
+
+
+class Complete(Exception):
+    """All is done already: a run that was killed just before its end was asked to go on. The message says so."""
 
 
 class Stopped(Exception):
@@ -67,7 +73,10 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     config_class, main = next((c, m) for c, m in commands if m.__name__ == chosen)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     try:
-        main(config_class(**given))
+        try:
+            main(config_class(**given))
+        except Complete as complete:
+            print(complete)
         ranks.leave()
     except BadInput as error:
         sys.exit(_report(str(error)))
@@ -109,7 +118,8 @@ def _report(message: str) -> int:
     """One line on stderr. What a file put into the message can neither break the line, nor flood or steer the terminal."""
     if len(message) > 2000:
         message = f"{message[:1500]} ... {message[-400:]}"
-    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}:", "".join(c if c.isprintable() else " " for c in message), file=sys.stderr)
+    shown = "".join(c if c.isprintable() else " " for c in message)
+    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}: {shown}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 
@@ -297,6 +307,7 @@ class Journal:
     """A JSON-lines output that a killed run continues: OUT.part grows line by line and becomes OUT at the end.
 
     journal = Journal(out, config)      # refuses what cannot be; journal.done: how many lines of a killed run still count
+    for where, line in journal.check(items): ...
     with journal:                       # from here on there are files
         journal.write(object)
 
@@ -314,8 +325,9 @@ class Journal:
         self.done = 0
         begun = any(part.exists() for part in self.parts)
         left = self.part.exists() and self.part.stat().st_size > 0
-        if config.resume and self.out.exists() and not begun:
-            raise BadInput(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
+        if config.resume and self.out.exists() and not begun and self.config_path.exists():
+            self._check_config()
+            raise Complete(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
         if not config.resume and left and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
         if self._others() and not config.overwrite:
@@ -337,7 +349,7 @@ class Journal:
         before = expect(read_json(self.config_path), dict, str(self.config_path))
         changed = [k for k in self.config if k not in HOW and before.get(k) != self.config[k]]
         if changed:
-            raise BadInput(f"{self.config_path}: the unfinished run had another --{changed[0].replace('_', '-')} "
+            raise BadInput(f"{self.config_path}: the run had another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same command or give --overwrite")
 
     def _read_part(self, round_size: int) -> None:
@@ -350,16 +362,20 @@ class Journal:
                     self.done, end = number, place
             file.truncate(end)
 
-    def lines(self) -> Iterator[tuple[str, dict]]:
-        """("FILE:LINE", object) for each line that counts, as a stream; before anything is written."""
-        return islice(read_jsonl(self.part), self.done) if self.done else iter(())
+    def check(self, items: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+        """("FILE:LINE", object) for each line that counts, as a stream; before anything is written.
 
-    def check(self, items: Iterable[dict]) -> None:
-        """BadInput unless the lines begin this run's work: each has the fields of its item, with the same content."""
-        for number, ((where, line), item) in enumerate(zip_longest(self.lines(), islice(items, self.done), fillvalue={"id": None}), 1):
+        BadInput unless the lines begin this run's work: each has the fields of its item, with the same content. All items
+        are gone through, once, those without a line too: whatever is wrong with one comes up before the work.
+        """
+        items = iter(items)
+        for number, (where, line) in enumerate(islice(read_jsonl(self.part), self.done) if self.done else (), 1):
+            item = next(items, {"id": object()})  # where there is no item: one that no line has
             changed = [name for name in item if name not in line or line[name] != item[name]]
             if changed:
                 raise BadInput(f"{where}: field '{changed[0]}' is not that of item {number} of the input; give --overwrite to start anew")
+            yield where, line
+        deque(items, maxlen=0)
 
     def __enter__(self):
         ranks.wait()  # no rank writes before all have looked
@@ -376,37 +392,24 @@ class Journal:
         with naming(self.part):
             self.file.write(json_line(value))
             self.file.flush()
-
-    def everything(self) -> list[dict]:
-        """On rank 0 the lines of all ranks, in the order of the items, once all are written; on the others nothing."""
-        os.fsync(self.file.fileno())
-        ranks.wait()
-        return [] if ranks.rank() else [parse_json(line, str(self.out)) for line in self._in_turn()]
-
-    def _in_turn(self) -> Iterator[str]:
-        """The parts' lines in turn, which is the order of the items."""
-        with ExitStack() as stack:
-            for file in cycle([stack.enter_context(open(part, encoding="utf-8")) for part in self.parts]):
-                line = file.readline()
-                if not line:
-                    return
-                yield line
+        ranks.sign()
 
     def __exit__(self, kind, error, traceback) -> None:
         with suppress(OSError) if kind else naming(self.part):  # a full disk fails here again
             os.fsync(self.file.fileno())
             self.file.close()
         if kind is None:
-            ranks.wait()  # for the other parts to be whole
+            ranks.meet()  # for the other parts to be whole
             if ranks.rank() == 0:
                 self._merge()
 
     def _merge(self) -> None:
-        """The output from the parts."""
+        """The output from the parts: their lines in turn, which is the order of the items."""
         if len(self.parts) == 1:
             os.replace(self.part, self.out)
             return
-        with writing(self.out) as merged:
-            merged.writelines(self._in_turn())
+        with ExitStack() as stack, writing(self.out) as merged:
+            files = cycle([stack.enter_context(open(part, encoding="utf-8")) for part in self.parts])
+            merged.writelines(iter(lambda: next(files).readline(), ""))
         for part in self.parts:
             part.unlink()

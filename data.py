@@ -13,9 +13,8 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Iterable, Iterator, Sequence
@@ -84,31 +83,33 @@ class SampleConfig(ServedConfig):
 
 def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
-    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
+    ranks.join(config.device, config.rank_timeout)
     print_config(config)
     lines, counts, start = Lines(config.cases), Counter(), time.perf_counter()
 
     def case_of(i: int) -> tuple[str, Case]:
         where, row = lines[i]
         return get_field(row, "id", str, where), read_case(row, where)
-    n_cases, size = min(len(lines), config.limit or len(lines)), round_size(config)
-    for i in range(n_cases):  # a bad line is named before the work
-        case_of(i)
-    own = ranks.share(range(n_cases))
+
+    def ask(numbers: Iterable[int]) -> Iterator[Case]:
+        for i in numbers:
+            asked.append(case_of(i))
+            yield asked[-1][1]
+    asked = deque()  # the (id, case)s whose analyses are not written yet
+    own, size = ranks.share(range(min(len(lines), config.limit or len(lines)))), round_size(config)
     journal = Journal(config.out, config, size or 1)
-    journal.check({"id": name, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
-                  for name, case in map(case_of, own))
-    for where, line in journal.lines():
-        count_analyses(counts, read_case(get_field(line, "case", dict, where), where), read_analyses(line, where))
+    for where, line in journal.check({"id": name, "case": vars(case) | {"previous_steps": list(case.previous_steps)}}
+                                     for name, case in map(case_of, own)):
+        count_analyses(counts, line["case"]["label"], read_analyses(line, where))
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
     with journal, tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0) as bar:
         if ranks.rank() == 0:
             write_prompt(config.out, sampler.prompt)
         for numbers in rounds(own, journal.done, size):
-            for i, analyses in zip(numbers, in_order(sampler.analyses(case_of(i)[1] for i in numbers))):
-                case_id, case = case_of(i)
+            for analyses in in_order(sampler.analyses(ask(numbers))):
+                case_id, case = asked.popleft()
                 journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
-                count_analyses(counts, case, analyses)
+                count_analyses(counts, case.label, analyses)
                 bar.update()
                 bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
                                     f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
@@ -143,13 +144,13 @@ def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
             following += 1
 
 
-def count_analyses(counts: Counter, case: Case, analyses: list[Analysis]) -> None:
+def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
     for a in analyses:
         counts["analyses"] += 1
         counts["verdict " + {True: "Yes", False: "No", None: "missing"}[a.verdict]] += 1
         counts["cut off at --max-new-tokens"] += not a.finished
         counts["verification line added (--complete)"] += a.forced
-        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == case.label
+        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
 
 
 # ---------------------------------------------------------------------------------------------- SFT examples

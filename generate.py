@@ -443,7 +443,8 @@ class Engine:
         self.prompts = [self.prompts[slot] for slot in order.tolist()]
 
     def _regroup(self) -> None:
-        """After a change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows; which part keys are padding."""
+        """After a change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows, and which part keys
+        are padding."""
         self.window = 0
         if not self.rows:
             return

@@ -96,7 +96,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. In fp32 on CPU that is MKL; oneDNN is faster on AMD: by 5% of a training step, and nearly twice for the head on few rows."""
+    """F.linear. In fp32 on CPU that is MKL; oneDNN is faster on AMD: by 5% of a training step, nearly twice for the head on few rows."""
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.shape[0] * weight.numel() >= ONEDNN_SIZE \
             and torch.backends.mkldnn.is_available():
         return OneDNNLinear.apply(x, weight, bias)
@@ -104,7 +104,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def head_chunk(device: torch.device | str) -> int:
-    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each chunk makes a gradient of the whole head."""
+    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each makes a gradient of the whole head."""
     return 2048 if torch.device(device).type == "cuda" else 256
 
 
@@ -335,7 +335,8 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, out, *lses = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (start, stop, seen, mask), lse in zip(ctx.blocks, lses):
-            g, o, *block = BlockAttention.of(grad[start:stop], out[start:stop], q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
+            block = BlockAttention.of(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
+            g, o = BlockAttention.of(grad[start:stop], out[start:stop])
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g, *block, o, lse, 0.0, False, attn_mask=mask.to(q.dtype))
             block_q, block_k, block_v = (x[0].transpose(0, 1) for x in found)

@@ -10,6 +10,7 @@ All ranks must see the same files. Left out: tensor, pipeline and sequence paral
 import math
 import os
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,21 +22,24 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+patience = math.inf  # seconds, see `join`
 FILE_BYTES = 4_000_000_000  # of a rank's tensors in one file of a checkpoint: so much is copied to the CPU at once
 
 
-def join(device: str, patience: timedelta = timedelta(minutes=30)) -> None:
+def join(device: str, timeout: float) -> None:
     """Meet the ranks that torchrun started. From here on rank 0 alone prints, and "cuda" means this rank's own GPU.
 
     A rank that dies breaks its connections: the others fail at their next collective, and torchrun ends them before.
-    One that hangs is noticed when a collective has waited for `patience`.
+    One that hangs without dying is given up by the others when they have waited for it for `timeout` seconds.
     """
+    global patience
+    patience = timeout
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -47,7 +51,7 @@ def leave() -> None:
 
 def is_lost(error: Exception) -> bool:
     """Does the error say that another rank is gone, or did not answer in time?"""
-    return count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def rank() -> int:
@@ -80,6 +84,29 @@ def wait() -> None:
     total(0)
 
 
+def sign() -> None:
+    """Tell the ranks that wait in `meet` that this one is at work."""
+    if count() > 1:
+        dist.distributed_c10d._get_default_store().add(f"signs of {rank()}", 1)
+
+
+def meet() -> None:
+    """Until every rank has come here, however long its work takes: one is given up when it has shown no sign for `patience`."""
+    if count() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()  # what the ranks have found each other by: numbers under names
+    meeting = store.add(f"meetings of {rank()}", 1)
+    for other in range(count()):
+        seen, since = None, time.monotonic()
+        while store.add(f"meetings of {other}", 0) < meeting:
+            signs = store.add(f"signs of {other}", 0)
+            if signs != seen:
+                seen, since = signs, time.monotonic()
+            if time.monotonic() - since > patience:
+                raise dist.DistError(f"rank {other} has shown no sign of work for {patience:.0f} seconds")
+            time.sleep(0.1)
+
+
 def _reduced(values, operation) -> list[float]:
     if count() == 1:
         return list(values)
@@ -96,7 +123,8 @@ def from_first(array: np.ndarray) -> np.ndarray:
 
 
 def gather(value: Any) -> list:
-    """Every rank's value, in the order of the ranks."""
+    """Every rank's value, in the order of the ranks, once all have come here (`meet`)."""
+    meet()
     values = [value] * count()
     if count() > 1:
         dist.all_gather_object(values, value)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
-from cli import BadInput, expect, get_field, parse_json, read_jsonl
+from cli import BadInput, Lines, expect, get_field, parse_json
 from rprm import Case
 
 Labelled = list[tuple[str, Case]]
@@ -25,8 +25,12 @@ class Solution:
     label: int | None
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("FILE:ROW", object) from a JSON array, a single JSON object, or JSON lines."""
+def read_rows(path: str | Path) -> Lines | list[tuple[str, dict]]:
+    """("FILE:ROW", object) of each row of a JSON array, a single JSON object, or JSON lines.
+
+    JSON lines are read on demand. An array is read whole, which takes about six times the file's size in memory: 2 GB at 300 MB.
+    ProcessBench, whose form it is, has some MB; give larger files as JSON lines.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file; check the path")
@@ -36,10 +40,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
             first = line.strip()
     if first.startswith(b"[") or first == b"{":  # one value over many lines
         value = parse_json(path.read_bytes(), str(path))
-        for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-            yield f"{path}: row {number}", expect(row, dict, f"{path}: row {number}")
-    else:
-        yield from read_jsonl(path)
+        rows = [(f"{path}: row {number}", row) for number, row in enumerate(value if isinstance(value, list) else [value], 1)]
+        return [(where, expect(row, dict, where)) for where, row in rows]
+    return Lines(path)
 
 
 def read_solution(row: dict, where: str, need_label: bool = False) -> Solution:

@@ -162,8 +162,8 @@ class Sampler:
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))
         if len(ids) + self.room >= self.context:
-            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more are needed, but the model's "
-                           f"context is {self.context}; leave this case out or use a model with a longer context")
+            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more are needed, but the "
+                           f"model's context is {self.context}; leave this case out or use a model with a longer context")
         return ids
 
     def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:

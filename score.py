@@ -8,12 +8,13 @@ none. Error accuracy (exact match where there is an error), correct accuracy, an
 is judged no further than its first step predicted wrong, which gives the same prediction (--all-steps goes on).
 """
 import time
-from collections import deque
+from bisect import bisect
+from collections import Counter, deque
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Annotated, Iterator
+from typing import Annotated, Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -44,39 +45,39 @@ class Config(ServedConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device, timedelta(days=30))  # the first rank that is done waits for the last one
+    ranks.join(config.device, config.rank_timeout)
     print_config(config)
-    found = solutions(config)
+    found, counts = Solutions(config), Counter()
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
-    own, alone, size = ranks.share(found), len(found) == 1, round_size(config)
-    journal = Journal(config.out, config, size or 1) if config.out else None
-    lines = []
-    if journal:
-        journal.check({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label} for source, s in own)
-        lines += [check_line(config, line, where) for where, line in journal.lines()]
+    own, alone, size = ranks.share(range(len(found))), len(found) == 1, round_size(config)
+    journal, done = Journal(config.out, config, size or 1) if config.out else nullcontext(), 0
+    items = ({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label}
+             for source, s in map(found.__getitem__, own))
+    lines = journal.check(items) if config.out else deque(items, maxlen=0)  # either way a bad solution is named before the work
+    for done, (where, line) in enumerate(lines, 1):
+        count_line(counts, check_line(config, line, where), config.k)
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
-    with journal or nullcontext(), tqdm(total=len(own), initial=len(lines), desc="score", unit="solution",
-                                         disable=alone or ranks.rank() > 0) as bar:
-        for some in rounds(own, len(lines), size):
-            for (source, solution), judged in zip(some, in_order(judge_all(sampler, config, [s for _, s in some]))):
-                lines.append(score_line(config, source, solution, judged))
-                if journal:
-                    journal.write(lines[-1])
+    with journal, tqdm(total=len(own), initial=done, desc="score", unit="solution", disable=alone or ranks.rank() > 0) as bar:
+        for some in rounds(own, done, size):
+            for source, solution, judged in in_order(judge_all(sampler, config, map(found.__getitem__, some))):
+                line = score_line(config, source, solution, judged)
+                count_line(counts, line, config.k)
+                if config.out:
+                    journal.write(line)
                 bar.update()
-                bar.set_postfix_str(f"F1 {accuracies(lines, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-        if ranks.count() > 1:
-            lines = journal.everything()
-        if journal and not alone and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
-            write_json(Path(config.out).with_suffix(".summary.json"), summary(lines, config.k))
+                bar.set_postfix_str(f"F1 {summary_row(counts, source, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
+        rows = summary(sum(ranks.gather(counts), Counter()), found.sources, config.k)
+        if config.out and not alone and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
+            write_json(Path(config.out).with_suffix(".summary.json"), rows)
     seconds, [tokens] = time.perf_counter() - start, ranks.total(sampler.engine.new_tokens)
     if ranks.rank():
         return
     if alone:
-        print_solution(config, lines[0])
+        print_solution(config, line)
     else:
-        print_summary(summary(lines, config.k))
+        print_summary(rows)
     print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
@@ -86,60 +87,87 @@ def rate(sampler: Sampler, start: float) -> str:
     return f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s"
 
 
-def solutions(config: Config) -> list[tuple[str, Solution]]:
-    """(source, solution): of the command line, or of all rows of the input files."""
-    if bool(config.step) != (config.problem is not None) or bool(config.step) == bool(config.input):
-        raise BadInput("give either --problem with its --step, or --input FILE")
-    if config.step:
-        return [("command line", read_solution({"id": "0", "problem": config.problem, "steps": list(config.step)}, "command line"))]
-    found, stems = [], [Path(path).stem for path in config.input]
-    for path in config.input:
-        source = Path(path).stem if stems.count(Path(path).stem) == 1 else path
-        rows = [(source, read_solution(row, where)) for where, row in read_rows(path)]
-        if not rows:
-            raise BadInput(f"{path}: has no solutions; check the file")
-        found += rows[:config.limit]
-    return found
+class Solutions:
+    """The solution of the command line, or those of the input files, read on demand. solutions[i] -> (source, Solution)."""
+
+    def __init__(self, config: Config):
+        if bool(config.step) != (config.problem is not None) or bool(config.step) == bool(config.input):
+            raise BadInput("give either --problem with its --step, or --input FILE")
+        stems = [Path(path).stem for path in config.input]
+        self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.input)]
+        self.files = [read_rows(path) for path in config.input]
+        if config.step:
+            self.sources = ["command line"]
+            self.files = [[("command line", {"id": "0", "problem": config.problem, "steps": list(config.step)})]]
+        if empty := [path for path, rows in zip(config.input, self.files) if not len(rows)]:
+            raise BadInput(f"{empty[0]}: has no solutions; check the file")
+        self.ends = list(accumulate(min(len(rows), config.limit or len(rows)) for rows in self.files))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> tuple[str, Solution]:
+        n = bisect(self.ends, i)
+        where, row = self.files[n][i - (self.ends[n - 1] if n else 0)]
+        return self.sources[n], read_solution(row, where)
 
 
 # ---------------------------------------------------------------------------------------------- judging
 
-def judge_all(sampler: Sampler, config: Config, found: list[Solution]) -> Iterator[tuple[int, list[list[Analysis]]]]:
-    """(index of the solution, the analyses of each judged step), as the solutions are completed.
+Judged = tuple[str, Solution, list[list[Analysis]]]  # source, solution, the analyses of each judged step
+
+
+def judge_all(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solution]]) -> Iterator[tuple[int, Judged]]:
+    """(index of the solution, what was judged of it), as the solutions are completed. `found` is read as room is found.
 
     Many solutions are judged side by side. The steps of one come one after the other, since none is needed after the
     first predicted wrong; with --all-steps they need not wait for each other.
     """
     if config.direct:
-        steps = [[] for _ in found]  # solution -> judged steps -> analyses
-        for first in range(0, len(found), config.batch_size):
-            some = [(i, t) for i in range(first, min(first + config.batch_size, len(found))) for t in range(len(found[i].steps))]
-            for (i, t), analysis in zip(some, sampler.direct([case_of(found[i], t) for i, t in some])):
-                if not complete(config, found[i], steps[i]):
-                    steps[i].append([analysis])
-            yield from ((i, steps[i]) for i in dict(some))
+        yield from judge_directly(sampler, config, found)
         return
-    judged: list[dict[int, list[Analysis]]] = [{} for _ in found]  # solution -> step -> analyses
-    first = ((i, t) for i, solution in enumerate(found) for t in range(len(solution.steps) if config.all_steps else 1))
-    waiting, asked, answered = deque(first), [], 0  # (solution, step)s that may be judged; those that were asked for, in order
+    coming, waiting, asked = enumerate(found), deque(), {}  # waiting: (solution, step)s to ask for; asked: those under way, by their number
+    judged: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}  # solution -> ..., step -> analyses
 
     def cases() -> Iterator[Case | None]:
-        while waiting or answered < len(asked):
+        n = 0
+        while True:
+            if not waiting and (new := next(coming, None)):
+                i, (source, solution) = new
+                judged[i] = source, solution, {}
+                waiting.extend((i, t) for t in range(len(solution.steps) if config.all_steps else 1))
             if waiting:
-                asked.append(waiting.popleft())
-                yield case_of(found[asked[-1][0]], asked[-1][1])
-            else:
+                asked[n] = i, t = waiting.popleft()
+                n += 1
+                yield case_of(judged[i][1], t)
+            elif asked:
                 yield None  # a case is being judged, and its answer may ask for another
+            else:
+                return
 
     for n, analyses in sampler.analyses(cases()):
-        i, t = asked[n]
-        judged[i][t] = analyses
-        answered += 1
-        steps = [judged[i][t] for t in sorted(judged[i])]
-        if complete(config, found[i], steps):
-            yield i, steps
+        i, t = asked.pop(n)
+        source, solution, by_step = judged[i]
+        by_step[t] = analyses
+        steps = [by_step[t] for t in sorted(by_step)]
+        if complete(config, solution, steps):
+            yield i, (source, solution, steps)
+            del judged[i]
         elif not config.all_steps:
             waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
+
+
+def judge_directly(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solution]]) -> Iterator[tuple[int, Judged]]:
+    """The same without analyses: a batch of solutions at a time, all of their steps."""
+    coming = enumerate(found)
+    while some := list(islice(coming, config.batch_size)):
+        answers = iter(sampler.direct([case_of(solution, t) for _, (_, solution) in some for t in range(len(solution.steps))]))
+        for i, (source, solution) in some:
+            steps = []
+            for analysis in islice(answers, len(solution.steps)):
+                if not complete(config, solution, steps):
+                    steps.append([analysis])
+            yield i, (source, solution, steps)
 
 
 def case_of(solution: Solution, t: int) -> Case:
@@ -164,7 +192,8 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
 def score_line(config: Config, source: str, solution: Solution, steps: list[list[Analysis]]) -> dict:
     """The line of scores.jsonl; rewards and prediction at the largest K, predictions at each."""
     return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps),
-            "label": solution.label, "rewards": [reward(analyses) for analyses in steps], "prediction": predict(steps, max(config.k), config.threshold),
+            "label": solution.label, "rewards": [reward(analyses) for analyses in steps],
+            "prediction": predict(steps, max(config.k), config.threshold),
             "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
             "samples": [[asdict(a) for a in analyses] for analyses in steps]}
 
@@ -181,22 +210,36 @@ def check_line(config: Config, line: dict, where: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------- tables
 
-def accuracies(lines: list[dict], k: int) -> dict[str, float | None]:
-    """ProcessBench's three numbers in percent over labelled solutions. None where there is nothing to take them over."""
-    def percent(hits: list[bool]) -> float | None:
-        return 100 * sum(hits) / len(hits) if hits else None
-    error = percent([line["predictions"][str(k)] == line["label"] for line in lines if line["label"] not in (-1, None)])
-    correct = percent([line["predictions"][str(k)] == -1 for line in lines if line["label"] == -1])
-    f1 = None if error is None or correct is None else 2 * error * correct / (error + correct) if error + correct else 0.0
-    return {"error_accuracy": error, "correct_accuracy": correct, "f1": f1}
+def count_line(counts: Counter, line: dict, ks: tuple[int, ...]) -> None:
+    """Add what the tables say of a line, to counts[source, k, name] for each K."""
+    for k in set(ks):
+        prediction, label, steps = line["predictions"][str(k)], line["label"], [analyses[:k] for analyses in line["samples"]]
+        analyses = [a for step in steps for a in step]
+        kind = "unlabelled" if label is None else "correct" if label == -1 else "wrong"
+        counts.update({(line["source"], k, name): number for name, number in {
+            "solutions": 1, kind: 1, f"{kind}, predicted so": label is not None and prediction == label,
+            "steps": len(steps), "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in steps),
+            "analyses": len(analyses), "unparsed": sum(a["verdict"] is None for a in analyses),
+            "truncated": sum(not a["finished"] for a in analyses), "forced": sum(a["forced"] for a in analyses),
+            "tokens": sum(a["n_tokens"] for a in analyses)}.items()})
 
 
-def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
+def accuracies(found: int, wrong: int, kept: int, correct: int) -> dict[str, float | None]:
+    """ProcessBench's three numbers in percent. None where there is nothing to take them over.
+
+    found: of the `wrong` solutions, those whose first wrong step was predicted; kept: of the `correct` ones, those with none.
+    """
+    error = 100 * found / wrong if wrong else None
+    right = 100 * kept / correct if correct else None
+    f1 = None if error is None or right is None else 2 * error * right / (error + right) if error + right else 0.0
+    return {"error_accuracy": error, "correct_accuracy": right, "f1": f1}
+
+
+def summary(counts: Counter, sources: list[str], ks: tuple[int, ...]) -> list[dict]:
     """A row per source and K, and the average over the sources where there are several."""
-    sources = list(dict.fromkeys(line["source"] for line in lines))
     rows = []
-    for k in sorted(ks):
-        own = [summary_row(source, [line for line in lines if line["source"] == source], k) for source in sources]
+    for k in sorted(set(ks)):
+        own = [summary_row(counts, source, k) for source in sources]
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):
             means = ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")
@@ -206,17 +249,14 @@ def summary(lines: list[dict], ks: tuple[int, ...]) -> list[dict]:
     return rows
 
 
-def summary_row(source: str, lines: list[dict], k: int) -> dict:
+def summary_row(counts: Counter, source: str, k: int) -> dict:
     """The accuracies of one file at one K, and what its analyses were like (rates in percent)."""
-    steps = [analyses[:k] for line in lines for analyses in line["samples"]]
-    analyses = [a for step in steps for a in step]
-    return {"source": source, "k": k, "solutions": len(lines), "unlabelled": sum(line["label"] is None for line in lines),
-            **accuracies(lines, k),
-            "unparsed": 100 * sum(a["verdict"] is None for a in analyses) / len(analyses),
-            "truncated": 100 * sum(not a["finished"] for a in analyses) / len(analyses),
-            "forced": sum(a["forced"] for a in analyses),
-            "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in steps),
-            "tokens_per_step": sum(a["n_tokens"] for a in analyses) / len(steps)}
+    def n(name: str) -> int:
+        return counts[source, k, name]
+    return {"source": source, "k": k, "solutions": n("solutions"), "unlabelled": n("unlabelled"),
+            **accuracies(n("wrong, predicted so"), n("wrong"), n("correct, predicted so"), n("correct")),
+            "unparsed": 100 * n("unparsed") / n("analyses"), "truncated": 100 * n("truncated") / n("analyses"),
+            "forced": n("forced"), "null_rewards": n("null_rewards"), "tokens_per_step": n("tokens") / n("steps")}
 
 
 COLUMNS = (("K", "k", 4, "d"), ("solutions", "solutions", 11, "d"), ("error acc.", "error_accuracy", 12, ".1f"),

@@ -41,7 +41,7 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device)
+    ranks.join(config.device, config.rank_timeout)
     check_out(config)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device, sharded=True)
     train = Examples(config.train, PAIR_FIELDS, tokenizer)
@@ -81,7 +81,8 @@ def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np
     losses, chosen_rewards, rejected_rewards = dpo_loss(logprobs[:, 0], logprobs[:, 1], frozen[:, 0], frozen[:, 1], lengths[:, 0],
                                                         config.beta, config.label_smoothing, config.ipo, config.nll)
     metrics.add(loss=losses, accuracy=(chosen_rewards > rejected_rewards).float(), margin=chosen_rewards - rejected_rewards,
-                chosen_reward=chosen_rewards, rejected_reward=rejected_rewards, chosen_logprob=logprobs[:, 0], rejected_logprob=logprobs[:, 1],
+                chosen_reward=chosen_rewards, rejected_reward=rejected_rewards,
+                chosen_logprob=logprobs[:, 0], rejected_logprob=logprobs[:, 1],
                 chosen_length=lengths[:, 0], rejected_length=lengths[:, 1])
     return losses
 

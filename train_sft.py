@@ -31,7 +31,7 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device)
+    ranks.join(config.device, config.rank_timeout)
     check_out(config)
     model, folder = initial_model(config)
     tokenizer = load_tokenizer(folder)

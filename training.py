@@ -28,13 +28,18 @@ from cli import BadInput, Stopped, expect, json_line, naming, print_config, read
 from model import Decoder, ModelConfig, head_chunk, keep_freed_memory
 
 
+# how a run is made and saved, not what it computes: a resumed one may differ in these
+HOW = ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations", "rank_timeout")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
     out: Annotated[str, "folder of the run to write"]
     lr: Annotated[float, "peak learning rate", (0, None)]
     batch_size: Annotated[int, "examples (or pairs) per optimizer step, over all ranks", (1, None)] = 128
-    micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; a longer example is left out", (16, None)] = 8192
+    micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; a longer example is left out",
+                            (16, None)] = 8192
     epochs: Annotated[int, "passes over the training data", (1, None)] = 1
     max_steps: Annotated[int | None, "stop after so many optimizer steps", (1, None)] = None
     warmup: Annotated[float, "share of the steps in which the learning rate rises from 0", (0, 1)] = 0.03
@@ -49,6 +54,7 @@ class TrainConfig:
     save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
     device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, None)] = 1800.0
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     overwrite: Annotated[bool, "replace an existing --out"] = False
 
@@ -96,8 +102,8 @@ class Run:
         parameters = ranks.parameters(model).values()
         matrices = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                           lr=config.lr, betas=(0.9, config.beta2), fused=True)
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
         self.step, self.best, self.left_out, self.stop_signal = 0, math.inf, set(), None
         checkpoints = self._checkpoints() if config.resume else []
         if checkpoints:
@@ -133,8 +139,8 @@ class Run:
         """
         norm = float(ranks.whole(clip_grad_norm_(self.model.parameters(), self.config.clip)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated, and the "
-                           f"last checkpoint is whole; lower --lr or look at these examples")
+            raise BadInput(f"step {self.step}: loss {loss}, gradient norm {norm} (examples {examples[:8]}...): nothing was updated, and "
+                           f"the last checkpoint is whole; lower --lr or look at these examples")
         rate = learning_rate(self.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -160,7 +166,8 @@ class Run:
         for i in long:
             if (str(path), i) not in self.left_out:
                 self.left_out.add((str(path), i))
-                self.bar.write(f"left out: {path} example {i + 1} has {length(i)} tokens, more than --micro-tokens {self.config.micro_tokens}")
+                self.bar.write(f"left out: {path} example {i + 1} has {length(i)} tokens, "
+                               f"more than --micro-tokens {self.config.micro_tokens}")
 
     def due(self) -> bool:
         """Is it time to validate, after this step?"""
@@ -168,8 +175,8 @@ class Run:
 
     def keep_if_best(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise BadInput(f"step {self.step + 1}: the validation loss is {loss}, and no model can be chosen by it; the last checkpoint is whole; "
-                           f"lower --lr or look at --validation {getattr(self.config, 'validation', '')}")
+            raise BadInput(f"step {self.step + 1}: the validation loss is {loss}, and no model can be chosen by it; the last checkpoint is "
+                           f"whole; lower --lr or look at --validation {getattr(self.config, 'validation', '')}")
         if loss < self.best:
             self.best = loss
             self.save_model()
@@ -275,28 +282,30 @@ def check_out(config: TrainConfig) -> None:
     refuse_existing(out, overwrite=True)
     is_run = (out / "checkpoints").is_dir() and (out / "config.json").is_file()
     if out.exists() and config.overwrite and any(out.iterdir()) and not is_run:
-        raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; remove it yourself or give another --out")
+        raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; "
+                       f"remove it yourself or give another --out")
     for name in ("model", "from_scratch", "train", "validation") if config.overwrite else ():
         needed = getattr(config, name, None)
         if needed and Path(needed).resolve().is_relative_to(out.resolve()):
             raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
-        ours = {k: v for k, v in resolved(config).items() if k not in ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations")}
+        ours = {k: v for k, v in resolved(config).items() if k not in HOW}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:
             raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "
                            f"({before.get(changed[0])!r}); resume with the same settings")
         changed = [name for name, content in contents(config).items() if before.get(name, content) != content]
         if changed:
-            raise BadInput(f"{out / 'config.json'}: the {changed[0]} is not what the run was begun with; put the file back, or give --overwrite")
+            raise BadInput(f"{out / 'config.json'}: the {changed[0]} is not what the run was begun with; "
+                           f"put the file back, or give --overwrite")
     ranks.wait()  # before rank 0 changes the folder that the others still look at
 
 
 def print_budget(model: Decoder, config: TrainConfig, examples: int, steps: int, tokens: int) -> None:
     """Parameters, tokens per step, steps, estimated memory: before step 0. `tokens`: in the trees of the first step."""
-    print(f"budget: {sum(p.numel() for p in model.parameters()):,} parameters; {examples:,} examples, {steps:,} steps of {config.batch_size}; "
-          f"first step {tokens:,} tokens in trees of at most {config.micro_tokens:,}")
+    print(f"budget: {sum(p.numel() for p in model.parameters()):,} parameters; {examples:,} examples, "
+          f"{steps:,} steps of {config.batch_size}; first step {tokens:,} tokens in trees of at most {config.micro_tokens:,}")
     table = memory(model.config, config, ranks.count())
     print(f"memory, on each of {ranks.count()} ranks, about:" if ranks.count() > 1 else "memory, about:")
     for name, size in (table | {"together": sum(table.values())}).items():

@@ -231,8 +231,10 @@ def surroundings(threads: int) -> dict:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
         return done.stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return {"commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    changes = " + changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changes,
             "machine": f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, "
                        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f} GB",
             "threads": threads or len(os.sched_getaffinity(0)), "load_before": os.getloadavg()[0],

@@ -27,7 +27,8 @@ from model import Decoder, FlexTreeAttention, ModelConfig, Tree, TreeAttention
 from rprm import dpo_loss, response_logprobs, sft_loss
 from training import precision
 
-QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, max_position_embeddings=32768, qkv_bias=True, qk_norm=False)
+QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, max_position_embeddings=32768, qkv_bias=True,
+            qk_norm=False)
 SHAPES = {
     "7b": ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                       num_key_value_heads=4, head_dim=128, tie_word_embeddings=False, **QWEN),
@@ -70,7 +71,8 @@ def main(config: Config) -> None:
             torch.cuda.reset_peak_memory_stats()
         measure = {"sft": train, "dpo": train, "attention": attention, "sample": sample, "peer": peer, "reward": reward_in_bulk}[what]
         rows.append({"work": what, "shape": config.shape} | measure(config, what, peak) | {"peak memory, GB": peak_gb(config)})
-        print("\n" + "\n".join(f"{name:<40} {format(value, '.4g') if isinstance(value, float) else value}" for name, value in rows[-1].items()))
+        shown = {name: format(value, ".4g") if isinstance(value, float) else value for name, value in rows[-1].items()}
+        print("\n" + "\n".join(f"{name:<40} {value}" for name, value in shown.items()))
         if config.out:
             about = surroundings(0) | {"device": device_name(config), "config": asdict(config), "measured": peak}
             write_json(config.out, about | {"rows": rows})
@@ -150,7 +152,8 @@ def random_trees(config: Config, responses: int) -> list[tuple[Tree, list[int]]]
     trees = []
     for _ in range(config.trees):
         own = [shared + rng.integers(vocab, size=prompt - instructions).tolist() for _ in range(n)]
-        trees.append((Tree([p + rng.integers(vocab, size=response).tolist() for p in own for _ in range(responses)]), [prompt] * n * responses))
+        sequences = [p + rng.integers(vocab, size=response).tolist() for p in own for _ in range(responses)]
+        trees.append((Tree(sequences), [prompt] * len(sequences)))
     return trees
 
 

@@ -86,8 +86,8 @@ def of_random_model(config: Config) -> Callable[[int, int], Iterator]:
         engine = Engine(model, [], (0, 1), max_new_tokens=new_tokens, max_rows=config.batch_size * config.k)
         rng = np.random.default_rng(config.seed)
         shared = rng.integers(TINY.vocab_size, size=500).tolist()
-        return engine.run(Request(shared + rng.integers(TINY.vocab_size, size=rng.integers(100, 300)).tolist(), list(range(i, i + config.k)))
-                          for i in range(n))
+        return engine.run(Request(shared + rng.integers(TINY.vocab_size, size=rng.integers(100, 300)).tolist(),
+                                  list(range(i, i + config.k))) for i in range(n))
     return work
 
 

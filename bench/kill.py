@@ -26,12 +26,13 @@ from bench.common import ROOT
 from cli import BadInput, print_config, run
 
 BASE = ROOT / "examples/arithmetic/base"
+STAGES = ("sample", "train_sft", "train_dpo", "score")
 
 
 @dataclass(frozen=True)
 class Config:
     kills: Annotated[int, "killed runs of each stage", (1, None)] = 20
-    only: Annotated[tuple[str, ...], "some of the stages", ("sample", "train_sft", "train_dpo", "score")] = ("sample", "train_sft", "train_dpo", "score")
+    only: Annotated[tuple[str, ...], "some of the stages", STAGES] = STAGES
     threads: Annotated[int, "threads of each run", (1, None)] = 1
     seed: Annotated[int, "draws the moments"] = 0
 
@@ -49,15 +50,15 @@ def main(config: Config) -> None:
             expected, kills, lost = results(world), 0, []
             for i in range(config.kills):
                 clear(world)
-                ended = not kill_after(rng.uniform(0, seconds), line, config)
-                if i % 2 and not ended:
-                    kills += 1
-                    ended = not kill_after(rng.uniform(0, seconds), [*line, "--resume"], config)
-                if not ended:
-                    kills += 1
+                while not kill_after(rng.uniform(0, seconds), line, config):
+                    clear(world)  # it was done before that moment
+                again = bool(i % 2) and kill_after(rng.uniform(0, seconds), [*line, "--resume"], config)
+                kills += 1 + again
+                if again or i % 2 == 0:
                     finish([*line, "--resume"], config)
                 found = results(world)
-                lost += [f"{stage}, run {i + 1}: {name}" for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+                names = sorted(expected.keys() | found.keys())
+                lost += [f"{stage}, run {i + 1}: {name}" for name in names if expected.get(name) != found.get(name)]
             clear(world)
             print(f"{stage:<10}{seconds:>9.1f} s{config.kills:>6}{kills:>7}{len(lost):>11}", flush=True)
             differing += lost
@@ -68,13 +69,15 @@ def main(config: Config) -> None:
 
 def results(world: Path) -> dict[str, Any]:
     """What a stage has written, by name: its folder, and DPO's reference beside the pairs."""
-    found = {str(path.relative_to(world)): content(path) for path in [*(world / "out").rglob("*"), *world.glob("*.reference-*")] if path.is_file()}
+    paths = [*(world / "out").rglob("*"), *world.glob("*.reference-*")]
+    found = {str(path.relative_to(world)): content(path) for path in paths if path.is_file()}
     if "out/config.json" in found:  # says whether the run was first given --resume
         found["out/config.json"] = found["out/config.json"].replace(b'"resume": true', b'"resume": false')
     return found
 
 
 def content(path: Path) -> Any:
+    """A file's bytes. DCP's safetensors files have several metadata in the header, whose order differs from process to process."""
     raw = path.read_bytes()
     if not path.name.startswith("shard-"):
         return raw
@@ -92,24 +95,28 @@ def clear(world: Path) -> None:
 
 def make_world(world: Path, config: Config) -> None:
     """Solutions, cases, SFT examples and pairs for the four stages."""
-    finish(["examples/arithmetic/world.py", "--out", str(world / "world"), "--train", "150", "--validation", "0", "--test", "60", "--pretrain", "0"], config)
+    finish(["examples/arithmetic/world.py", "--out", str(world / "world"), "--train", "150", "--validation", "0", "--test", "60",
+            "--pretrain", "0"], config)
     finish(["data.py", "cases", "--input", str(world / "world/train.jsonl"), "--out", str(world / "cases.jsonl")], config)
     finish(["data.py", "sample", "--model", str(BASE), "--cases", str(world / "cases.jsonl"), "--n", "4", "--max-new-tokens", "120",
             "--batch-size", "64", "--out", str(world / "samples.jsonl")], config)
     for kind in ("sft", "pairs"):
-        finish(["data.py", kind, "--samples", str(world / "samples.jsonl"), "--out", str(world / f"{kind}.jsonl"), "--validation", "0.2"], config)
+        finish(["data.py", kind, "--samples", str(world / "samples.jsonl"), "--out", str(world / f"{kind}.jsonl"),
+                "--validation", "0.2"], config)
 
 
 def command(stage: str, world: Path) -> list[str]:
     """A stage's command line; its output goes into the folder `out`."""
     out = world / "out"
     sampling = ["--model", str(BASE), "--device", "cpu", "--max-new-tokens", "120", "--batch-size", "4"]
-    training = ["--model", str(BASE), "--device", "cpu", "--micro-tokens", "2048", "--batch-size", "16", "--save-every", "3", "--eval-every", "4",
-                "--out", str(out)]
+    training = ["--model", str(BASE), "--device", "cpu", "--micro-tokens", "2048", "--batch-size", "16", "--save-every", "3",
+                "--eval-every", "4", "--out", str(out)]
     return {
-        "sample": ["data.py", "sample", *sampling, "--cases", str(world / "cases.jsonl"), "--n", "2", "--limit", "200", "--out", str(out / "samples.jsonl")],
-        "score": ["score.py", *sampling, "--input", str(world / "world/test.jsonl"), "--k", "1", "3", "--out", str(out / "scores.jsonl")],
-        "train_sft": ["train_sft.py", *training, "--lr", "3e-4", "--max-steps", "16",
+        "sample": ["data.py", "sample", *sampling, "--cases", str(world / "cases.jsonl"), "--n", "2", "--limit", "80",
+                   "--out", str(out / "samples.jsonl")],
+        "score": ["score.py", *sampling, "--input", str(world / "world/test.jsonl"), "--k", "1", "2", "--limit", "40",
+                  "--out", str(out / "scores.jsonl")],
+        "train_sft": ["train_sft.py", *training, "--lr", "3e-4", "--max-steps", "12",
                       "--train", str(world / "sft.jsonl"), "--validation", str(world / "sft.validation.jsonl")],
         "train_dpo": ["train_dpo.py", *training, "--lr", "2e-5", "--max-steps", "10",
                       "--train", str(world / "pairs.jsonl"), "--validation", str(world / "pairs.validation.jsonl")],
@@ -118,7 +125,8 @@ def command(stage: str, world: Path) -> list[str]:
 
 def start(line: list[str], config: Config) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads)}
-    return subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def finish(line: list[str], config: Config) -> float:

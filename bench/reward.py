@@ -50,7 +50,8 @@ def measure(config: Config) -> list[Row]:
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
             f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}")
     return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
-                our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None, our["peak_mb"], best["peak_mb"], note, found)]
+                our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None,
+                our["peak_mb"], best["peak_mb"], note, found)]
 
 
 def cases_of(config: Config) -> list[Case]:
@@ -72,7 +73,8 @@ def ours(config: Config) -> dict:
     for i, analyses in it.analyses(cases):
         rewards[i] = reward(analyses)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "steps": len(cases), "steps_per_second": len(cases) / seconds, "rewards": rewards, "tokens": it.engine.new_tokens}
+    return {"seconds": seconds, "steps": len(cases), "steps_per_second": len(cases) / seconds, "rewards": rewards,
+            "tokens": it.engine.new_tokens}
 
 
 def peer(config: Config) -> dict:

@@ -30,7 +30,8 @@ class Config(BenchConfig):
 def main(config: Config) -> None:
     print_config(config)
     about, start, rows, failed = surroundings(config.threads), time.perf_counter(), [], {}
-    print(f"commit {about['commit']}, {about['machine']}, {about['threads']} threads, torch {about['torch']}, load {about['load_before']:.2f}")
+    print(f"commit {about['commit']}, {about['machine']}, {about['threads']} threads, torch {about['torch']}, "
+          f"load {about['load_before']:.2f}")
     for name, measure in benchmarks(config).items():
         if config.only and name not in config.only:
             continue

@@ -5,7 +5,8 @@
     python bench/sampling.py --model SMALL --data test.jsonl --natural-ends --prompts 200 --new-tokens 200
 
 Each side is the best of its dtypes, and the peer of its batch sizes too; the note has fp32 against fp32. Figures are
-tokens per second, so the peer may do fewer prompts. Without --natural-ends the end-of-text token is switched off and both sides sample the same number.
+tokens per second, so the peer may do fewer prompts. Without --natural-ends the end-of-text token is switched off and both
+sides sample the same number.
 """
 import sys
 import time

@@ -74,14 +74,17 @@ def measure(config: Config) -> list[Row]:
     if config.what == "dpo":  # whose loss is log 2 whatever the model says, so the log-probabilities are compared too
         gap = max(gap, *(abs(here[name] / other[name] - 1) for name in ("chosen", "rejected")))
     note = (f"loss at the initial weights on the peer's {n}: ours {here['loss']:.5f}, peer {other['loss']:.5f}"
-            + (f"; mean log-probability of chosen {here['chosen']:.3f} / {other['chosen']:.3f}, rejected {here['rejected']:.3f} / {other['rejected']:.3f}"
-               if config.what == "dpo" else "")
-            + f"; gap {gap:.1e}; response tokens {here['response_tokens']} / {other['response_tokens']}; ours {config.examples} in {our['seconds']:.1f} s, "
-            f"{our['tree_tokens']} tokens in trees for {our['sequence_tokens']} in sequences; peer {n} in {other['seconds']:.1f} s; "
-            f"utilisation of {our['matmul_flops'] / 1e9:.0f} GFLOP/s, attention and recomputation not counted as work; the peer's settings: "
-            + ", ".join(f"{'' if p['checkpointing'] else 'not '}recomputing {p['examples_per_second']:.3f}/s and {p['peak_mb']:.0f} MB" for p in peers))
+            + (f"; mean log-probability of chosen {here['chosen']:.3f} / {other['chosen']:.3f}, "
+               f"rejected {here['rejected']:.3f} / {other['rejected']:.3f}" if config.what == "dpo" else "")
+            + f"; gap {gap:.1e}; response tokens {here['response_tokens']} / {other['response_tokens']}; ours {config.examples} in "
+            f"{our['seconds']:.1f} s, {our['tree_tokens']} tokens in trees for {our['sequence_tokens']} in sequences; "
+            f"peer {n} in {other['seconds']:.1f} s; "
+            f"utilisation of {our['matmul_flops'] / 1e9:.0f} GFLOP/s, attention and recomputation not counted as work; "
+            "the peer's settings: " + ", ".join(f"{'' if p['checkpointing'] else 'not '}recomputing {p['examples_per_second']:.3f}/s "
+                                                f"and {p['peak_mb']:.0f} MB" for p in peers))
     return [Row(f"{config.what.upper()}, {config.examples} {'examples' if config.what == 'sft' else 'pairs'}, one epoch",
-                f"{'examples' if config.what == 'sft' else 'pairs'}/s", our["examples_per_second"], f"≥ {wanted}×, same loss to 1e-3, no more memory",
+                f"{'examples' if config.what == 'sft' else 'pairs'}/s", our["examples_per_second"],
+                f"≥ {wanted}×, same loss to 1e-3, no more memory",
                 ratio >= wanted and gap <= 1e-3 and our["peak_mb"] <= other["peak_mb"], other["examples_per_second"], ratio,
                 our["utilisation"], our["peak_mb"], other["peak_mb"], note, found)]
 
@@ -188,18 +191,18 @@ def peer(config: Config) -> dict:
         lines = [rendered(line, tokenizer) for line in make_lines(config)[:config.peer_examples]]
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, attn_implementation="sdpa")
         micro = min(MICRO_BATCH, len(lines))
-        settings = dict(output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(lines) // micro, num_train_epochs=1,
-                        learning_rate=config.lr, lr_scheduler_type="constant", max_grad_norm=1.0, bf16=False, use_cpu=True, max_length=None,
-                        gradient_checkpointing=config.peer_checkpointing, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
-                        seed=config.seed)
+        settings = dict(output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(lines) // micro,
+                        num_train_epochs=1, learning_rate=config.lr, lr_scheduler_type="constant", max_grad_norm=1.0, bf16=False,
+                        use_cpu=True, max_length=None, gradient_checkpointing=config.peer_checkpointing, save_strategy="no",
+                        report_to="none", logging_steps=1, disable_tqdm=True, seed=config.seed)
         reference = Clock()
         if config.what == "sft":
             trainer = SFTTrainer(model, SFTConfig(**settings, completion_only_loss=True), train_dataset=Dataset.from_list(lines),
                                  processing_class=tokenizer)
         else:
             DPOTrainer._precompute_ref_logps = reference.around(DPOTrainer._precompute_ref_logps)
-            trainer = DPOTrainer(model, args=DPOConfig(**settings, beta=0.1, precompute_ref_log_probs=True),  # as fast, and no second model in memory
-                                 train_dataset=Dataset.from_list(lines), processing_class=tokenizer)
+            own = DPOConfig(**settings, beta=0.1, precompute_ref_log_probs=True)  # as fast, and no second model in memory
+            trainer = DPOTrainer(model, args=own, train_dataset=Dataset.from_list(lines), processing_class=tokenizer)
         seconds = trainer.train().metrics["train_runtime"] + reference.seconds
         return result_of(config, trainer, seconds, reference.seconds, len(lines))
 

@@ -5,7 +5,10 @@ are shared by the whole session: a test that alters one works on a copy (`shutil
 """
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,38 @@ FAMILIES = {  # what each adds to SIZES in its config.json
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------- scripts as processes
+
+def start(command: list, **environment: str) -> subprocess.Popen:
+    """A script as a user runs it: [its path in the project, its flags]."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
+    """Until the process has written so many lines; an error where it ends before."""
+    deadline = time.time() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def kill_and_resume(command: list, path: Path, moments: list[int]) -> str:
+    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output."""
+    command = [*command, "--resume"]
+    for lines in moments:
+        process = start(command)
+        wait_for_lines(path, lines, process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was done before"
+    process = start(command)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return printed
 
 
 # ---------------------------------------------------------------------------------------------- making checkpoints

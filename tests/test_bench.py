@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     small = "--scale 0.05 --micro-tokens 256 --trees 2 --steps 1 --prompts 3 --k 2 --solutions 2 --repeats 1".split()
-    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", *small, "--out", tmp_path / "gpu.json"],
-                          capture_output=True, text=True, env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})  # flex_attention uncompiled
+    line = [sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", *small, "--out", tmp_path / "gpu.json"]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # flex_attention uncompiled
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [row["work"] for row in rows] == list(gpu.WORK)

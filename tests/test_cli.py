@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cli
-from cli import BadInput, Journal
+from cli import BadInput, Complete, Journal
 from conftest import ROOT
 
 
@@ -178,10 +178,13 @@ class SamplingJob:
     batch_size: Annotated[int, "cases"] = 16
 
 
-@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8), lambda: bytearray(2 ** 60),
-                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", {"torch": torch})])
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8),
+                                  lambda: bytearray(2 ** 60),
+                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
+                                               {"torch": torch})])
 def test_out_of_memory_says_what_to_lower(capsys, fail):
-    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"), (SamplingJob, "lower --batch-size (now 16); ")):
+    for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"),
+                         (SamplingJob, "lower --batch-size (now 16); ")):
         with pytest.raises(SystemExit) as stop:
             cli.run((config, lambda _: fail()), argv=["--micro-tokens", "4096"] if config is Training else [])
         [error] = capsys.readouterr().err.strip().split("\n")
@@ -380,7 +383,7 @@ def test_a_journal_becomes_the_output_at_the_end(tmp_path):
 def test_a_killed_run_resumes_after_its_last_whole_line(killed):
     assert not killed.exists()
     with Journal(killed, RESUME) as journal:
-        assert journal.done == 2 and [line for _, line in journal.lines()] == [{"n": 0}, {"n": 1, "text": "é\u2028"}]
+        assert journal.done == 2
         journal.write({"n": 2})
     assert [row["n"] for row in rows(killed)] == [0, 1, 2]
     assert not journal.part.exists()
@@ -420,8 +423,9 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
     with Journal(out, Job()) as journal:
         journal.write({"n": 0})
-    for config, word in ((RESUME, ": is complete already"), (Job(), ": exists already")):
-        with pytest.raises(BadInput) as error:
+    for config, kind, word in ((RESUME, Complete, ": is complete already"), (Job(), BadInput, ": exists already"),
+                               (Job(seed=1, resume=True), BadInput, "another --seed")):
+        with pytest.raises(kind) as error:
             Journal(out, config)
         says(error, str(out), word, "--overwrite")
     assert rows(out) == [{"n": 0}]
@@ -455,7 +459,7 @@ def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
     with open(f"{killed}.part", "ab") as file:
         file.write(b'\n{"n": 3}\n')  # the torn line is now a line of its own
     with pytest.raises(BadInput) as error:
-        list(Journal(killed, RESUME).lines())
+        list(Journal(killed, RESUME).check({} for _ in range(4)))
     says(error, f"{killed}.part:3")
 
 
@@ -474,15 +478,14 @@ def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
 
 
 def test_lines_must_be_those_of_the_items(killed):
-    for items, said in (([{"n": 0}, {"n": 1}, {"n": 2}], None), ([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"), ([{"n": 1}], ":1: field 'n'"),
-                        ([{"n": 0}], ":2: field")):
-        journal = Journal(killed, RESUME)
-        if said is None:
-            journal.check(items)
-        else:
-            with pytest.raises(BadInput) as error:
-                journal.check(items)
-            says(error, f"{killed}.part{said}")
+    """Those that are come out; the items after them are gone through too."""
+    items = iter([{"n": 0}, {"n": 1}, {"n": 2}, {"n": 3}])
+    found = [(where, line) for where, line in Journal(killed, RESUME).check(items)]
+    assert found == [(f"{killed}.part:1", {"n": 0}), (f"{killed}.part:2", {"n": 1, "text": "é\u2028"})] and list(items) == []
+    for items, said in (([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"), ([{"n": 1}], ":1: field 'n'"), ([{"n": 0}], ":2: field")):
+        with pytest.raises(BadInput) as error:
+            list(Journal(killed, RESUME).check(items))
+        says(error, f"{killed}.part{said}")
 
 
 def test_a_killed_overwriting_goes_on(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import data
 import rprm
 from cli import run
-from conftest import ROOT
+from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
 from rprm import VERIFICATION, Case, Prompt, parse_verdict
 
@@ -42,7 +42,8 @@ def table(out: str) -> dict[str, int]:
 
 
 def write(path: Path, rows: list) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows),
+                    encoding="utf-8")
     return path
 
 
@@ -55,7 +56,8 @@ def names(folder: Path) -> list[str]:
 
 
 def case_row(n: int, label: bool | None = True, problem: str | None = None) -> dict:
-    return {"id": f"c{n}", "problem": problem or f"Problem {n}?", "previous_steps": ["Before."] * (n % 3), "now_step": f"{n} + 1 = {n + 1}.", "label": label}
+    return {"id": f"c{n}", "problem": problem or f"Problem {n}?", "previous_steps": ["Before."] * (n % 3),
+            "now_step": f"{n} + 1 = {n + 1}.", "label": label}
 
 
 def analysis(text: str, **changes) -> dict:
@@ -82,7 +84,8 @@ def random_samples(n: int, seed: int = 0, problems: int | None = None) -> list[d
         if rng.random() < 0.1:
             return analysis(text, finished=False)
         return analysis(text if rng.random() < 0.3 else f"({i}) {text}")
-    return [sample_row(i, rng.random() < 0.7, [one(j) for j in range(rng.randrange(9))], problem=problems and f"Problem {i % problems}?") for i in range(n)]
+    return [sample_row(i, rng.random() < 0.7, [one(j) for j in range(rng.randrange(9))], problem=problems and f"Problem {i % problems}?")
+            for i in range(n)]
 
 
 @pytest.fixture()
@@ -108,7 +111,8 @@ def test_cases(tmp_path, capsys):
     assert lines[1] == {"id": "x-1", "problem": "Problem of x", "previous_steps": ["x 0"], "now_step": "x 1", "label": False}
     assert [(line["id"], line["label"]) for line in lines] == [
         ("x-0", True), ("x-1", False), ("y-0", True), ("y-1", True), ("y-2", True), ("9-0", False), ("9-0", True)]
-    assert table(capsys.readouterr().out) == {"kept: correct step": 5, "kept: incorrect step": 2, "dropped: step after the first wrong one": 1,
+    assert table(capsys.readouterr().out) == {"kept: correct step": 5, "kept: incorrect step": 2,
+                                              "dropped: step after the first wrong one": 1,
                                               "dropped: the same case again": 1}
     assert names(tmp_path) == ["a.json", "b.jsonl", "cases.jsonl"]
 
@@ -117,7 +121,8 @@ def test_cases_of_so_many_solutions(tmp_path, capsys):
     """--limit counts solutions over all files."""
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", [bench_row(f"{name}{i}", -1, 1) for i in range(3)])
-    for limit, ids in ((2, ["a0", "a1"]), (3, ["a0", "a1", "a2"]), (4, ["a0", "a1", "a2", "b0"]), (9, ["a0", "a1", "a2", "b0", "b1", "b2"])):
+    for limit, ids in ((2, ["a0", "a1"]), (3, ["a0", "a1", "a2"]), (4, ["a0", "a1", "a2", "b0"]),
+                       (9, ["a0", "a1", "a2", "b0", "b1", "b2"])):
         data_py("cases", "--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--out", tmp_path / "c", "--limit", limit, "--overwrite")
         assert [line["id"] for line in read(tmp_path / "c")] == [f"{i}-0" for i in ids]
         assert f"cases from {len(ids)} solutions" in capsys.readouterr().out
@@ -128,13 +133,15 @@ def test_cases_of_the_real_processbench(processbench, tmp_path, capsys):
     path.write_text(json.dumps(processbench), encoding="utf-8")
     data_py("cases", "--input", path, "--out", tmp_path / "cases.jsonl")
     assert len(read(tmp_path / "cases.jsonl")) == 1568
-    assert table(capsys.readouterr().out) == {"kept: correct step": 1361, "kept: incorrect step": 207, "dropped: step after the first wrong one": 514}
+    assert table(capsys.readouterr().out) == {"kept: correct step": 1361, "kept: incorrect step": 207,
+                                              "dropped: step after the first wrong one": 514}
 
 
 def test_a_bad_row_leaves_no_cases(tmp_path, capsys):
     """The error names file, row and field; what was there before stays as it was."""
     write(tmp_path / "a.jsonl", [bench_row("x", 1), bench_row("y", 7)])
-    assert f"{tmp_path}/a.jsonl:2: field 'label': 7 is out of range" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    said = refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    assert f"{tmp_path}/a.jsonl:2: field 'label': 7 is out of range" in said
     assert names(tmp_path) == ["a.jsonl"]
     (tmp_path / "c").write_text("old")
     assert "--overwrite" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
@@ -184,6 +191,19 @@ def test_sample_is_the_method_itself(sampling, tiny_folder):
         assert [a["text"] for a in line["analyses"]] == [a.text for a in found]
 
 
+def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, short, tmp_path):
+    """SIGKILL to the process at three random moments, rounds of 8 cases."""
+    write(tmp_path / "cases.jsonl", [case_row(i) for i in range(60)])
+    flags = ["sample", "--model", tiny_folder, "--device", "cpu", "--cases", tmp_path / "cases.jsonl", "--n", 2, "--prompt-file", short,
+             "--max-new-tokens", 24, "--batch-size", 1, "--out"]
+    data_py(*flags, tmp_path / "whole.jsonl")
+    kill_and_resume(["data.py", *flags, tmp_path / "killed.jsonl"], tmp_path / "killed.jsonl.part",
+                    random.Random(5).sample(range(1, 55), 3))
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert names(tmp_path) == ["cases.jsonl"] + [f"{name}.{end}" for name in ("killed", "whole")
+                                                 for end in ("jsonl", "jsonl.config.json", "prompt.txt")]
+
+
 @pytest.mark.parametrize("flags_too", [[], ["--complete"]], ids=["plain", "complete"])
 def test_a_killed_sampling_resumes_to_the_same_file(sampling, capsys, flags_too, monkeypatch):
     """Killed before the first line, between two, in the midst of one and before the last rename: the same bytes, P(Yes) included.
@@ -221,13 +241,15 @@ def test_complete_gives_every_analysis_a_verdict(sampling, capsys):
 
 
 def test_a_resumed_sampling_must_be_the_same_one(sampling, capsys, monkeypatch):
-    """Another flag, other cases, a damaged line, no --resume, or nothing left to do: refused, and what is there stays."""
+    """Another flag, other cases, a damaged line, or no --resume: refused, and what is there stays. Nothing left to do is no error."""
     monkeypatch.setattr(data, "ROUND", 1)
     out, flags = sampling
     data_py(*flags)
     whole = out.read_bytes()
     part = Path(f"{out}.part")
-    assert "nothing to resume" in refused(capsys, *flags, "--resume")
+    data_py(*flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out and out.read_bytes() == whole
+    assert "--seed" in refused(capsys, *flags, "--resume", "--seed", 1)
     assert "--overwrite" in refused(capsys, *flags)
     half = whole[:len(whole) // 2]
     out.rename(part)
@@ -250,9 +272,12 @@ def test_a_resumed_sampling_must_be_the_same_one(sampling, capsys, monkeypatch):
 
 
 BAD_CASES = {
-    "a broken line": ('{"id": "x"', ":3: not valid JSON"), "no id": ({k: v for k, v in case_row(1).items() if k != "id"}, ":3: field 'id' is missing"),
-    "id a number": (case_row(1) | {"id": 1}, ":3: field 'id'"), "empty step": (case_row(1) | {"now_step": ""}, ":3: field 'now_step' is empty"),
-    "label a number": (case_row(1) | {"label": 1}, ":3: field 'label'"), "previous steps a text": (case_row(1) | {"previous_steps": "a"}, ":3: field 'previous_steps'"),
+    "a broken line": ('{"id": "x"', ":3: not valid JSON"),
+    "no id": ({k: v for k, v in case_row(1).items() if k != "id"}, ":3: field 'id' is missing"),
+    "id a number": (case_row(1) | {"id": 1}, ":3: field 'id'"),
+    "empty step": (case_row(1) | {"now_step": ""}, ":3: field 'now_step' is empty"),
+    "label a number": (case_row(1) | {"label": 1}, ":3: field 'label'"),
+    "previous steps a text": (case_row(1) | {"previous_steps": "a"}, ":3: field 'previous_steps'"),
     "a list": ([1], ":3: expected an object"),
 }
 
@@ -325,7 +350,8 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     own = Prompt((ROOT / "prompts" / "verify.txt").read_text(encoding="utf-8"), "verify.txt")
     assert lines[0]["prompt"] == own.fill(Case("Problem 1?", ("Before.",), "1 + 1 = 2."))
     counts = table(capsys.readouterr().out)
-    assert counts == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: cut off at --max-new-tokens": 1, "dropped: the same analysis again": 1,
+    assert counts == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: cut off at --max-new-tokens": 1,
+                      "dropped: the same analysis again": 1,
                       "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2,
                      "dropped: analysis of a case without a label": 1}
     assert read(tmp_path / "sft.validation.jsonl") == []
@@ -446,7 +472,8 @@ def test_pairs_are_right_against_wrong(tmp_path, capsys):
     write(tmp_path / "s.jsonl", [
         sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone.", analysis(f"Cut. {NO}", finished=False)]),
         sample_row(2, False, numbered(YES, 1) + numbered(NO, 4)),
-        sample_row(3, True, numbered(YES, 3)), sample_row(4, False, numbered(YES, 3)), sample_row(5, True, ["Hm."]), sample_row(6, None, [YES, NO]),
+        sample_row(3, True, numbered(YES, 3)), sample_row(4, False, numbered(YES, 3)), sample_row(5, True, ["Hm."]),
+        sample_row(6, None, [YES, NO]),
     ])
     data_py("pairs", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", "--validation", 0, "--max-per-case", 4)
     lines = read(tmp_path / "p.jsonl")
@@ -496,7 +523,8 @@ BAD_SAMPLES = {
     "p_yes a text": (sample_row(1, True, [analysis(YES, p_yes="0.5")]), ":3: field 'analyses'[0].p_yes"),
     "finished a number": (sample_row(1, True, [analysis(YES, finished=1)]), ":3: field 'analyses'[0]: field 'finished'"),
     "case a text": (sample_row(1, True, [YES]) | {"case": "P"}, ":3: field 'case'"),
-    "case without problem": (sample_row(1, True, [YES]) | {"case": {"previous_steps": [], "now_step": "s"}}, ":3: field 'problem' is missing"),
+    "case without problem": (sample_row(1, True, [YES]) | {"case": {"previous_steps": [], "now_step": "s"}},
+                             ":3: field 'problem' is missing"),
     "label a text": (sample_row(1, "Yes", [YES]), ":3: field 'label'"),
 }
 

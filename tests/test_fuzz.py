@@ -30,10 +30,13 @@ SECONDS = 60  # none may hang: a family of a thousand takes a few seconds
 
 PROCESSBENCH = {"id": "gsm8k-0", "problem": "Tom has 3 apples.", "steps": ["He has 3.", "He buys 4: 3 + 4 = 8."], "label": 1}
 PRM800K = {"question": {"problem": "1 + 1?"}, "is_quality_control_question": False, "label": {"finish_reason": "solution", "steps": [
-    {"completions": [{"text": "It is 2.", "rating": 1}, {"text": "It is 3.", "rating": -1}], "human_completion": None, "chosen_completion": 0},
+    {"completions": [{"text": "It is 2.", "rating": 1}, {"text": "It is 3.", "rating": -1}], "human_completion": None,
+     "chosen_completion": 0},
     {"completions": [{"text": "Done.", "rating": 0}], "human_completion": {"text": "Ah."}, "chosen_completion": None}]}}
-SHEPHERD = {"input": "Tom has 3. Step 1: 3 + 4 = 7 ки\nStep 2: 7 + 1 = 9 ки", "label": "Tom has 3. Step 1: 3 + 4 = 7 +\nStep 2: 7 + 1 = 9 -", "task": "GSM8K"}
-SEED_ROW = {"id": "a", "query": "Tom has 3.", "previous-steps": "Step 1: 3 + 4 = 7\nStep 2: so 7", "now-step": "Step 3: 8", "expert-judge": "Negative"}
+SHEPHERD = {"input": "Tom has 3. Step 1: 3 + 4 = 7 ки\nStep 2: 7 + 1 = 9 ки",
+            "label": "Tom has 3. Step 1: 3 + 4 = 7 +\nStep 2: 7 + 1 = 9 -", "task": "GSM8K"}
+SEED_ROW = {"id": "a", "query": "Tom has 3.", "previous-steps": "Step 1: 3 + 4 = 7\nStep 2: so 7", "now-step": "Step 3: 8",
+            "expert-judge": "Negative"}
 CASE = {"id": "c-0", "problem": "Tom has 3.", "previous_steps": ["He buys 4."], "now_step": "So 8.", "label": False}
 SAMPLES = {"id": "c-0", "case": CASE, "analyses": [
     {"text": f"Hm.\n{VERIFICATION} No", "verdict": False, "p_yes": 0.25, "n_tokens": 12, "finished": True, "forced": False},
@@ -41,8 +44,10 @@ SAMPLES = {"id": "c-0", "case": CASE, "analyses": [
 SFT = {"prompt": "Is it right?", "response": f"Hm.\n{VERIFICATION} No", "problem": "p"}
 PAIR = {"prompt": "Is it right?", "chosen": f"{VERIFICATION} No", "rejected": f"{VERIFICATION} Yes", "problem": "p"}
 
-HOSTILE = [None, True, False, 0, -1, 1, 2, 10 ** 6, 10 ** 30, -10 ** 30, 0.5, 1e300, float("inf"), float("nan"), "", " ", "x", "\n", "\x00", "\x1b[2J", "𝔘",
-           "ки", "Step 1:", "<|im_end|>", "{{ x }}", "{problem}", "a" * 5000, "\n" * 5000, "Step 1: ки" * 300, [], {}, [[]], [None], ["x"] * 300, {"text": "x"},
+HOSTILE = [None, True, False, 0, -1, 1, 2, 10 ** 6, 10 ** 30, -10 ** 30, 0.5, 1e300, float("inf"), float("nan"), "", " ", "x", "\n",
+           "\x00", "\x1b[2J", "𝔘",
+           "ки", "Step 1:", "<|im_end|>", "{{ x }}", "{problem}", "a" * 5000, "\n" * 5000, "Step 1: ки" * 300, [], {}, [[]], [None],
+           ["x"] * 300, {"text": "x"},
            {"": None}, [["x"]], list(range(50))]
 
 
@@ -106,7 +111,8 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
         elif kind == 2:
             content[a:a] = content[a:b] * rng.choice((1, 3, 50))
         elif kind == 3:
-            content[a:a] = rng.choice((b"\x00", b"\xff\xfe", b'"', b"{", b"}", b"[" * 2000, b"\n", b",", b"9" * 5000, b"\\ud800", b"NaN", b"\xf0\x9f", b"\\"))
+            content[a:a] = rng.choice((b"\x00", b"\xff\xfe", b'"', b"{", b"}", b"[" * 2000, b"\n", b",", b"9" * 5000, b"\\ud800", b"NaN",
+                                       b"\xf0\x9f", b"\\"))
         else:
             del content[a:]
     return bytes(content)
@@ -117,7 +123,8 @@ def mutated_lines(seed_name: str, rows: list[dict], n: int = N):
     rng = random.Random(seed_name)
     for i in range(n):
         if i % 2:
-            yield ("\n".join(json.dumps(mutate_value(rng, row), ensure_ascii=bool(i % 4 == 1)) for row in rows) + "\n").encode("utf-8", "surrogatepass")
+            lines = [json.dumps(mutate_value(rng, row), ensure_ascii=bool(i % 4 == 1)) + "\n" for row in rows]
+            yield "".join(lines).encode("utf-8", "surrogatepass")
         else:
             yield mutate_bytes(rng, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -197,7 +204,8 @@ def test_samples(tmp_path):
     fuzz(mutated_lines("samples", [SAMPLES]), use)
 
 
-@pytest.mark.parametrize("row, fields", [(SFT, SFT_FIELDS), ({"text": "Tom<|im_end|>"}, SFT_FIELDS), (PAIR, PAIR_FIELDS)], ids=["sft", "text", "pairs"])
+@pytest.mark.parametrize("row, fields", [(SFT, SFT_FIELDS), ({"text": "Tom<|im_end|>"}, SFT_FIELDS), (PAIR, PAIR_FIELDS)],
+                         ids=["sft", "text", "pairs"])
 def test_training_examples(tmp_path, tiny_folder, row, fields):
     tokenizer, path = load_tokenizer(tiny_folder), tmp_path / "train.jsonl"
 
@@ -288,15 +296,21 @@ def test_tokenizer_files(folder, name, n):
 
 # ---------------------------------------------------------------------------------------------- chat templates and prompts
 
-LLAMA = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}{%- set messages = messages[1:] %}"
+LLAMA = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}"
+         "{%- set messages = messages[1:] %}"
          "{%- else %}{%- set system = '' %}{%- endif %}{{- '<|start|>system\n' ~ system ~ '<|end|>' }}"
          "{%- macro show(m) %}{{ '<|start|>' + m.role + '\n' + m['content'] | trim + '<|end|>' }}{% endmacro %}"
-         "{%- for m in messages %}{{- show(m) }}{%- if not loop.last %}{{ 'x' * 3 }}{% endif %}{%- endfor %}{%- for i in range(3) %}{{ i }}{% endfor %}"
+         "{%- for m in messages %}{{- show(m) }}{%- if not loop.last %}{{ 'x' * 3 }}{% endif %}{%- endfor %}"
+         "{%- for i in range(3) %}{{ i }}{% endfor %}"
          "{%- if add_generation_prompt %}{{- '<|start|>assistant\n' }}{%- endif %}")
-PIECES = ["{% for a in range(10 ** 9) %}", "{% for a in range(99999) %}", "{% endfor %}", "{{ 'a' * 10 ** 10 }}", "{% set x = (x or 'a') + (x or 'a') %}", "* 10 ** 9",
-          "| center(10 ** 9)", "| replace('', 'a' * 999)", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "** 99999999", "~ messages", "{{ messages }}",
-          "{{ self }}", ".__class__", "{% include 'x' %}", "{{ '%999999999d' % 1 }}", "{% raw %}", "{{", "}}", "{%", "%}", "{#", "[0]", "[:]", "(", ")", "|tojson", "|list",
-          "{% if true %}", "{% endif %}", "{% break %}", "|map('upper')", "{{ messages[0].content }}", "{% set ns = namespace(x='a') %}", "{% set ns.x = ns.x ~ ns.x %}"]
+PIECES = ["{% for a in range(10 ** 9) %}", "{% for a in range(99999) %}", "{% endfor %}", "{{ 'a' * 10 ** 10 }}",
+          "{% set x = (x or 'a') + (x or 'a') %}", "* 10 ** 9",
+          "| center(10 ** 9)", "| replace('', 'a' * 999)", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "** 99999999",
+          "~ messages", "{{ messages }}",
+          "{{ self }}", ".__class__", "{% include 'x' %}", "{{ '%999999999d' % 1 }}", "{% raw %}", "{{", "}}", "{%", "%}", "{#", "[0]",
+          "[:]", "(", ")", "|tojson", "|list",
+          "{% if true %}", "{% endif %}", "{% break %}", "|map('upper')", "{{ messages[0].content }}", "{% set ns = namespace(x='a') %}",
+          "{% set ns.x = ns.x ~ ns.x %}"]
 
 
 def test_chat_templates(folder):

@@ -126,6 +126,21 @@ def assert_as_naive(model, engine: Engine, requests: list[Request]) -> list[list
 
 # ---------------------------------------------------------------------------------------------- against the references
 
+@pytest.mark.parametrize("shared", [0, 10, 255, 256, 257])
+@pytest.mark.parametrize("own", [1, 255, 256, 257])
+def test_a_prompt_may_end_at_the_edge_of_a_block(tiny_folder, model, shared, own):
+    """TreeAttention goes by 256 queries: shared beginning and prompts end one before, at, and one after. Logits as of each prompt alone."""
+    prompts = [random_ids(shared, 1) + [4 + i] + random_ids(own - 1, 2 + i) for i in range(3)]
+    engine = engine_of(model)
+    engine._reset()
+    assert engine._prefill(iter(requests_of(prompts, 1))) and len(engine.root_ids) == shared
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [reference(torch.tensor([ids])).logits[0, -1] for ids in prompts]
+    for prompt, logits in zip(engine.ready, expected, strict=True):
+        torch.testing.assert_close(prompt.logits, logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0.95, 0.95), (0.4, 0.8), (1.0, 1.0), (0.0, 0.95)])
 def test_samples_equal_a_full_pass_per_token(model, temperature, top_p):
     """Tokens, ends and P(Yes) at every position. Odds that rounding alone moves a token on another machine: under 1%."""
@@ -227,7 +242,8 @@ def branches() -> dict[str, list[list[int]]]:
         "no common prefix": [random_ids(20, i) for i in range(1, 5)],
         "equal": [a, a, a],
         "one a prefix of another": [a, a[:30], a[:31], a + random_ids(5, 1)],
-        "the root shrinks": [a, a[:40] + random_ids(20, 1), a[:12] + random_ids(40, 2), a + [9], a[:3] + random_ids(50, 4), random_ids(52, 3), a],
+        "the root shrinks": [a, a[:40] + random_ids(20, 1), a[:12] + random_ids(40, 2), a + [9], a[:3] + random_ids(50, 4),
+                             random_ids(52, 3), a],
     }
 
 

@@ -81,7 +81,8 @@ def test_checkpointed_activations_change_nothing(model):
 
 def test_a_tree_computes_shared_tokens_once():
     [batch], _ = pack(UNITS, 1000)
-    # by hand: instructions 7; 40 41 2; 42 1; 50 1; under 42: 60 61 62 1 (4), 70 71 1 (3), 61 1 (2), 99 (1); under 50: 60 61 62 63 (4); unit 2: 4 + 5 + 2
+    # by hand: instructions 7; 40 41 2; 42 1; 50 1; under 42: 60 61 62 1 (4), 70 71 1 (3), 61 1 (2), 99 (1);
+    # under 50: 60 61 62 63 (4); unit 2: 4 + 5 + 2
     assert len(batch.tree) == 7 + 2 + 1 + 1 + 4 + 3 + 2 + 1 + 4 + 11
 
 

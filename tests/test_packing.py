@@ -37,7 +37,8 @@ def test_every_example_is_in_one_tree_or_listed_and_no_tree_is_too_large(seed):
     for micro_tokens in (16, 40, 70, 200, 10_000):
         batches, long = pack(units, micro_tokens)
         assert sorted([i for batch in batches for i in batch.examples] + long) == sorted(units)
-        assert sorted(long) == sorted(i for i, (prompt, responses) in units.items() if len(prompt) + sum(map(len, responses)) > micro_tokens)
+        sizes = {i: len(prompt) + sum(map(len, responses)) for i, (prompt, responses) in units.items()}
+        assert sorted(long) == sorted(i for i, size in sizes.items() if size > micro_tokens)
         assert all(0 < len(batch.tree) <= micro_tokens for batch in batches)
         kept = [units[i] for batch in batches for i in batch.examples]
         assert sum(len(batch.tree) for batch in batches) <= sum(len(prompt) + sum(map(len, responses)) for prompt, responses in kept)
@@ -123,7 +124,8 @@ EDGE_CASES = {
 def test_packed_equals_separate_where_sequences_meet(tiny_folder, name):
     units, model = EDGE_CASES[name], load_model(tiny_folder, torch.float64)
     [batch], _ = pack(units, 1000)
-    expected, weights = separate(model, {i: units[i] for i in batch.examples}), torch.linspace(-1, 2, len(batch.starts), dtype=torch.float64)
+    expected = separate(model, {i: units[i] for i in batch.examples})
+    weights = torch.linspace(-1, 2, len(batch.starts), dtype=torch.float64)
     found = response_logprobs(model, batch.tree, batch.starts)
     assert (found - expected).abs().max() < 1e-9
     assert (gradients(model, (found * weights).sum()) - gradients(model, (expected * weights).sum())).abs().max() < 1e-9
@@ -192,7 +194,8 @@ def test_accumulation_over_many_trees_equals_one_tree(tmp_path, tiny_folder, scr
     if script is train_sft:
         make, rows = sft_config, [row | {"response": row["response"] + longer()} for row in sft_rows(12)]
     else:
-        make, rows = dpo_config, [row | {"chosen": longer() + row["chosen"], "rejected": longer() + row["rejected"]} for row in pair_rows(12)]
+        make, rows = dpo_config, [row | {"chosen": longer() + row["chosen"], "rejected": longer() + row["rejected"]}
+                                  for row in pair_rows(12)]
     found = [step_of(script, make(tmp_path, tiny_folder, rows, batch_size=12, micro_tokens=micro_tokens), tiny_folder, monkeypatch)
              for micro_tokens in (10_000, 300, 150)]
     for loss, gradient in found[1:]:

@@ -7,16 +7,18 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
 import ranks
@@ -26,7 +28,7 @@ import train_sft
 import training
 from checkpoint import load_config, load_model, load_tokenizer
 from cli import BadInput, Journal, Stopped
-from conftest import ROOT
+from conftest import start, wait_for_lines
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
 from model import Tree, TreeAttention
 from rprm import response_logprobs
@@ -66,18 +68,13 @@ def measure(path: Path, settings: dict) -> None:
         held["gradients"] = [ranks.own_rows(p.grad)[0].nbytes for p in run.model.parameters()]
         found = update(run, *given)
         held["weights"] = [ranks.own_rows(p)[0].nbytes for p in run.model.parameters()]
-        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values()
+                           for key in ("exp_avg", "exp_avg_sq")]
         return found
     training.Run.update = look
     do("sft", settings | {"max_steps": 1})
     training.Run.update = update
     Path(f"{path}.{ranks.rank()}").write_text(json.dumps({name: sum(sizes) for name, sizes in held.items()}))
-
-
-def start(command, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environment | options, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
 # ---------------------------------------------------------------------------------------------- the runs
@@ -88,14 +85,17 @@ def settings(folder: Path, make_folder) -> dict[str, dict]:
     words = lambda n: " ".join(rng.choice("apples pens boxes half sum".split()) for _ in range(n))
     shared = dict(lr=3e-3, batch_size=8, micro_tokens=100, eval_every=3, save_every=2, epochs=3, device="cpu")
     (folder / "prompt.txt").write_text("{problem}\n{previous_steps}\n{now_step}")
-    sampler = dict(model=str(make_folder("qwen2", True)), prompt_file=str(folder / "prompt.txt"), max_new_tokens=12, batch_size=2, device="cpu")
+    sampler = dict(model=str(make_folder("qwen2", True)), prompt_file=str(folder / "prompt.txt"), max_new_tokens=12, batch_size=2,
+                   device="cpu")
     cases = [{"id": str(i), "problem": words(4), "previous_steps": [], "now_step": words(3), "label": bool(i % 2)} for i in range(7)]
     solutions = [{"id": str(i), "problem": words(4), "steps": [words(2), words(3)], "label": i % 3 - 1} for i in range(7)]
     return {
         "sft": shared | dict(model=str(make_folder("llama", False)), checkpoint_activations=True, micro_tokens=80,
-                             train=write(folder / "sft.jsonl", sft_rows(22)), validation=write(folder / "sft_held_out.jsonl", sft_rows(5, seed=1))),
+                             train=write(folder / "sft.jsonl", sft_rows(22)),
+                             validation=write(folder / "sft_held_out.jsonl", sft_rows(5, seed=1))),
         "dpo": shared | dict(model=str(make_folder("qwen2", True)), nll=0.1,
-                             train=write(folder / "pairs.jsonl", pair_rows(22)), validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
+                             train=write(folder / "pairs.jsonl", pair_rows(22)),
+                             validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
         "sample": sampler | dict(cases=write(folder / "cases.jsonl", cases), n=2),
         "score": sampler | dict(input=[write(folder / "solutions.jsonl", solutions)], k=[1, 3]),
     }
@@ -117,7 +117,8 @@ def ran(tmp_path_factory, make_folder):
     for name in ("one", "two"):
         (folder / name).mkdir()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    jobs = {name: [settings(folder / number, make_folder)[name] | {"out": str(folder / number / f"{name}.out")} for number in ("one", "two")]
+    jobs = {name: [settings(folder / number, make_folder)[name] | {"out": str(folder / number / f"{name}.out")}
+                   for number in ("one", "two")]
             for name in JOBS}
     for name, (one, _) in jobs.items():
         do(name, one)
@@ -267,7 +268,8 @@ def test_the_merged_file_is_that_of_one_rank(ran, name, out):
     P(Yes) may differ in its last bits, by what was sampled side by side; everything else is the same.
     """
     folder, _ = ran
-    one, two = ([json.loads(line) for line in path.read_text().splitlines()] for path in (folder / f"one/{name}.out", folder / f"two/{name}.{out}"))
+    one, two = ([json.loads(line) for line in path.read_text().splitlines()]
+                for path in (folder / f"one/{name}.out", folder / f"two/{name}.{out}"))
     assert len(one) == 7 and two == rounded(one)
     assert not list((folder / "two").glob("*.part"))
 
@@ -297,6 +299,7 @@ def journals(monkeypatch, out: Path, config, die_at_wait: int = 99) -> list[Jour
             raise Killed
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "wait", wait)
+    monkeypatch.setattr(ranks, "meet", wait)
     found = []
     for rank in range(2):
         monkeypatch.setattr(ranks, "rank", lambda: rank)
@@ -312,12 +315,17 @@ def leave_parts(out: Path, seed: int) -> None:
     Path(f"{out}.config.json").write_text(json.dumps({"seed": seed}))
 
 
-def test_rank_0_has_everything_before_the_output_is_complete(monkeypatch, tmp_path):
-    leave_parts(tmp_path / "out", seed=0)
-    first, second = journals(monkeypatch, tmp_path / "out", Job(resume=True))
+def test_the_output_is_the_parts_in_turn_once_all_are_whole(monkeypatch, tmp_path):
+    """Nobody merges before the ranks have met."""
+    out = tmp_path / "out"
+    leave_parts(out, seed=0)
+    first, second = journals(monkeypatch, out, Job(resume=True))
     assert (first.done, second.done) == (2, 1)
-    with first:
-        assert first.everything() == [{"n": 0}, {"n": 1}, {"n": 2}] and not (tmp_path / "out").exists()
+    with pytest.raises(Killed), journals(monkeypatch, out, Job(resume=True), die_at_wait=3)[0]:
+        pass
+    assert not out.exists() and len(list(tmp_path.glob("*.part"))) == 2
+    with journals(monkeypatch, out, Job(resume=True))[0]:
+        pass
     assert (tmp_path / "out").read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n' and not list(tmp_path.glob("*.part"))
 
 
@@ -334,7 +342,7 @@ def test_a_killed_overwriting_by_many_ranks_mixes_no_runs(monkeypatch, tmp_path)
 
 def test_an_overwriting_that_one_rank_had_begun_goes_on(monkeypatch, tmp_path):
     (tmp_path / "out").write_text('{"old": 1}\n')
-    with pytest.raises(BadInput, match="is complete already"):
+    with pytest.raises(BadInput, match="exists already"):
         journals(monkeypatch, tmp_path / "out", Job(resume=True))
     Path(tmp_path / "out.1-of-2.part").touch()
     assert [journal.done for journal in journals(monkeypatch, tmp_path / "out", Job(resume=True))] == [0, 0]
@@ -353,16 +361,21 @@ def test_parts_of_another_number_of_ranks_are_not_lost_unasked(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- a rank is lost
 
-def wait_for(path: Path, lines: int, process) -> None:
-    deadline = time.time() + 120
-    while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
-        time.sleep(0.02)
-
-
 def command(job: dict, out: Path) -> list:
-    flags = {key: value for key, value in job.items() if key not in ("out", "checkpoint_activations")} | {"out": out, "epochs": 200}
-    return [ROOT / "train_sft.py", *(text for key, value in flags.items() for text in ("--" + key.replace("_", "-"), value))]
+    flags = {key: value for key, value in job.items() if key != "checkpoint_activations"} | {"out": out, "epochs": 200}
+    return ["train_sft.py", *flags_of(flags)]
+
+
+def flags_of(job: dict) -> list:
+    return [text for key, value in job.items() for text in ("--" + key.replace("_", "-"), value)]
+
+
+def pair_of_ranks(command: list) -> list[subprocess.Popen]:
+    """Two processes of a script that find each other by the environment, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [start(command, **where, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -377,7 +390,7 @@ def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path, 
     """SIGKILL to the second rank: torchrun ends with an error, the last checkpoint is whole, and --resume goes on from it."""
     _, jobs = ran
     process = start((*TORCHRUN, *command(jobs["sft"][1], tmp_path / "out")))
-    wait_for(tmp_path / "out/metrics.jsonl", 5, process)
+    wait_for_lines(tmp_path / "out/metrics.jsonl", 5, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode not in (0, None)
@@ -404,16 +417,69 @@ def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path, 
 def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path):
     """Two processes that find each other by the environment: after SIGKILL to one the other fails at once, with one line."""
     _, jobs = ran
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    pair = [start(command(jobs["sft"][1], tmp_path / "out"), **where, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    wait_for(tmp_path / "out/metrics.jsonl", 3, pair[0])
+    pair = pair_of_ranks(command(jobs["sft"][1], tmp_path / "out"))
+    wait_for_lines(tmp_path / "out/metrics.jsonl", 3, pair[0])
     pair[1].kill()
     _, errors = pair[0].communicate(timeout=60)
     assert pair[0].returncode == 3, errors
     assert "rank 0 has lost another rank" in errors and "--resume" in errors and "Traceback" not in errors
     pair[1].communicate()
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
+    """SIGSTOP to the second of two ranks: the first ends after --rank-timeout, with one line; what is saved is whole.
+
+    Training waits in the next collective. Of a sampling the first rank does all of its share, and then waits.
+    """
+    _, jobs = ran
+    if script == "train":
+        line, log = command(jobs["sft"][1], tmp_path / "out"), tmp_path / "out/metrics.jsonl"
+    else:
+        given = Path(jobs["sample"][1]["cases"]).read_text().splitlines()
+        cases = [json.loads(text) | {"problem": f"{i}"} for i, text in enumerate(given * 30)]
+        job = jobs["sample"][1] | {"cases": write(tmp_path / "cases.jsonl", cases), "out": tmp_path / "out.jsonl"}
+        line, log = ["data.py", "sample", *flags_of(job)], tmp_path / "out.jsonl.2-of-2.part"
+    pair = pair_of_ranks([*line, "--rank-timeout", 3])
+    wait_for_lines(log, 2, pair[1])
+    os.kill(pair[1].pid, signal.SIGSTOP)
+    _, errors = pair[0].communicate(timeout=90)
+    pair[1].kill()
+    pair[1].communicate()
+    assert pair[0].returncode == 3, errors
+    assert re.search(r"^error: rank 0 has lost another rank \(.*--resume to go on$", errors, re.M) and "Traceback" not in errors
+    if script == "sample":
+        assert "rank 1 has shown no sign of work for 3 seconds" in errors
+        assert (tmp_path / "out.jsonl.1-of-2.part").read_bytes().count(b"\n") == 105
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two ranks' store, and a clock that goes on when rank 0 waits: clock[seconds] is what rank 1 does then."""
+    store, now, plan = dist.HashStore(), [0.0], {}
+
+    def sleep(seconds):
+        now[0] += seconds
+        for moment in [moment for moment in plan if moment <= now[0]]:
+            monkeypatch.setattr(ranks, "rank", lambda: 1)
+            plan.pop(moment)()
+            monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    monkeypatch.setattr(ranks, "patience", 10)
+    return plan
+
+
+def test_a_rank_at_work_is_waited_for_however_long(clock):
+    clock.update({seconds: ranks.sign for seconds in range(8, 80, 8)} | {80: ranks.meet})
+    ranks.meet()
+    assert not clock  # not before it came
+    clock[99] = ranks.meet
+    with pytest.raises(dist.DistError, match="rank 1 has shown no sign of work for 10 seconds"):
+        ranks.meet()  # the second meeting: that it came to the first does not count
+    assert clock
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from rprm import Case
 
 
 def write(path, *rows, indent=None):
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False, indent=indent) for r in rows), encoding="utf-8")
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False, indent=indent) for r in rows),
+                    encoding="utf-8")
     return path
 
 
@@ -41,7 +42,8 @@ A, B = {"id": "a", "x": 1}, {"id": "b", "x": [2, {"y": "ü\u2028"}]}
 @pytest.mark.parametrize("text, places", [
     (json.dumps([A, B]), ["row 1", "row 2"]), (json.dumps([A, B], indent=2), ["row 1", "row 2"]),
     ("\n\n  [\n" + json.dumps(A) + ",\n" + json.dumps(B) + "]\n", ["row 1", "row 2"]),
-    (json.dumps(A) + "\n" + json.dumps(B, ensure_ascii=False) + "\n", ["1", "2"]), (f"\n{json.dumps(A)}\r\n\n \n{json.dumps(B)}", ["2", "5"]),
+    (json.dumps(A) + "\n" + json.dumps(B, ensure_ascii=False) + "\n", ["1", "2"]),
+    (f"\n{json.dumps(A)}\r\n\n \n{json.dumps(B)}", ["2", "5"]),
     (json.dumps(B), ["1"]), (json.dumps(B, indent=2), ["row 1"]), ("[]", []), ("", []), ("\n\n", []),
 ])
 def test_an_array_lines_or_a_single_object(tmp_path, text, places):
@@ -55,7 +57,8 @@ def test_an_array_lines_or_a_single_object(tmp_path, text, places):
 
 @pytest.mark.parametrize("text, said", [
     ("[{}, 7]", "row 2: expected an object, found 7"), ("[{}\n", ": not valid JSON"), ('{"a": 1}\n{"a": \n', ":2: not valid JSON"),
-    ('{"a": 1}\n[1]', ":2: expected an object"), ("7", ":1: expected an object"), ('{\n"a": 1', ": not valid JSON"), ("hello", ":1: not valid JSON"),
+    ('{"a": 1}\n[1]', ":2: expected an object"), ("7", ":1: expected an object"), ('{\n"a": 1', ": not valid JSON"),
+    ("hello", ":1: not valid JSON"),
 ])
 def test_a_file_that_is_no_rows_names_the_place(tmp_path, text, said):
     path = tmp_path / "rows.json"
@@ -95,7 +98,8 @@ def test_names_of_rows(tmp_path):
 def test_a_solution_to_score_needs_no_label():
     row = bench()
     del row["label"]
-    assert read_solution(row, "f:1") == read_solution(row | {"label": None}, "f:1") == Solution("gsm8k-7", "P", ("one", "two", "three"), None)
+    expected = Solution("gsm8k-7", "P", ("one", "two", "three"), None)
+    assert read_solution(row, "f:1") == read_solution(row | {"label": None}, "f:1") == expected
     assert read_solution(bench(2), "f:1").label == 2
 
 
@@ -180,14 +184,16 @@ def test_prm800k_ends_where_nothing_is_chosen(tmp_path):
     assert read_one(tmp_path, prm({"completions": None, "chosen_completion": None, "human_completion": None}))[0] == []
 
 
-@pytest.mark.parametrize("name, reason", [("is_quality_control_question", "quality control"), ("is_initial_screening_question", "screening")])
+@pytest.mark.parametrize("name, reason", [("is_quality_control_question", "quality control"),
+                                          ("is_initial_screening_question", "screening")])
 def test_prm800k_rows_that_are_dropped(tmp_path, name, reason):
     assert read_one(tmp_path, prm(step(completion("a", 1), chosen=0), **{name: True})) == ([], Counter({f"dropped: {reason} row": 1}))
 
 
 BAD_PRM = {
     "rating 2": (prm(step(completion("a", 2))), "field 'label.steps'[0].completions[0]: field 'rating': 2"),
-    "rating a text": (prm(step(completion("a", "1"))), "'rating': '1'"), "rating true": (prm(step(completion("a", True))), "'rating': True"),
+    "rating a text": (prm(step(completion("a", "1"))), "'rating': '1'"),
+    "rating true": (prm(step(completion("a", True))), "'rating': True"),
     "chosen too high": (prm(step(completion("a", 1), chosen=1)), "[0]: field 'chosen_completion': 1 is out of range (0 to 0)"),
     "chosen negative": (prm(step(completion("a", 1), chosen=-1)), "'chosen_completion': -1"),
     "chosen a text": (prm(step(completion("a", 1), chosen="0")), "'chosen_completion': '0'"),
@@ -195,9 +201,11 @@ BAD_PRM = {
     "no text": (prm(step(completion("a", 1), {"rating": 1}, chosen=0)), "completions[1]: field 'text' is missing"),
     "text null": (prm(step(completion(None, 1))), "field 'text'"), "human a number": (prm(step(human=7)), "[0]: field 'human_completion'"),
     "human without text": (prm(step(human={"rating": 1})), "'human_completion'"), "a step a text": (prm("a"), "field 'label.steps'[0]"),
-    "completions an object": (prm({"completions": {"text": "a"}}), "completions"), "no steps": (prm() | {"label": {}}, "field 'steps' is missing"),
+    "completions an object": (prm({"completions": {"text": "a"}}), "completions"),
+    "no steps": (prm() | {"label": {}}, "field 'steps' is missing"),
     "label a number": (prm() | {"label": 1}, "'label'"), "empty problem": (prm() | {"question": {"problem": ""}}, "'problem' is empty"),
-    "no problem": (prm() | {"question": {}}, "field 'question': field 'problem' is missing"), "question a text": (prm() | {"question": "P"}, "'question'"),
+    "no problem": (prm() | {"question": {}}, "field 'question': field 'problem' is missing"),
+    "question a text": (prm() | {"question": "P"}, "'question'"),
 }
 
 
@@ -239,7 +247,8 @@ def test_math_shepherd_signs_of_arithmetic_are_no_labels(tmp_path):
 BAD_SHEPHERD = {
     "no tags": (shepherd("", "P Step 1: a") , "'input'"), "no first step": (shepherd("+", "P a ки"), "'input'"),
     "no problem": (shepherd("+", "Step 1: a ки"), "'input'"), "an empty step": (shepherd("++", "P Step 1: a ки\nStep 2: ки"), "'input'"),
-    "another sign": (shepherd("+x+"), "'label'"), "a tag left": (shepherd("+"), "'label'"), "another text": (shepherd("+++") | {"label": "Q + - +"}, "'label'"),
+    "another sign": (shepherd("+x+"), "'label'"), "a tag left": (shepherd("+"), "'label'"),
+    "another text": (shepherd("+++") | {"label": "Q + - +"}, "'label'"),
     "a letter changed": (shepherd("+++") | {"label": shepherd("+++")["label"].replace("buys", "pays")}, "'label'"),
     "label too short": (shepherd("+++") | {"label": shepherd("+++")["label"][:-1]}, "'label'"),
     "label a list": (shepherd("+++") | {"label": [1, 1, 0]}, "'label'"), "input null": (shepherd("+++") | {"input": None}, "'input'"),
@@ -270,7 +279,8 @@ def test_seed_rows(tmp_path):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"expert_judge": "positive"}, "'expert-judge': 'positive'"), ({"expert_judge": True}, "'expert-judge'"), ({"query": ""}, "'query' is empty"),
+    ({"expert_judge": "positive"}, "'expert-judge': 'positive'"), ({"expert_judge": True}, "'expert-judge'"),
+    ({"query": ""}, "'query' is empty"),
     ({"now_step": " "}, "'now-step' is empty"), ({"now_step": 3}, "'now-step'"), ({"previous_steps": [1]}, "'previous-steps'"),
     ({"previous_steps": {"a": 1}}, "'previous-steps'"), ({"now_step": "Step 3: "}, "'now-step'"),
 ])
@@ -288,14 +298,16 @@ def test_a_seed_row_without_its_judge(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- formats told apart, and our own
 
-@pytest.mark.parametrize("row, reader", [(bench(), readers.processbench), (prm(), readers.prm800k), (shepherd("+++"), readers.math_shepherd),
+@pytest.mark.parametrize("row, reader", [(bench(), readers.processbench), (prm(), readers.prm800k),
+                                         (shepherd("+++"), readers.math_shepherd),
                                          (seed(), readers.seed_row)])
 def test_formats_are_told_apart_by_their_fields(row, reader):
     assert readers.choose_reader(row, "f:1") is reader
 
 
 def test_an_unknown_format_and_a_changed_one(tmp_path):
-    assert "x.jsonl:1: fields prompt, completion are no known format" in refused(write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"}))
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
+    assert "x.jsonl:1: fields prompt, completion are no known format" in refused(path)
     assert "x.jsonl:2: field 'steps' is missing" in refused(write(tmp_path / "x.jsonl", bench(), seed()))
 
 
@@ -304,7 +316,8 @@ def test_read_case():
     assert read_case(row, "f:1") == Case("P", ("a",), "b", False)
     assert read_case(row | {"label": None}, "f:1").label is None
     for changes, said in (({"label": 0}, "'label'"), ({"label": "true"}, "'label'"), ({"previous_steps": "a"}, "'previous_steps'"),
-                          ({"previous_steps": [None]}, "'previous_steps'"), ({"problem": ""}, "'problem' is empty"), ({"now_step": " "}, "'now_step' is empty")):
+                          ({"previous_steps": [None]}, "'previous_steps'"), ({"problem": ""}, "'problem' is empty"),
+                          ({"now_step": " "}, "'now_step' is empty")):
         with pytest.raises(BadInput, match=f"^f:1: field {said}"):
             read_case(row | changes, "f:1")
     for name in ("problem", "previous_steps", "now_step"):
@@ -325,6 +338,7 @@ def test_a_solution_of_a_thousand_steps_and_no_more(tmp_path, hostile):
 
 def test_blank_lines_in_seed_rows_take_no_longer(tmp_path):
     """White space before "Step 2:" was looked for from each of its newlines anew: 200,000 would have taken an hour."""
-    row = {"id": "a", "query": "q", "previous-steps": "Step 1: a\n \n" + "\n" * 200_000 + "  Step 2: b", "now-step": "c", "expert-judge": "Positive"}
+    row = {"id": "a", "query": "q", "previous-steps": "Step 1: a\n \n" + "\n" * 200_000 + "  Step 2: b", "now-step": "c",
+           "expert-judge": "Positive"}
     [(_, case)], _ = read_one(tmp_path, row)
     assert case.previous_steps == ("a", "b")

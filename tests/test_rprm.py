@@ -168,7 +168,8 @@ def test_yes_and_no_are_single_tokens_after_the_question(make_sampler):
 TAILS = {" Yes": True, " No": False, " Yes.\n": True, " No. \n\n": False}
 
 
-@pytest.mark.parametrize("before", ["", "The sum is right.\n", "12 + 7 = 19. Naïve, but 对的 😀.\n\nYes, yes.\n", f"{VERIFICATION} No\nBut:\n", "So: "])
+@pytest.mark.parametrize("before", ["", "The sum is right.\n", "12 + 7 = 19. Naïve, but 对的 😀.\n\nYes, yes.\n",
+                                    f"{VERIFICATION} No\nBut:\n", "So: "])
 def test_p_yes_is_read_at_the_verdict(make_sampler, monkeypatch, before):
     """From the decoding pass itself, at the answer of the final line: the same as a separate full pass up to there."""
     sampler = make_sampler(k=len(TAILS), max_new_tokens=400)
@@ -192,7 +193,8 @@ def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
         assert rprm._verdict_place(ids, tokenizer.decode(ids), tokenizer) == len(question) + place
 
 
-@pytest.mark.parametrize("text", ["The sum is right.", "", "The sum is right.\n", f"{VERIFICATION} Yes or No", f"{VERIFICATION} Yes. Done.", "😀"])
+@pytest.mark.parametrize("text", ["The sum is right.", "", "The sum is right.\n", f"{VERIFICATION} Yes or No",
+                                  f"{VERIFICATION} Yes. Done.", "😀"])
 def test_a_forced_reading_equals_a_full_pass(make_sampler, monkeypatch, text):
     """An analysis without a verdict: P(Yes) after the verification line on a line of its own; the text stays as it is."""
     sampler = make_sampler(k=2, max_new_tokens=200)
@@ -405,7 +407,8 @@ def test_the_script_says_so_when_nothing_counts(tiny_folder, short_prompt, capsy
 @pytest.mark.parametrize("flags, said", [
     (["--k", 0], "--k: 0 is out of range"), (["--k", "ten"], "--k: 'ten' is not int"), (["--temperature", -1], "--temperature"),
     (["--top-p", 0], "--top-p"), (["--max-new-tokens", 0], "--max-new-tokens"), (["--unknown", 1], "--unknown"),
-    (["--problem", "Tom has 3 apples."], "--problem and --step go together"), (["--step", "3 + 4 = 7."], "--problem and --step go together"),
+    (["--problem", "Tom has 3 apples."], "--problem and --step go together"),
+    (["--step", "3 + 4 = 7."], "--problem and --step go together"),
     (["--model", "absent/folder"], "absent/folder"), (["--prompt-file", "absent.txt"], "absent.txt: no such prompt file"),
 ])
 def test_bad_input_exits_2(tiny_folder, capsys, flags, said):

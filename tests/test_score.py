@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ import data
 import score
 from checkpoint import load_model, load_tokenizer
 from cli import run
-from conftest import ROOT
+from conftest import ROOT, kill_and_resume
 from model import Tree, TreeAttention
 from rprm import VERIFICATION, Analysis, Case, Prompt, load_prompt, load_sampler, reward
 
@@ -55,6 +56,14 @@ def read(path: Path) -> list[dict]:
 
 def summary(out: Path) -> list[dict]:
     return json.loads(out.with_suffix(".summary.json").read_text())
+
+
+def table_row(lines: list[dict], k: int) -> dict:
+    """That of these lines of scores at this K."""
+    counts = Counter()
+    for line in lines:
+        score.count_line(counts, line | {"source": "s"}, (1, k))
+    return score.summary_row(counts, "s", k)
 
 
 def rewards_close(lines: list[dict]) -> list[dict]:
@@ -122,7 +131,7 @@ def test_hand_worked_accuracies(tmp_path, stand_in, capsys):
     """2 of 4 errors found, 1 of 2 correct solutions left alone: F1 = 2 * 50 * 50 / 100."""
     rows = [r for r, _, _ in HAND]
     stand_in(rows, [p for _, p, _ in HAND])
-    score_py("--input", write(tmp_path / "bench.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl")
+    score_py("--input", write(tmp_path / "bench.json", rows), "--k", 2, 2, "--out", tmp_path / "s.jsonl")
     lines = read(tmp_path / "s.jsonl")
     assert [line["id"] for line in lines] == list("abcdefg")
     assert [line["prediction"] for line in lines] == [prediction for *_, prediction in HAND]
@@ -137,14 +146,16 @@ def test_hand_worked_accuracies(tmp_path, stand_in, capsys):
 
 
 @pytest.mark.parametrize("right_errors, errors, right_correct, correct, f1", [
-    (1, 3, 1, 2, 40.0), (3, 4, 1, 4, 37.5), (0, 2, 2, 2, 0.0), (0, 1, 0, 1, 0.0), (2, 2, 3, 3, 100.0), (1, 2, 0, 0, None), (0, 0, 1, 1, None),
+    (1, 3, 1, 2, 40.0), (3, 4, 1, 4, 37.5), (0, 2, 2, 2, 0.0), (0, 1, 0, 1, 0.0), (2, 2, 3, 3, 100.0), (1, 2, 0, 0, None),
+    (0, 0, 1, 1, None),
 ])
 def test_f1_is_the_harmonic_mean(right_errors, errors, right_correct, correct, f1):
     """And nothing where there is nothing to take it over."""
+    analysis = {"verdict": True, "p_yes": 0.9, "n_tokens": 1, "finished": True, "forced": False}
     lines = [{"label": 2, "predictions": {"4": 2 if i < right_errors else 1, "1": 0}} for i in range(errors)]
     lines += [{"label": -1, "predictions": {"4": -1 if i < right_correct else 0, "1": 0}} for i in range(correct)]
     lines += [{"label": None, "predictions": {"4": 2, "1": 0}}]
-    found = score.accuracies(lines, 4)
+    found = table_row([{"samples": [[analysis] * 4]} | line for line in lines], 4)
     assert found["f1"] == (f1 if f1 is None else pytest.approx(f1))
     assert found["error_accuracy"] == (pytest.approx(100 * right_errors / errors) if errors else None)
     assert found["correct_accuracy"] == (pytest.approx(100 * right_correct / correct) if correct else None)
@@ -176,9 +187,10 @@ def test_unparsed_truncated_forced_and_null(tmp_path, stand_in, monkeypatch):
     """The rates are over the analyses that the row's K takes."""
     def a(verdict, p, finished=True, forced=False, n=10):
         return {"text": "", "verdict": verdict, "p_yes": p, "n_tokens": n, "finished": finished, "forced": forced}
-    lines = [{"label": -1, "predictions": {"2": -1, "1": -1}, "samples": [[a(True, 0.9), a(None, 0.8, False, True, 30)], [a(None, None), a(None, None)]]},
+    lines = [{"label": -1, "predictions": {"2": -1, "1": -1},
+              "samples": [[a(True, 0.9), a(None, 0.8, False, True, 30)], [a(None, None), a(None, None)]]},
              {"label": 0, "predictions": {"2": 0, "1": -1}, "samples": [[a(None, 0.1, forced=True), a(False, 0.2)]]}]
-    two, one = score.summary_row("s", lines, 2), score.summary_row("s", lines, 1)
+    two, one = table_row(lines, 2), table_row(lines, 1)
     assert (two["unparsed"], two["truncated"], two["forced"], two["null_rewards"]) == (pytest.approx(400 / 6), pytest.approx(100 / 6), 2, 1)
     assert (one["unparsed"], one["truncated"], one["forced"], one["null_rewards"]) == (pytest.approx(200 / 3), 0, 1, 1)
     assert (two["tokens_per_step"], one["tokens_per_step"]) == (pytest.approx(80 / 3), 10)
@@ -221,7 +233,8 @@ def test_stopping_at_the_first_wrong_step_predicts_the_same(tmp_path, stand_in, 
     assert len(asked) - n_asked == sum(len(r["steps"]) for r in rows)
     needed = [max(len(r["steps"]) if p < 0 else p + 1 for p in line["predictions"].values()) for r, line in zip(rows, stop)]
     assert [len(line["samples"]) for line in stop] == needed and n_asked == sum(needed) < len(asked) - n_asked
-    accuracy = [{k: v for k, v in r.items() if k in ("k", "f1", "error_accuracy", "correct_accuracy")} for r in summary(tmp_path / "stop.jsonl")]
+    accuracy = [{k: v for k, v in r.items() if k in ("k", "f1", "error_accuracy", "correct_accuracy")}
+                for r in summary(tmp_path / "stop.jsonl")]
     assert accuracy == [{k: r[k] for k in accuracy[0]} for r in summary(tmp_path / "all.jsonl")] and accuracy[0]["f1"]
     for r, line, values in zip(rows, everything, p_yes):  # and each prediction as its definition says
         for k in ks:
@@ -311,7 +324,19 @@ def test_a_killed_run_of_a_model_resumes_to_the_same_bytes(tmp_path, tiny, monke
         assert out.read_bytes() == whole
 
 
-@pytest.mark.parametrize("spoil", [lambda line: line.pop("predictions"), lambda line: line["predictions"].pop("2"), lambda line: line.update(samples=[]),
+def test_a_scoring_killed_by_the_system_resumes_to_the_same_files(tmp_path, tiny):
+    """SIGKILL to the process at three random moments, rounds of 8 solutions; scores and table."""
+    rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(40)]
+    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 1, 2, "--max-new-tokens", 24, "--batch-size", 1, "--out"]
+    score_py(*flags, tmp_path / "whole.jsonl")
+    kill_and_resume(["score.py", *flags, tmp_path / "killed.jsonl"], tmp_path / "killed.jsonl.part",
+                    random.Random(6).sample(range(1, 35), 3))
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert summary(tmp_path / "killed.jsonl") == summary(tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize("spoil", [lambda line: line.pop("predictions"), lambda line: line["predictions"].pop("2"),
+                                   lambda line: line.update(samples=[]),
                                    lambda line: line["samples"][0][0].update(p_yes=2), lambda line: line.update(samples=3)])
 def test_a_spoilt_line_of_a_killed_run_is_named(tmp_path, stand_in, capsys, monkeypatch, spoil):
     monkeypatch.setattr(data, "ROUND", 1)
@@ -334,7 +359,9 @@ def test_a_resumed_run_must_be_the_same_one(tmp_path, stand_in, capsys, monkeypa
     out = tmp_path / "s.jsonl"
     flags = ["--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, "--batch-size", 1]
     score_py(*flags)
-    assert "--overwrite" in refused(capsys, *flags) and "nothing to resume" in refused(capsys, *flags, "--resume")
+    assert "--overwrite" in refused(capsys, *flags)
+    score_py(*flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
     half = out.read_bytes()[:-30]
     out.unlink()
     Path(f"{out}.part").write_bytes(half)
@@ -381,7 +408,8 @@ def test_direct_equals_a_full_pass(tmp_path, tiny_folder, batch_size):
 
 def test_a_single_solution_as_a_user_runs_it(tmp_path, tiny):
     """A line per step, the first one predicted wrong, and with --show the analyses."""
-    done = subprocess.run([sys.executable, str(ROOT / "score.py"), *map(str, tiny), "--problem", "Tom has 3 apples and buys 4.", "--step", "3 + 4 = 8.",
+    done = subprocess.run([sys.executable, str(ROOT / "score.py"), *map(str, tiny), "--problem", "Tom has 3 apples and buys 4.",
+                           "--step", "3 + 4 = 8.",
                            "--step", "So he has 8.", "That is all.", "--k", "2", "--all-steps", "--show"], capture_output=True, text=True,
                           encoding="utf-8", cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr
@@ -394,7 +422,8 @@ def test_a_single_solution_as_a_user_runs_it(tmp_path, tiny):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt"]
 
 
-@pytest.mark.parametrize("p_yes, said", [([0.9, 0.2, 0.9], "first step predicted wrong: step 2"), ([0.9, 0.9, 0.9], "first step predicted wrong: none")])
+@pytest.mark.parametrize("p_yes, said", [([0.9, 0.2, 0.9], "first step predicted wrong: step 2"),
+                                         ([0.9, 0.9, 0.9], "first step predicted wrong: none")])
 def test_a_file_of_one_object_is_a_single_solution(tmp_path, stand_in, capsys, p_yes, said):
     """With --out, its line is written too; steps after the first wrong one are named as not judged."""
     one = row("a", None)
@@ -420,12 +449,15 @@ def test_unlabelled_solutions(tmp_path, stand_in, capsys):
 # ---------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("changes, said", [
-    ({"label": 3}, "row 2: field 'label': 3 is out of range (-1 to 2)"), ({"label": -2}, "row 2: field 'label': -2"), ({"label": "1"}, "row 2: field 'label'"),
-    ({"steps": []}, "row 2: field 'steps'"), ({"steps": ["a", " "]}, "row 2: field 'steps'"), ({"problem": ""}, "row 2: field 'problem' is empty"),
+    ({"label": 3}, "row 2: field 'label': 3 is out of range (-1 to 2)"), ({"label": -2}, "row 2: field 'label': -2"),
+    ({"label": "1"}, "row 2: field 'label'"),
+    ({"steps": []}, "row 2: field 'steps'"), ({"steps": ["a", " "]}, "row 2: field 'steps'"),
+    ({"problem": ""}, "row 2: field 'problem' is empty"),
 ])
 def test_a_bad_solution_names_file_row_and_field(tmp_path, tiny, capsys, changes, said):
     write(tmp_path / "b.json", [row("a", 1), row("b", 1) | changes])
-    assert refused(capsys, *tiny, "--input", tmp_path / "b.json", "--out", tmp_path / "s.jsonl").startswith(f"error: {tmp_path}/b.json: {said}")
+    error = refused(capsys, *tiny, "--input", tmp_path / "b.json", "--out", tmp_path / "s.jsonl")
+    assert error.startswith(f"error: {tmp_path}/b.json: {said}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "short.txt"]
 
 
@@ -433,10 +465,13 @@ GIVE_ONE = "give either --problem with its --step, or --input FILE"
 
 
 @pytest.mark.parametrize("flags, said", [
-    ([], GIVE_ONE), (["--problem", "P"], GIVE_ONE), (["--step", "s"], GIVE_ONE), (["--problem", "P", "--step", "s", "--input", "b.json"], GIVE_ONE),
-    (["--problem", "P", "--input", "b.json"], GIVE_ONE), (["--problem", "P", "--step", "s", ""], "field 'steps'"), (["--problem", " ", "--step", "s"], "'problem'"),
+    ([], GIVE_ONE), (["--problem", "P"], GIVE_ONE), (["--step", "s"], GIVE_ONE),
+    (["--problem", "P", "--step", "s", "--input", "b.json"], GIVE_ONE),
+    (["--problem", "P", "--input", "b.json"], GIVE_ONE), (["--problem", "P", "--step", "s", ""], "field 'steps'"),
+    (["--problem", " ", "--step", "s"], "'problem'"),
     (["--input", "absent.json"], "absent.json: no such file"), (["--input", "empty.json"], "empty.json: has no solutions"),
-    (["--input", "b.json", "--model", "absent/folder"], "absent/folder"), (["--input", "b.json", "--prompt-file", "absent.txt"], "absent.txt: no such prompt file"),
+    (["--input", "b.json", "--model", "absent/folder"], "absent/folder"),
+    (["--input", "b.json", "--prompt-file", "absent.txt"], "absent.txt: no such prompt file"),
     (["--input", "b.json", "--k", "0"], "--k: 0 is out of range"), (["--input", "b.json", "--k", "1", "0"], "--k: 0 is out of range"),
     (["--input", "b.json", "--threshold", "1.5"], "--threshold"), (["--input", "b.json", "--threshold", "nan"], "--threshold"),
     (["--input", "b.json", "--limit", "0"], "--limit"),
@@ -460,6 +495,7 @@ def test_a_solution_longer_than_the_context(tmp_path, tiny, capsys):
 def test_an_error_is_one_line_without_a_traceback(tmp_path):
     """As a user meets it: exit code 2, one line on stderr."""
     write(tmp_path / "b.json", [row("a", 9)])
-    done = subprocess.run([sys.executable, str(ROOT / "score.py"), "--input", "b.json", "--model", "absent"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "score.py"), "--input", "b.json", "--model", "absent"], capture_output=True,
+                          text=True,
                           cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and done.stderr == "error: b.json: row 1: field 'label': 9 is out of range (-1 to 2); correct it\n"

@@ -120,7 +120,8 @@ def score(label, *steps):
 
 
 def test_measures_of_a_table_worked_by_hand():
-    lines = [score(-1, [0.9, 0.9], [0.8, 0.2]), score(0, [0.1, 0.3], [0.9, 0.9]), score(1, [0.9, 0.7], [0.6, 0.2]), score(-1, [0.9, 0.0], [1.0, 1.0])]
+    lines = [score(-1, [0.9, 0.9], [0.8, 0.2]), score(0, [0.1, 0.3], [0.9, 0.9]), score(1, [0.9, 0.7], [0.6, 0.2]),
+             score(-1, [0.9, 0.0], [1.0, 1.0])]
     first = report.measure("x", lines, 1)  # rewards .9 .8 | .1 | .9 .6 | .9 1.0 -> predictions -1, 0, -1, -1
     assert (first["error_accuracy"], first["correct_accuracy"]) == (50.0, 100.0) and first["f1"] == pytest.approx(200 / 3)
     assert first["tokens_per_step"] == 5

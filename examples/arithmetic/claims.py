@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the project's scripts, which are no package
 from cli import BadInput, print_config, read_json, read_jsonl, run, write_json, writing
 from data import own_prompt
-from report import accuracies, import_pyplot, measure, predictions, step_rewards  # beside this file
+from report import f1_of, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT
 DPO_SETTINGS = tuple(itertools.product(("3e-5", "1e-4", "3e-4"), ("0", "5")))  # learning rate, weight of the NLL term
@@ -71,7 +71,8 @@ class Chain:
             code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
-            raise BadInput(f"{part}: the stage failed with exit code {code}; its last line: {part.read_text(encoding='utf-8').strip()[-300:]}")
+            last = part.read_text(encoding="utf-8").strip()[-300:]
+            raise BadInput(f"{part}: the stage failed with exit code {code}; its last line: {last}")
         os.replace(part, log)
 
     def prepare(self) -> None:
@@ -80,8 +81,8 @@ class Chain:
         self.stage("world", HERE / "world.py", "--out", f / "world", "--seed", 1000 + self.seed, "--difficulty", c.difficulty,
                    "--train", c.train, "--validation", 0, "--test", c.test, "--pretrain", 0)
         self.stage("cases", "data.py", "cases", "--input", f / "world/train.jsonl", "--out", f / "cases.jsonl", "--overwrite")
-        self.stage("seed", "data.py", "sample", "--model", self.base, "--cases", f / "cases.jsonl", "--n", 4, "--seed", self.seed, *SAMPLING,
-                   "--out", f / "seed.jsonl", "--resume")
+        self.stage("seed", "data.py", "sample", "--model", self.base, "--cases", f / "cases.jsonl", "--n", 4,
+                   "--seed", self.seed, *SAMPLING, "--out", f / "seed.jsonl", "--resume")
         for size in SIZES:
             first_share(f / "cases.jsonl", f / f"cases.{size}.jsonl", size)
             first_share(f / "seed.jsonl", f / f"seed.{size}.jsonl", size)
@@ -94,8 +95,9 @@ class Chain:
         """SFT of the base on 1/size of the cases, as a direct PRM or to reason -> the run's folder."""
         f = self.folder
         name = f"{kind}.{size}.lr-{lr}.epochs-{epochs}"
-        self.stage(name, "train_sft.py", "--model", self.base, "--train", f / f"{kind}.{size}.jsonl", "--validation", f / f"{kind}.{size}.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", epochs, "--batch-size", 32, "--eval-every", 10, "--seed", self.seed, "--resume")
+        self.stage(name, "train_sft.py", "--model", self.base, "--train", f / f"{kind}.{size}.jsonl",
+                   "--validation", f / f"{kind}.{size}.validation.jsonl", "--out", f / name, "--lr", lr, "--epochs", epochs,
+                   "--batch-size", 32, "--eval-every", 10, "--seed", self.seed, "--resume")
         return f / name
 
     def prefer(self, sft: Path) -> None:
@@ -106,11 +108,15 @@ class Chain:
         self.stage("pairs", "data.py", "pairs", "--samples", f / "preferences.jsonl", "--validation", 0.1, "--seed", self.seed,
                    "--out", f / "pairs.jsonl", "--overwrite")
 
+    @staticmethod
+    def dpo_name(lr: str, nll: str) -> str:
+        return f"dpo.lr-{lr}.nll-{nll}"
+
     def train_dpo(self, sft: Path, lr: str, nll: str) -> Path:
-        c, f, name = self.config, self.folder, f"dpo.lr-{lr}.nll-{nll}"
-        self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl", "--validation", f / "pairs.validation.jsonl",
-                   "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs, "--nll", nll, "--beta", c.beta, "--batch-size", 32,
-                   "--eval-every", 5, "--seed", self.seed, "--resume")
+        c, f, name = self.config, self.folder, self.dpo_name(lr, nll)
+        self.stage(name, "train_dpo.py", "--model", sft / "model", "--train", f / "pairs.jsonl",
+                   "--validation", f / "pairs.validation.jsonl", "--out", f / name, "--lr", lr, "--epochs", c.dpo_epochs,
+                   "--nll", nll, "--beta", c.beta, "--batch-size", 32, "--eval-every", 5, "--seed", self.seed, "--resume")
         return f / name
 
     def score(self, name: str, model: Path, *flags, data: str = "world/test.jsonl") -> Path:
@@ -138,7 +144,7 @@ class Chain:
 
     def run_dpo(self, chosen: dict[str, tuple[str, ...]]) -> None:
         dpo = self.train_dpo(self.train("sft", 1, *chosen["sft"]), *chosen["dpo"])
-        self.score(f"dpo.{dpo.name}", dpo / "model", "--k", *KS, "--all-steps")
+        self.score(dpo.name, dpo / "model", "--k", *KS, "--all-steps")
 
 
 def lowest_loss(run: Path) -> float:
@@ -175,7 +181,8 @@ def main(config: Config) -> None:
         chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
     every_seed(config, lambda chain: chain.run(chosen))
     sft = first.train("sft", 1, *chosen["sft"])
-    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)), "validation F1", max)
+    chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)),
+                           "validation F1", max)
     print_grid(grid)
     every_seed(config, lambda chain: chain.run_dpo(chosen))
     scores = {seed: read_scores(Path(config.out) / f"seed-{seed}", chosen) for seed in config.seeds}
@@ -210,7 +217,7 @@ CLAIMS = (
 
 def read_scores(folder: Path, chosen: dict) -> dict[str, list[dict]]:
     files = {name: name for name in ("base", *(f"{kind}.{size}" for kind in ("direct", "sft") for size in SIZES))}
-    files["dpo"] = "dpo.dpo.lr-{}.nll-{}".format(*chosen["dpo"])
+    files["dpo"] = Chain.dpo_name(*chosen["dpo"])
     return {name: [line for _, line in read_jsonl(folder / f"scores.{file}.jsonl")] for name, file in files.items()}
 
 
@@ -229,8 +236,8 @@ def claim(scores: dict[int, dict], title: str, better: tuple[str, int], worse: t
         first, second = (predictions(step_rewards(models[name], k)) for name, k in (better, worse))
         rng = np.random.default_rng(seed)
         draws = [rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAPS)]
-        drawn = [accuracies(first[d], labels[d])[2] - accuracies(second[d], labels[d])[2] for d in draws]
-        differences.append(accuracies(first, labels)[2] - accuracies(second, labels)[2])
+        drawn = [f1_of(first[d], labels[d]) - f1_of(second[d], labels[d]) for d in draws]
+        differences.append(f1_of(first, labels) - f1_of(second, labels))
         bootstraps.append(np.percentile(drawn, [2.5, 97.5]).tolist())
     return {"claim": title, "wanted": wanted} | interval(differences) | {"bootstrap_per_seed": bootstraps}
 
@@ -267,7 +274,7 @@ def shown(value: dict, digits: int = 1) -> str:
 
 def print_grid(grid: list[dict]) -> None:
     for row in grid:
-        print(f"grid: {row['kind']:<7} {setting_words(row):<22} {row['measure']} {row['value']:.4f}{'  <- chosen' if row['chosen'] else ''}")
+        print(f"grid: {row['kind']:<7} {setting_words(row):<22} {row['measure']} {row['value']:.4f}" + "  <- chosen" * row["chosen"])
 
 
 def setting_words(row: dict) -> str:
@@ -281,10 +288,11 @@ def tables(config: Config, result: dict) -> str:
     for c in result["claims"]:
         wanted = "" if c["wanted"] is None else f"+{c['wanted']}"
         lines.append(f"| {c['claim']} | {wanted} | {shown(c)} | {', '.join(f'{d:+.1f}' for d in c['seeds'])} |")
-    lines += ["", "| model | K | error accuracy | correct accuracy | F1 | AUROC | Brier | unparsed % | tokens per step |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += ["", "| model | K | error accuracy | correct accuracy | F1 | AUROC | Brier | unparsed % | tokens per step |", "|---" * 9 + "|"]
     for r in result["models"]:
-        lines.append(f"| {NAMES[r['model']]} | {r['k']} | {shown(r['error_accuracy'])} | {shown(r['correct_accuracy'])} | {shown(r['f1'])} | "
-                     f"{shown(r['auroc'], 3)} | {shown(r['brier'], 3)} | {r['unparsed']['mean']:.1f} | {r['tokens_per_step']['mean']:.0f} |")
+        cells = [NAMES[r["model"]], r["k"], *(shown(r[name]) for name in ("error_accuracy", "correct_accuracy", "f1")),
+                 shown(r["auroc"], 3), shown(r["brier"], 3), f"{r['unparsed']['mean']:.1f}", f"{r['tokens_per_step']['mean']:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     sizes = {(r["model"].split(".")[0], r["cases"]): r for r in result["sizes"]}
     counts = sorted({cases for _, cases in sizes})
     lines += ["", "| F1 by number of cases | " + " | ".join(map(str, counts)) + " |", "|---" * (len(counts) + 1) + "|"]
@@ -295,7 +303,8 @@ def tables(config: Config, result: dict) -> str:
     for row in result["grid"]:
         mark = "**" if row["chosen"] else ""
         value = f"{row['value']:.1f}" if row["measure"].endswith("F1") else f"{row['value']:.4f}"
-        lines.append(f"| {NAMES[row['kind'] + ('' if row['kind'] == 'dpo' else '.1')]} | {setting_words(row)} | {row['measure']} | {mark}{value}{mark} |")
+        name = NAMES[row["kind"] if row["kind"] == "dpo" else f"{row['kind']}.1"]
+        lines.append(f"| {name} | {setting_words(row)} | {row['measure']} | {mark}{value}{mark} |")
     return "\n".join(lines)
 
 

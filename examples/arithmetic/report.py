@@ -1,6 +1,7 @@
 """The table and the plots at the end of the demo, from scores.jsonl files and the runs' metrics.
 
-    python examples/arithmetic/report.py --scores base.jsonl direct.jsonl sft.jsonl dpo.jsonl --names base "direct PRM" "R-PRM SFT" "R-PRM DPO" --out runs/demo
+    python examples/arithmetic/report.py --scores base.jsonl direct.jsonl sft.jsonl dpo.jsonl \\
+        --names base "direct PRM" "R-PRM SFT" "R-PRM DPO" --out runs/demo
 
 Scores are made with score.py --all-steps, so every K up to the sampled one can be read off the same analyses.
 """
@@ -12,6 +13,7 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's scripts, which are no package
+import score
 from cli import BadInput, read_jsonl, run, write_json
 
 THRESHOLD = 0.5
@@ -72,11 +74,15 @@ def predictions(rewards: list[np.ndarray]) -> np.ndarray:
     return np.array([next((t for t, value in enumerate(own) if value < THRESHOLD), -1) for own in rewards])
 
 
-def accuracies(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """Error accuracy, correct accuracy and F1, ProcessBench's harmonic mean, in percent."""
-    error = 100 * np.mean(predicted[labels >= 0] == labels[labels >= 0])
-    correct = 100 * np.mean(predicted[labels < 0] == -1)
-    return error, correct, 2 * error * correct / (error + correct) if error + correct else 0.0
+def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """error_accuracy, correct_accuracy and f1, in percent; nan where there is nothing to take them over."""
+    hit, wrong = predicted == labels, labels >= 0
+    found = score.accuracies(*(int(n) for n in ((hit & wrong).sum(), wrong.sum(), (hit & ~wrong).sum(), (~wrong).sum())))
+    return {name: np.nan if value is None else value for name, value in found.items()}
+
+
+def f1_of(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return accuracies(predicted, labels)["f1"]
 
 
 def auroc(values: np.ndarray, labels: np.ndarray) -> float:
@@ -91,30 +97,32 @@ def bootstrap_f1(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     """95% interval of F1 over solutions drawn with replacement."""
     rng = np.random.default_rng(0)
     draws = [rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAPS)]
-    low, high = np.percentile([accuracies(predicted[d], labels[d])[2] for d in draws], [2.5, 97.5])
+    low, high = np.percentile([f1_of(predicted[d], labels[d]) for d in draws], [2.5, 97.5])
     return float(low), float(high)
 
 
 def measure(name: str, lines: list[dict], k: int) -> dict:
     labels, rewards = np.array([line["label"] for line in lines]), step_rewards(lines, k)
     predicted = predictions(rewards)
-    error, correct, f1 = accuracies(predicted, labels)
     values, right = labelled_steps(lines, rewards)
     low, high = bootstrap_f1(predicted, labels)
     analyses = [a for line in lines for step in line["samples"] for a in step[:k]]
     steps = sum(len(line["samples"]) for line in lines)
-    return {"model": name, "k": k, "solutions": len(lines), "error_accuracy": error, "correct_accuracy": correct, "f1": f1, "f1_low": low, "f1_high": high,
+    return {"model": name, "k": k, "solutions": len(lines), **accuracies(predicted, labels), "f1_low": low, "f1_high": high,
             "auroc": auroc(values, right), "brier": float(np.mean((values - right) ** 2)),
             "unparsed": 100 * float(np.mean([a["verdict"] is None and not (a["forced"] and a["n_tokens"] == 0) for a in analyses])),
             "tokens_per_step": sum(a["n_tokens"] for a in analyses) / steps}
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'model':<14}{'K':>3}{'error acc.':>12}{'correct acc.':>14}{'F1 [95%]':>20}{'AUROC':>8}{'Brier':>8}{'unparsed %':>12}{'tokens/step':>13}")
+    print(f"\n{'model':<14}{'K':>3}{'error acc.':>12}{'correct acc.':>14}{'F1 [95%]':>20}{'AUROC':>8}{'Brier':>8}"
+          f"{'unparsed %':>12}{'tokens/step':>13}")
     for r in rows:
         print(f"{r['model']:<14}{r['k']:>3}{r['error_accuracy']:>12.1f}{r['correct_accuracy']:>14.1f}"
-              f"{r['f1']:>8.1f} [{r['f1_low']:4.1f}, {r['f1_high']:4.1f}]{r['auroc']:>8.3f}{r['brier']:>8.3f}{r['unparsed']:>12.1f}{r['tokens_per_step']:>13.0f}")
-    print(f"({rows[0]['solutions']} solutions; accuracies and F1 in percent; intervals: bootstrap over solutions; AUROC and Brier over the steps up to the first wrong one)")
+              f"{r['f1']:>8.1f} [{r['f1_low']:4.1f}, {r['f1_high']:4.1f}]{r['auroc']:>8.3f}{r['brier']:>8.3f}"
+              f"{r['unparsed']:>12.1f}{r['tokens_per_step']:>13.0f}")
+    print(f"({rows[0]['solutions']} solutions; accuracies and F1 in percent; intervals: bootstrap over solutions; "
+          f"AUROC and Brier over the steps up to the first wrong one)")
 
 
 # ---------------------------------------------------------------------------------------------- plots
@@ -164,7 +172,8 @@ def reward_figure(plt, config: Config, models: dict[str, list[dict]]):
     for column, (name, lines) in enumerate(models.items()):
         values, right = labelled_steps(lines, step_rewards(lines, max(config.k)))
         top, bottom = axes[:, column]
-        top.hist([values[right], values[~right]], bins=bins, density=True, color=["tab:green", "tab:red"], label=["right steps", "wrong steps"])
+        top.hist([values[right], values[~right]], bins=bins, density=True, color=["tab:green", "tab:red"],
+                 label=["right steps", "wrong steps"])
         top.set(title=name, ylabel="density")
         top.legend()
         place = np.clip(np.digitize(values, bins) - 1, 0, 9)
