@@ -2,9 +2,9 @@
 
     python bench/reward.py --model FOLDER --data gsm8k.json
 
-The peer goes as the official code does: one case at a time, K analyses, then one full pass per analysis at batch size
-1 that reads P(Yes). The end-of-text token is off, so that both sides write the same number of tokens; as no analysis
-then has a verdict of its own, both read P(Yes) after an added verification line.
+Each side is the better of its dtypes. The peer goes as the official code does: one case at a time, K analyses, then one
+full pass per analysis at batch size 1 that reads P(Yes). The end-of-text token is off, so that both sides write the
+same number of tokens; as no analysis then has a verdict of its own, both read P(Yes) after an added verification line.
 """
 import sys
 import time
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import torch
 
 from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_side_or_all
-from checkpoint import load_model
+from checkpoint import DTYPES, load_model
 from cli import run
 from readers import read_rows, read_solution
 from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
@@ -27,6 +27,7 @@ class Config(BenchConfig):
     solutions: Annotated[int, "the first so many of the file", (1, None)] = 5
     k: Annotated[int, "analyses per step", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis", (1, None)] = 64
+    dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     peer_steps: Annotated[int, "how many of the steps the peer does", (1, None)] = 2
     peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     full: Annotated[bool, "the peer does all steps"] = False
@@ -39,16 +40,18 @@ def main(config: Config) -> None:
 def measure(config: Config) -> list[Row]:
     if config.full:
         config = replace(config, peer_steps=10 ** 6)
-    sides = {"ours": replace(config, side="ours")}
+    sides = {f"ours, {dtype}": replace(config, side="ours", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"peer, {dtype}": replace(config, side="peer", peer_dtypes=(dtype,)) for dtype in config.peer_dtypes}
     found = in_turn(__file__, sides, config.repeats)
     medians = {name: median_run(runs, "steps_per_second") for name, runs in found.items()}
-    our = medians.pop("ours")
-    best_name, best = max(medians.items(), key=lambda item: item[1]["steps_per_second"])
+    (our_name, our), (best_name, best) = (
+        max(((name, m) for name, m in medians.items() if name.startswith(side)), key=lambda item: item[1]["steps_per_second"])
+        for side in ("ours", "peer"))
     ratio, same = our["steps_per_second"] / best["steps_per_second"], best["steps"]
-    note = (f"ours {our['steps']} steps in {our['seconds']:.1f} s; {best_name}, on {same} of them, {best['seconds']:.1f} s "
+    note = (f"{our_name}: {our['steps']} steps in {our['seconds']:.1f} s; {best_name}, on {same} of them, {best['seconds']:.1f} s "
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
-            f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}")
+            f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}; all: "
+            + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
     return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
                 our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None,
                 our["peak_mb"], best["peak_mb"], note, found)]
@@ -61,7 +64,8 @@ def cases_of(config: Config) -> list[Case]:
 
 def ours(config: Config) -> dict:
     tokenizer, prompt = load_words(config)
-    model, cases = load_model(config.model), cases_of(config)
+    [dtype] = config.dtypes
+    model, cases = load_model(config.model, DTYPES[dtype]), cases_of(config)
 
     def sampler(tokens: int) -> Sampler:
         it = Sampler(model, tokenizer, prompt, Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed))
