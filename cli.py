@@ -16,7 +16,6 @@ import re
 import sys
 import tempfile
 from array import array
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle, islice
 from pathlib import Path
@@ -325,9 +324,10 @@ class Journal:
         self.done = 0
         begun = any(part.exists() for part in self.parts)
         left = self.part.exists() and self.part.stat().st_size > 0
-        if config.resume and self.out.exists() and not begun and self.config_path.exists():
+        self.complete = config.resume and self.out.exists() and not begun and self.config_path.exists()
+        if self.complete:  # `check` says so, if it is complete for these items
             self._check_config()
-            raise Complete(f"{out}: is complete already; nothing to resume (--overwrite makes it anew)")
+            return
         if not config.resume and left and not config.overwrite:
             raise BadInput(f"{self.part}: left by an unfinished run; give --resume to go on or --overwrite to start anew")
         if self._others() and not config.overwrite:
@@ -367,15 +367,23 @@ class Journal:
 
         BadInput unless the lines begin this run's work: each has the fields of its item, with the same content. All items
         are gone through, once, those without a line too: whatever is wrong with one comes up before the work.
+        Complete if the output was there already, with a line for each item.
         """
         items = iter(items)
-        for number, (where, line) in enumerate(islice(read_jsonl(self.part), self.done) if self.done else (), 1):
+        lines = islice(read_jsonl(self.part), self.done) if self.done else ()
+        if self.complete:
+            lines = islice(read_jsonl(self.out), ranks.rank(), None, ranks.count())
+        for number, (where, line) in enumerate(lines, 1):
             item = next(items, {"id": object()})  # where there is no item: one that no line has
             changed = [name for name in item if name not in line or line[name] != item[name]]
             if changed:
                 raise BadInput(f"{where}: field '{changed[0]}' is not that of item {number} of the input; give --overwrite to start anew")
             yield where, line
-        deque(items, maxlen=0)
+        more = sum(1 for _ in items)
+        if self.complete and more:
+            raise BadInput(f"{self.out}: is complete, but the input has {more} more items now; give --overwrite to start anew")
+        if self.complete:
+            raise Complete(f"{self.out}: is complete already; nothing to resume (--overwrite makes it anew)")
 
     def __enter__(self):
         ranks.wait()  # no rank writes before all have looked

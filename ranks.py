@@ -30,7 +30,8 @@ def join(device: str, timeout: float) -> None:
     """Meet the ranks that torchrun started. From here on rank 0 alone prints, and "cuda" means this rank's own GPU.
 
     A rank that dies breaks its connections: the others fail at their next collective, and torchrun ends them before.
-    One that hangs without dying is given up by the others when they have waited for it for `timeout` seconds.
+    One that hangs without dying is given up by the others when they have waited for it for `timeout` seconds; one that
+    has died too, without torchrun, where they wait in `meet`.
     """
     global patience
     patience = timeout

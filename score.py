@@ -146,6 +146,7 @@ def judge_all(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solut
                 return
 
     for n, analyses in sampler.analyses(cases()):
+        ranks.sign()  # a line may take its solution's many steps, or wait for those before it
         i, t = asked.pop(n)
         source, solution, by_step = judged[i]
         by_step[t] = analyses
@@ -239,7 +240,7 @@ def summary(counts: Counter, sources: list[str], ks: tuple[int, ...]) -> list[di
     """A row per source and K, and the average over the sources where there are several."""
     rows = []
     for k in sorted(set(ks)):
-        own = [summary_row(counts, source, k) for source in sources]
+        own = [summary_row(counts, source, k) for source in dict.fromkeys(sources)]  # a file given twice is one source
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):
             means = ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")

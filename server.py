@@ -43,7 +43,7 @@ EXTRAS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty"
 class ServedConfig(SamplerConfig):
     """The flags of everything that samples from a checkpoint here or from a model behind a server."""
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
-    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work", (1, None)] = 1800.0
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work", (1, 10 ** 9)] = 1800.0
     server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead"] = None
     tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template (no weights needed)"] = None
     concurrency: Annotated[int, "with --server: requests under way at a time", (1, None)] = 16

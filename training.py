@@ -54,7 +54,7 @@ class TrainConfig:
     save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
     device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, None)] = 1800.0
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, 10 ** 9)] = 1800.0
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     overwrite: Annotated[bool, "replace an existing --out"] = False
 

@@ -423,10 +423,12 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
     with Journal(out, Job()) as journal:
         journal.write({"n": 0})
-    for config, kind, word in ((RESUME, Complete, ": is complete already"), (Job(), BadInput, ": exists already"),
-                               (Job(seed=1, resume=True), BadInput, "another --seed")):
+    for config, items, kind, word in ((RESUME, [{"n": 0}], Complete, ": is complete already"), (Job(), [], BadInput, ": exists already"),
+                                      (Job(seed=1, resume=True), [], BadInput, "another --seed"),
+                                      (RESUME, [{"n": 1}], BadInput, ":1: field 'n'"), (RESUME, [], BadInput, ":1: field 'id'"),
+                                      (RESUME, [{"n": 0}, {"n": 1}], BadInput, "1 more items")):  # the input is another one by now
         with pytest.raises(kind) as error:
-            Journal(out, config)
+            list(Journal(out, config).check(items))
         says(error, str(out), word, "--overwrite")
     assert rows(out) == [{"n": 0}]
 

@@ -27,7 +27,7 @@ import train_dpo
 import train_sft
 import training
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, Journal, Stopped
+from cli import BadInput, Journal, Stopped, run
 from conftest import start, wait_for_lines
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
 from model import Tree, TreeAttention
@@ -451,6 +451,15 @@ def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
     if script == "sample":
         assert "rank 1 has shown no sign of work for 3 seconds" in errors
         assert (tmp_path / "out.jsonl.1-of-2.part").read_bytes().count(b"\n") == 105
+
+
+@pytest.mark.parametrize("name", ["sft", "score"])
+def test_a_rank_timeout_beyond_the_clocks_is_refused(capsys, name):
+    """timedelta holds neither inf nor 1e20 seconds, nor do gloo's milliseconds."""
+    for text in ("inf", "1e20"):
+        with pytest.raises(SystemExit) as stop:
+            run(JOBS[name], argv=["--rank-timeout", text])
+        assert stop.value.code == 2 and f"--rank-timeout: {text} is out of range" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -172,6 +172,17 @@ def test_a_row_per_file_and_the_average(tmp_path, stand_in):
         (source, k, f1, n) for k in (1, 2) for source, f1, n in (("one", 100, 2), ("two", 50, 4), ("average", 75, 6))]
     score_py("--input", *files, "--k", 1, "--limit", 1, "--out", tmp_path / "t.jsonl")
     assert [line["id"] for line in read(tmp_path / "t.jsonl")] == ["a", "c"]  # of each file
+    score_py("--input", files[0], files[0], "--k", 1, "--out", tmp_path / "u.jsonl")
+    assert [(r["source"], r["solutions"]) for r in summary(tmp_path / "u.jsonl")] == [(str(files[0]), 4)]  # one source, counted once
+
+
+def test_every_judged_step_is_a_sign_of_work(tmp_path, stand_in, monkeypatch):
+    """A solution of many steps takes long, and its line comes after the last: other ranks must not give this one up before."""
+    rows, signs = [row("a", -1)], []
+    stand_in(rows, [[0.9] * 3])
+    monkeypatch.setattr(score.ranks, "sign", lambda: signs.append((tmp_path / "s.jsonl.part").read_text().count("\n")))
+    score_py("--input", write(tmp_path / "b.json", rows), "--k", 1, "--out", tmp_path / "s.jsonl")
+    assert signs == [0, 0, 0, 1]
 
 
 def test_the_threshold(tmp_path, stand_in):
