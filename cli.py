@@ -22,6 +22,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Callable, Iterable, Iterator, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 import ranks
 
 EXIT_BAD_INPUT = 2
@@ -71,9 +73,11 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
     chosen = values.pop("command", commands[0][1].__name__)
     config_class, main = next((c, m) for c, m in commands if m.__name__ == chosen)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
+    config = config_class(**given)
     try:
         try:
-            main(config_class(**given))
+            check_device(config)
+            main(config)
         except Complete as complete:
             print(complete)
         ranks.leave()
@@ -88,14 +92,26 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
             sys.exit(EXIT_LOST_RANK)
         if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
             raise
-        sys.exit(_report(out_of_memory(config_class(**given), error)))
+        sys.exit(_report(out_of_memory(config, error)))
     except Stopped as stopped:
         if ranks.rank() == 0:
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        again = "; what is written is whole: give the same command with --resume to go on" if hasattr(config, "resume") else ""
+        print(f"interrupted{again}", file=sys.stderr)
         sys.exit(130)
+
+
+def check_device(config: Any) -> None:
+    """--device names something that is there."""
+    name = getattr(config, "device", "cpu")
+    try:
+        missing = torch.device(name).type == "cuda" and not torch.cuda.is_available()
+    except RuntimeError:
+        raise BadInput(f"--device {name}: no such kind of device; give cpu, cuda or cuda:N") from None
+    if missing:
+        raise BadInput(f"--device {name}: this PyTorch finds no GPU; give --device cpu, or install a build of torch for CUDA")
 
 
 def _remedy(error: OSError) -> str:
@@ -180,7 +196,7 @@ def print_config(config: Any) -> None:
 def parse_json(text: str | bytes, where: str) -> Any:
     """json.loads whose every failure is a BadInput that says where."""
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip())  # a line's end would count as one more line in the error
         if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # a lone surrogate cannot be written out again
             json.dumps(value, ensure_ascii=False).encode()
         return value

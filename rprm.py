@@ -5,7 +5,7 @@ verdict; the reward of the step is the mean probability of Yes at the verdict:
 
     R = 1/K * sum_k P(Yes | case, analysis_k)
 
-Run it to see the method at work on one case (a file of one case, or a built-in one):
+Run it to see the method at work on one case (--problem and --step, or a built-in one):
 
     python rprm.py
     python rprm.py --model FOLDER --problem "Tom has 3 apples and buys 4." --step "He has 3 + 4 = 8 apples."

@@ -93,6 +93,8 @@ class Solutions:
     def __init__(self, config: Config):
         if bool(config.step) != (config.problem is not None) or bool(config.step) == bool(config.input):
             raise BadInput("give either --problem with its --step, or --input FILE")
+        if config.resume and not config.out:
+            raise BadInput("--resume goes on with a file of scores; name it with --out")
         stems = [Path(path).stem for path in config.input]
         self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.input)]
         self.files = [read_rows(path) for path in config.input]

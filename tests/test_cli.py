@@ -520,3 +520,34 @@ def test_lines_are_read_on_demand(tmp_path):
     with pytest.raises(BadInput) as error:
         cli.Lines(tmp_path / "absent")
     says(error, "no such file")
+
+
+# ---------------------------------------------------------------------------------------------- devices, interruptions
+
+@dataclass(frozen=True)
+class OnDevice:
+    device: Annotated[str, "where to run"] = "cpu"
+    resume: Annotated[bool, "go on"] = False
+
+
+@pytest.mark.parametrize("device, said", [("gpu", "no such kind of device"), ("cuda:x", "no such kind of device"), ("cuda", "finds no GPU")])
+def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, device, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.run((OnDevice, lambda config: None), argv=["--device", device])
+    assert stop.value.code == 2 and re.fullmatch(rf"error: --device {device}: .*{said}.*\n", capsys.readouterr().err)
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    def main(config):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        cli.run((OnDevice, main), argv=[])
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
+def test_a_broken_line_has_one_line_number(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(cli.BadInput, match=r"broken.jsonl:2: .*line 1 column"):
+        list(cli.read_jsonl(path))

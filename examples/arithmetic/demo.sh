@@ -15,6 +15,7 @@ while [ $# -gt 0 ]; do
 done
 [ -d "$teacher" ] || { echo "error: $teacher: not a folder; give --teacher a checkpoint folder" >&2; exit 2; }
 [ ! -e "$out" ] || { echo "error: $out exists already; remove it or name another folder" >&2; exit 2; }
+python -c "import matplotlib" 2>/dev/null || { echo "error: the plots need matplotlib: pip install -r requirements-dev.txt" >&2; exit 2; }
 mkdir -p "$out"
 set -x
 python examples/arithmetic/world.py --out "$out/world" --train 400 --validation 0 --test 120 --pretrain 0
