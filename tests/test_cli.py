@@ -531,7 +531,8 @@ class OnDevice:
     resume: Annotated[bool, "go on"] = False
 
 
-@pytest.mark.parametrize("device, said", [("gpu", "no such kind of device"), ("cuda:x", "no such kind of device"), ("cuda", "finds no GPU")])
+@pytest.mark.parametrize("device, said", [("gpu", "no such kind of device"), ("cuda:x", "no such kind of device"),
+                                          ("cuda", "finds no GPU")])
 def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, device, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
