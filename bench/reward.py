@@ -50,8 +50,8 @@ def measure(config: Config) -> list[Row]:
     ratio, same = our["steps_per_second"] / best["steps_per_second"], best["steps"]
     note = (f"{our_name}: {our['steps']} steps in {our['seconds']:.1f} s; {best_name}, on {same} of them, {best['seconds']:.1f} s "
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
-            f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}; all: "
-            + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
+            f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}"
+            + "; all: " + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
     return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
                 our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None,
                 our["peak_mb"], best["peak_mb"], note, found)]
