@@ -81,26 +81,31 @@ def run(*commands: tuple[type, Callable], argv: list[str] | None = None) -> None
         except Complete as complete:
             print(complete)
         ranks.leave()
-    except BadInput as error:
-        sys.exit(_report(str(error)))
-    except OSError as error:
-        sys.exit(_report(f"{error.filename or 'output'}: {error.strerror or error}{_remedy(error)}"))
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is that of its CPU allocator
-        if ranks.is_lost(error):
-            print(f"error: rank {ranks.rank()} has lost another rank ({str(error)[:120]}); what is saved is whole: give the same command "
-                  "with --resume to go on", file=sys.stderr)
-            sys.exit(EXIT_LOST_RANK)
-        if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))):
-            raise
-        sys.exit(_report(out_of_memory(config, error)))
-    except Stopped as stopped:
-        if ranks.rank() == 0:
-            print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
+    except (BadInput, OSError, MemoryError, RuntimeError, Stopped, KeyboardInterrupt) as error:
+        message, code = _last_word(config, error)
+        if message:
+            print(message, file=sys.stderr)
+        ranks.end(code)
+
+
+def _last_word(config: Any, error: BaseException) -> tuple[str, int]:
+    """What is said of an error that ends the program, and the exit code. Raises what is a defect of the program."""
+    if isinstance(error, BadInput):
+        return _one_line(str(error)), EXIT_BAD_INPUT
+    if isinstance(error, OSError):
+        return _one_line(f"{error.filename or 'output'}: {error.strerror or error}{_remedy(error)}"), EXIT_BAD_INPUT
+    if isinstance(error, Stopped):
+        return "" if ranks.rank() else str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
         again = "; what is written is whole: give the same command with --resume to go on" if hasattr(config, "resume") else ""
-        print(f"interrupted{again}", file=sys.stderr)
-        sys.exit(130)
+        return f"interrupted{again}", 130
+    if ranks.is_lost(error):
+        return _one_line(f"rank {ranks.rank()} has lost another rank ({str(error)[:120]}); what is saved is whole: give the same command "
+                         "with --resume to go on"), EXIT_LOST_RANK
+    # torch.OutOfMemoryError is a RuntimeError, and so is that of its CPU allocator
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return _one_line(out_of_memory(config, error)), EXIT_BAD_INPUT
+    raise error
 
 
 def check_device(config: Any) -> None:
@@ -129,13 +134,12 @@ def out_of_memory(config: Any, error: Exception) -> str:
     return f"out of memory ({str(error)[:100] or type(error).__name__}): {lower}; what was saved before is whole"
 
 
-def _report(message: str) -> int:
-    """One line on stderr. What a file put into the message can neither break the line, nor flood or steer the terminal."""
+def _one_line(message: str) -> str:
+    """An error's line. What a file put into the message can neither break the line, nor flood or steer the terminal."""
     if len(message) > 2000:
         message = f"{message[:1500]} ... {message[-400:]}"
     shown = "".join(c if c.isprintable() else " " for c in message)
-    print(f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}: {shown}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return f"error{f' of rank {ranks.rank()}' if ranks.rank() else ''}: {shown}"
 
 
 def _add_fields(parser: argparse.ArgumentParser, config_class: type) -> None:
