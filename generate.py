@@ -3,16 +3,21 @@
 It knows token ids only, never text. Keys and values are held in three parts, and decoding is one attention over them:
 
     root   the prefix that all prompts share (the instructions), once          read by all rows in one product
-    part   the rest of each prompt (problem and steps), once per prompt        read by its K rows in one product
+    part   the rest of each prompt (problem and steps), once per prompt        read by the prompt's rows in one product
     tail   what each row has sampled so far                                    read by the row alone
 
-Rows that end leave the batch and waiting prompts take their room. What a row samples depends on its own seed and
-prompt only: row r draws its t-th token with uniform(seed_r, t), whatever else is in the batch.
+The K continuations of a prompt grow as a tree, too: those that have sampled the same tokens so far are one *row*, which is
+computed once. Each of them draws its own next token, and where they differ the row branches. A model that is sure
+of its words, as one is that was trained to judge, has far fewer rows than continuations.
+
+Rows that end leave the batch and waiting prompts take their room. What a continuation samples depends on its own seed and
+prompt only: it draws its t-th token with uniform(seed, t), whatever else is in the batch.
 
 On a GPU the pass of a step is recorded once and replayed (`CudaGraph`): its thousands of small kernels then cost one launch. As
-nothing in a recording can move or change its shape, the tails are read in steps of WINDOW tokens, and rows that have ended
-stay, without effect, until so many have that a new recording is worth it.
+nothing in a recording can move or change its shape, each continuation is a row of its own from the start, the tails are read in
+steps of WINDOW tokens, and rows that have ended stay, without effect, until so many have that a new recording is worth it.
 """
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -24,7 +29,7 @@ from cli import BadInput
 from model import Decoder, Tree, at_least_fp32, common_prefix, keep_freed_memory, tree_attention
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
-WINDOW = 64              # on a GPU, as many more tokens of the tails are read at a time
+WINDOW = 64              # tails have room for so many tokens at first; on a GPU, as many more are read at a time
 CANDIDATES = (64, 1024)  # top-p looks for the nucleus among so many tokens first, then among all
 
 
@@ -51,60 +56,71 @@ def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return shift(x ^ shift(x, 31), 40).float() * 2.0 ** -24
 
 
-def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw a token per row by inverting the nucleus's distribution function at u. (R, V), (R,) -> (R,) int64. Uses logits up.
+def sample(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Draw S tokens, each from the distribution of a row, by inverting the nucleus's distribution function at u. Uses logits up.
+
+    logits (R, V); row (S,) int64, whose distribution each draw is from; u (S,) in [0, 1) -> tokens (S,) int64
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p. It is sorted only as far as
     needed to find the token at u, which is mostly among the first few.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.argmax(dim=-1)[row]
     p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)  # in place: at this size, fresh memory costs more than the sums
-    token = torch.empty(len(p), dtype=torch.int64, device=p.device)
-    rows = torch.arange(len(p), device=p.device)  # those still without a token
+    token = torch.empty_like(row)
+    draws = torch.arange(len(row), device=row.device)  # those still without a token
     for width in CANDIDATES + (p.shape[1],):
-        top, ids = p.topk(min(width, p.shape[1]), dim=-1)  # (rows, width), most likely first
-        place, sure = _invert(top, u, top_p, whole=width >= p.shape[1])
-        token[rows] = ids.gather(1, place[:, None])[:, 0]
+        top, ids = p.topk(min(width, p.shape[1]), dim=-1)  # (R, width), most likely first
+        place, sure = _invert(top, row, u, top_p, whole=width >= p.shape[1])
+        token[draws] = ids[row, place]
         unsure = torch.nonzero(~sure)[:, 0]
         if not len(unsure):
             return token
-        rows, p, u = rows[unsure], p[unsure], u[unsure]
+        draws, u = draws[unsure], u[unsure]
+        rows, row = row[unsure].unique(return_inverse=True)
+        p = p[rows]
 
 
-def _invert(p: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the cumulative probability passes u times the nucleus's. p (R, N) most likely first -> places (R,), whether they are sure (R,).
+def _invert(p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the cumulative probability of its row passes u times the nucleus's.
 
-    Where these N tokens (the `whole` vocabulary, or its head) stop short of top_p, the nucleus's probability is known to
-    lie between top_p and top_p + the least of them; the place is sure if it is the same for both.
+    p (R, N) most likely first, row (S,), u (S,) -> places (S,), whether they are sure (S,). Where these N tokens (the `whole`
+    vocabulary, or its head) stop short of top_p, the nucleus's probability is known to lie between top_p and top_p + the least
+    of them; the place is sure if it is the same for both.
     """
     cumulative = p.cumsum(dim=-1)
     nucleus = (cumulative - p < top_p).sum(dim=-1, keepdim=True)  # a token is in while those before it do not reach top_p
-    least = most = cumulative.gather(1, nucleus - 1)
+    least = most = cumulative.gather(1, nucleus - 1)  # (R, 1)
     if not whole:
         short = least < top_p
         least, most = torch.where(short, top_p, least), torch.where(short, top_p + p[:, -1:], most)
-    place, latest = (torch.searchsorted(cumulative, u[:, None] * mass, right=True) for mass in (least, most))
+    cumulative = cumulative[row]  # (S, N)
+    place, latest = (torch.searchsorted(cumulative, u[:, None] * mass[row], right=True) for mass in (least, most))
     sure = (place == latest) & (place < p.shape[1])
-    return torch.minimum(place, nucleus - 1)[:, 0], sure[:, 0] | whole  # rounding must not step out of the nucleus
+    return torch.minimum(place, nucleus[row] - 1)[:, 0], sure[:, 0] | whole  # rounding must not step out of the nucleus
+
+
+LOG2_E = math.log2(math.e)  # softmaxes over caches count in powers of two: on CPU, exp2 takes a third of the time of exp
 
 
 def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
-    """Attention over one part of the keys: q (..., N, D) already scaled, k and v (..., L, D) -> out (..., N, D), lse (..., N)."""
+    """Attention over one part of the keys: q (..., N, D) scaled by D^-0.5 and log2 e, k and v (..., L, D) -> out (..., N, D), and the
+    logarithm to base 2 of the scores' sum (..., N). mask: 0 or -inf, added to the scores."""
     scores = at_least_fp32(q @ k.transpose(-1, -2))  # (..., N, L)
     if mask is not None:
         scores += mask
     highest = scores.amax(dim=-1, keepdim=True)
-    total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-    return (scores.to(v.dtype) @ v) / total, (highest + total.log()).squeeze(-1)
+    total = scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True)
+    return (scores.to(v.dtype) @ v) / total, (highest + total.log2()).squeeze(-1)
 
 
-def attend_root(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-    """attend_part for long keys without a mask, (KV, N, D) and (KV, L, D): on CPU, PyTorch's blocked kernel has no scores to write down."""
-    if q.device.type != "cpu":
-        return attend_part(q, k, v)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=1.0)
-    return out[0], lse[0]
+def attend_shared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
+    """attend_part for many queries of the same keys, (B, KV, N, D) and (B, KV, L, D), mask (B, 1, 1, L): on CPU, PyTorch's blocked
+    kernel has no scores to write down (and is slower for few queries, which leave its blocks of 32 empty)."""
+    if q.device.type != "cpu" or q.shape[2] < 16:
+        return attend_part(q, k, v, mask)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1 / LOG2_E)
+    return out, lse * LOG2_E
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -145,10 +161,51 @@ class _Prompt(NamedTuple):
     logits: torch.Tensor  # (V,) of the first new token
 
 
+class _Seat(NamedTuple):
+    """A prompt whose continuations are being decoded."""
+    index: int                               # of the request
+    continuations: list[Continuation | None]  # by sample number, None = not ended yet
+    length: int                              # of its part
+
+
+class _Shelf:
+    """The parts of prompts of about the same length, side by side, so that one product reads them all."""
+
+    def __init__(self, like: torch.Tensor, length: int):
+        """like: keys and values (2, layers, KV, n, D), of any length n."""
+        two, layers, KV, _, D = like.shape
+        self.parts = like.new_zeros(two, layers, 0, KV, length, D)
+        self.seats: list[_Seat] = []
+
+    def add(self, seat: _Seat, part: torch.Tensor) -> None:
+        self.parts = _grown(self.parts, 2, len(self.seats) + 1)
+        self.parts[:, :, len(self.seats), :, :seat.length] = part
+        self.seats.append(seat)
+
+    def remove(self, seat: _Seat) -> None:
+        """The last part takes the place that becomes free."""
+        place, last = self.seats.index(seat), self.seats.pop()
+        if place < len(self.seats):
+            self.parts[:, :, place] = self.parts[:, :, len(self.seats)]
+            self.seats[place] = last
+
+    def mask(self) -> torch.Tensor:
+        """(P, 1, 1, length): 0 where a part has a key, -inf behind its end."""
+        lengths = torch.tensor([seat.length for seat in self.seats], device=self.parts.device)
+        unseen = torch.arange(self.parts.shape[4], device=self.parts.device) >= lengths[:, None]
+        return torch.zeros(unseen.shape, dtype=self.parts.dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)[:, None, None]
+
+
+def shelf_length(n: int) -> int:
+    """The length of the shelf for parts of n tokens: four for each power of two, so that little of one is empty."""
+    step = max(32, 2 ** ((n - 1).bit_length() - 2))
+    return -(-n // step) * step
+
+
 class Engine:
     """Sampling for one model and one set of parameters; `run` may be called again and again.
 
-    max_rows: how many continuations are decoded side by side. eos_ids: the tokens that end one. yes_no: the two
+    max_rows: how many continuations (rows, if all of them differ) are decoded side by side. eos_ids: the tokens that end one. yes_no: the two
     token ids whose probabilities are compared. reserve: positions of the model's context that sampling leaves free.
     The counters say what was computed.
     """
@@ -186,7 +243,7 @@ class Engine:
         waiting = iter(requests)
         while True:
             while self.ready or self._prefill(waiting):
-                if self.rows and self.rows + len(self.ready[0].request.seeds) > self.max_rows:
+                if self.rows and len(self.seed) + len(self.ready[0].request.seeds) > self.max_rows:
                     break
                 self._seat(self.ready.popleft())
             if not self.rows:
@@ -203,17 +260,18 @@ class Engine:
         self.ready: deque[_Prompt] = deque()
         self.root_ids: np.ndarray | None = None
         self.root = weight.new_zeros(2, c.num_hidden_layers, c.num_key_value_heads, 0, c.head_dim)
-        self.part = weight.new_zeros(2, c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
+        self.shelves: dict[int, _Shelf] = {}  # by the length of the parts on it
+        self.seats: dict[int, _Seat] = {}     # by the index of the request
         self.tail = weight.new_zeros(2, c.num_hidden_layers, 0, c.num_key_value_heads, 0, c.head_dim)
-        self.part_length = torch.zeros(0, **long)   # (P,)
         self.tokens = torch.zeros(0, 0, **long)     # (R, longest), what the rows have sampled
         self.p_yes = torch.zeros(0, 0, device=weight.device)
-        # per row: its prompt's slot, sample number, seed, prompt length, tokens after it, and the most it may have
-        self.slot, self.number, self.seed, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(6))
+        # per continuation: its row, seed, and sample number
+        self.row, self.seed, self.number = (torch.zeros(0, **long) for _ in range(3))
+        # per row: its request, prompt length, tokens after it, and the most it may have
+        self.request, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(4))
         self.given = torch.zeros(0, **long)  # per row: 0, or where its added words end: tokens before that are not sampled
         self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
-        self.prompts: list[tuple[int, list]] = []   # per slot: the request's index and its continuations so far
-        self.pending: dict[tuple[int, int], Continuation] = {}  # (index, number) -> one that has ended, while its added words are read
+        self.pending: dict[tuple[int, int], Continuation] = {}  # (request, sample number) -> one that has ended, while its added words are read
         self.rows = self.longest = self.requests = 0  # R, the length of the longest row, requests read so far
         self.window = 0  # tokens of the tails that a step reads; 0: to be set anew, since something has moved or changed its shape
 
@@ -255,7 +313,7 @@ class Engine:
         """Make the root a prefix of these prompts too (and leave each at least one token of its own).
 
         The first group decides; if a later prompt shares less, the root is cut there, and what is cut off moves in
-        front of the parts of the prompts that are being decoded.
+        front of the parts of the prompts that are being decoded, each of which goes to a longer shelf.
         """
         first = prompts[0] if self.root_ids is None else self.root_ids
         shared = min(min(common_prefix(first, ids), len(ids) - 1) for ids in prompts)
@@ -265,33 +323,43 @@ class Engine:
                 self.root = self._forward_tree(Tree([list(self.root_ids)]).to(self.model.device), 0)[1]
                 self.prefill_tokens += shared
         elif shared < len(self.root_ids):
-            cut = self.root[:, :, None, :, shared:].expand(-1, -1, self.part.shape[2], -1, -1, -1)
-            self.part = torch.cat((cut, self.part), dim=4)
-            self.part_length += len(self.root_ids) - shared
-            self.root, self.root_ids = self.root[:, :, :, :shared], self.root_ids[:shared]
+            cut, shelves = self.root[:, :, :, shared:], self.shelves
+            self.root, self.root_ids, self.shelves = self.root[:, :, :, :shared], self.root_ids[:shared], {}
+            for shelf in shelves.values():
+                for place, seat in enumerate(shelf.seats):
+                    self._shelve(seat.index, seat.continuations, torch.cat((cut, shelf.parts[:, :, place, :, :seat.length]), dim=3))
             self._regroup()
+
+    def _shelve(self, index: int, continuations: list[Continuation | None], part: torch.Tensor) -> None:
+        """Put the part of a prompt, (2, layers, KV, n, D), on the shelf for its length."""
+        seat, length = _Seat(index, continuations, part.shape[3]), shelf_length(part.shape[3])
+        if length not in self.shelves:
+            self.shelves[length] = _Shelf(part, length)
+        self.shelves[length].add(seat, part)
+        self.seats[index] = seat
 
     @torch.no_grad()
     def _seat(self, prompt: _Prompt) -> None:
-        """Give a prefilled prompt a slot and its K rows a place in the batch, and draw their first tokens."""
-        P, R, K, n = len(self.prompts), self.rows, len(prompt.request.seeds), len(prompt.path)
-        self.part = _grown(_grown(self.part, 2, P + 1), 4, n)
-        self.part[:, :, P, :, :n] = prompt.group[:, :, :, prompt.path]
-        self.prompts.append((prompt.index, [None] * K))
-        self.tail = _grown(self.tail, 2, R + K)
-        self.tokens, self.p_yes = _grown(self.tokens, 0, R + K), _grown(self.p_yes, 0, R + K)
+        """Give a prefilled prompt a place on a shelf and its K continuations a row (on a GPU, K rows), and draw their first tokens."""
+        R, K, length = self.rows, len(prompt.request.seeds), len(prompt.request.ids)
+        new = K if self.recorded else 1
+        self._shelve(prompt.index, [None] * K, prompt.group[:, :, :, prompt.path])
+        self._make_room(R + new)
 
-        def extend(column, values):
-            return torch.cat((column, torch.as_tensor(values, dtype=column.dtype, device=column.device).expand(K)))
-        length = len(prompt.request.ids)
-        self.part_length = torch.cat((self.part_length, self.part_length.new_tensor([n])))
-        self.slot, self.number = extend(self.slot, P), extend(self.number, range(K))
-        self.seed, self.start = extend(self.seed, prompt.request.seeds), extend(self.start, length)
-        self.length, self.given, self.done = extend(self.length, 0), extend(self.given, 0), extend(self.done, False)
-        self.limit = extend(self.limit, min(self.max_new_tokens, self.context - length))
-        self.rows, self.longest = R + K, max(self.longest, 1)
-        self._append(slice(R, R + K), prompt.logits.repeat(K, 1))
+        def extend(column, values, n):
+            return torch.cat((column, torch.as_tensor(values, dtype=column.dtype, device=column.device).expand(n)))
+        self.row = extend(self.row, [R + k % new for k in range(K)], K)
+        self.seed, self.number = extend(self.seed, prompt.request.seeds, K), extend(self.number, range(K), K)
+        self.request, self.start = extend(self.request, prompt.index, new), extend(self.start, length, new)
+        self.length, self.given, self.done = extend(self.length, 0, new), extend(self.given, 0, new), extend(self.done, False, new)
+        self.limit = extend(self.limit, min(self.max_new_tokens, self.context - length), new)
+        self.rows, self.longest = R + new, max(self.longest, 1)
+        self._append(slice(R, R + new), slice(len(self.seed) - K, len(self.seed)), prompt.logits.repeat(new, 1))
         self._regroup()
+
+    def _make_room(self, rows: int) -> None:
+        self.tail = _grown(self.tail, 2, rows)
+        self.tokens, self.p_yes = _grown(self.tokens, 0, rows), _grown(self.p_yes, 0, rows)
 
     @torch.no_grad()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
@@ -323,11 +391,11 @@ class Engine:
         window = -(-self.longest // WINDOW) * WINDOW if self.recorded else self.longest
         if window != self.window:
             self.window = window
-            self.tail = _grown(self.tail, 4, window)
+            self.tail = _grown(self.tail, 4, max(window, min(WINDOW, self.max_new_tokens)))
             self.tokens, self.p_yes = _grown(self.tokens, 1, window + 1), _grown(self.p_yes, 1, window + 1)
             self.decode = self.recorded(self._decode) if self.recorded else self._decode
         self.longest += 1
-        self._append(slice(0, self.rows), self.decode())
+        self._append(slice(0, self.rows), slice(0, len(self.seed)), self.decode())
 
     def _decode(self) -> torch.Tensor:
         """The logits after every row's last token (R, V), whose keys and values go into the tails.
@@ -345,42 +413,82 @@ class Engine:
 
     def _attend(self, layer: int, q: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
         """The rows' queries over root, part and tail, merged exactly. q (R, H, D) -> (R, H, D)."""
-        R, P, L = self.rows, len(self.prompts), self.part_unseen.shape[3]
-        KV, D = self.tail.shape[3], self.tail.shape[5]
-        q = (q * D ** -0.5).view(R, KV, -1, D)  # (R, KV, G, D): G queries share a key/value head
+        R, KV, D = self.rows, self.tail.shape[3], self.tail.shape[5]
+        q = (q * (D ** -0.5 * LOG2_E)).view(R, KV, -1, D)  # (R, KV, G, D): G queries share a key/value head
         G = q.shape[2]
         found = [attend_part(q, self.tail[0, layer, :R, :, :self.window], self.tail[1, layer, :R, :, :self.window], unseen)]
-        # the rows of one prompt side by side: (R, ...) -> (P, places, KV, G, D) -> (P, KV, places * G, D)
-        grid = q.new_zeros(P * self.places, KV, G, D)
-        grid[self.grid] = q
-        grid = grid.view(P, self.places, KV, G, D).transpose(1, 2).reshape(P, KV, self.places * G, D)
-        out, lse = attend_part(grid, self.part[0, layer, :P, :, :L], self.part[1, layer, :P, :, :L], self.part_unseen)
-        found.append((out.view(P, KV, self.places, G, D).transpose(1, 2).reshape(-1, KV, G, D)[self.grid],
-                      lse.view(P, KV, self.places, G).transpose(1, 2).reshape(-1, KV, G)[self.grid]))
-        if self.root.shape[3]:  # all rows at once: (KV, R * G, D)
-            out, lse = attend_root(q.transpose(0, 1).reshape(KV, R * G, D), self.root[0, layer], self.root[1, layer])
+        # the rows of one prompt side by side: (P, KV, places, G, D), places that stay empty hold whatever they held
+        self.grid[self.slot, :, self.place] = q
+        grid, pieces, first = self.grid.flatten(2, 3), [], 0  # (P, KV, places * G, D)
+        for parts, mask in self.shelved:
+            n = len(mask)
+            pieces.append(attend_shared(grid[first:first + n], parts[0, layer, :n], parts[1, layer, :n], mask))
+            first += n
+        out, lse = (torch.cat(both).view(*self.grid.shape[:4], -1)[self.slot, :, self.place] for both in zip(*pieces))
+        found.append((out, lse.squeeze(-1)))  # (R, KV, G, D), (R, KV, G)
+        if self.root.shape[3]:  # all rows at once: (1, KV, R * G, D)
+            out, lse = attend_shared(q.transpose(0, 1).reshape(1, KV, R * G, D), self.root[:1, layer], self.root[1:, layer])
             found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
-        weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each part's share of the whole softmax
-        merged = sum(weight * out for weight, (out, _) in zip(weights, found))  # at least fp32
+        # each part's share of the whole softmax
+        weights = (torch.stack([lse for _, lse in found]) / LOG2_E).softmax(dim=0).unsqueeze(-1)
+        merged = weights[0] * found[0][0]  # at least fp32
+        for weight, (out, _) in zip(weights[1:], found[1:]):
+            merged = merged.addcmul_(weight, out)
         return merged.to(q.dtype).reshape(R, KV * G, D)
 
-    def _append(self, rows: slice, logits: torch.Tensor) -> None:
-        """Draw the next token of `rows` from their logits (n, V) and write it down, with P(Yes) at its position.
+    def _append(self, rows: slice, draws: slice, logits: torch.Tensor) -> None:
+        """Draw the next token of the continuations `draws`, which are those of `rows`, from the rows' logits (n, V), and write it down,
+        with P(Yes) at its position.
 
         A row that is done stays as it is: what is drawn for it stands behind its end.
         """
         logits = at_least_fp32(logits)
         at, live = self.length[rows], ~self.done[rows]
         p_yes = self._yes_against_no(logits)
-        token = sample(logits, uniform(self.seed[rows], at), self.temperature, self.top_p)
         self.tokens, self.p_yes = _grown(self.tokens, 1, self.longest), _grown(self.p_yes, 1, self.longest)
-        place = torch.arange(rows.start, rows.stop, device=at.device)
-        given = at < self.given[rows]
-        self.tokens[place, at] = torch.where(given, self.tokens[place, at], token)
-        self.p_yes[place, at] = p_yes
-        self.length[rows] += live  # `at` is a view and moves along
-        self.done[rows] |= (torch.isin(token, self.eos) & ~given) | (self.length[rows] >= self.limit[rows])
-        self.sampled += (live & (self.given[rows] == 0)).sum()
+        self.p_yes[torch.arange(rows.start, rows.stop, device=at.device), at] = p_yes
+        row = self.row[draws]
+        place = self.length[row]
+        token = sample(logits, row - rows.start, uniform(self.seed[draws], place), self.temperature, self.top_p)
+        given = self.given[row] > 0
+        token = torch.where(given, self.tokens[row, place], token)
+        self.sampled += (~self.done[row] & ~given).sum()
+        if not self.recorded:
+            row = self._branch(draws, token)
+            rows, at, live = slice(rows.start, self.rows), self.length[rows.start:], ~self.done[rows.start:]
+        self.tokens[row, place] = token
+        last = self.tokens[torch.arange(rows.start, rows.stop, device=at.device), at]
+        ends = torch.isin(last, self.eos) & (self.given[rows] == 0)
+        self.length[rows] += live
+        self.done[rows] |= ends | (self.length[rows] >= self.limit[rows])
+
+    def _branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
+        """Where continuations of one row have drawn different tokens, all but the first go on in new rows, copies of theirs so far.
+
+        -> the row of each continuation of `draws` from now on.
+        """
+        row = self.row[draws]
+        V = self.model.config.vocab_size
+        pairs, which = torch.unique(row * V + token, return_inverse=True)  # sorted: those of a row side by side
+        goes_on = pairs // V
+        again = torch.zeros(len(pairs), dtype=torch.bool)
+        again[1:] = goes_on[1:] == goes_on[:-1]  # not the first of its row
+        parents = goes_on[again]
+        if not len(parents):
+            return row
+        new = slice(self.rows, self.rows + len(parents))
+        self._make_room(new.stop)
+        window = self.longest  # of the tails and tokens that any row has
+        self.tail[:, :, new, :, :window] = self.tail[:, :, :, :, :window].index_select(2, parents)
+        self.tokens[new], self.p_yes[new] = self.tokens[parents], self.p_yes[parents]
+        for name in ("request", "start", "length", "given", "limit", "done"):
+            column = getattr(self, name)
+            setattr(self, name, torch.cat((column, column[parents])))
+        self.rows = new.stop
+        goes_on[again] = torch.arange(new.start, new.stop)
+        self.row[draws] = goes_on[which]
+        self._regroup()
+        return self.row[draws]
 
     def _many_are_done(self) -> bool:
         """Is it time to take out rows? Recordings last as long as the rows stay the same, and a look at `done` waits for the GPU."""
@@ -390,24 +498,29 @@ class Engine:
 
     def _retire(self) -> Iterator[tuple[int, list[Continuation]]]:
         """Take the rows that are done out of the batch, unless words are added to them; yield the requests that are complete with them."""
+        mine = torch.nonzero(self.done[self.row])[:, 0]  # the continuations of the rows that are done
+        numbers: dict[int, list[int]] = {}               # row -> their sample numbers
+        for row, number in zip(self.row[mine].tolist(), self.number[mine].tolist()):
+            numbers.setdefault(row, []).append(number)
         complete = []
-        for row in torch.nonzero(self.done)[:, 0].tolist():
-            slot, number = int(self.slot[row]), int(self.number[row])
-            continuations = self.prompts[slot][1]
+        for row, own in numbers.items():
+            seat = self.seats[int(self.request[row])]
             if given := int(self.given[row]):
-                ended = self.pending.pop((self.prompts[slot][0], number))
+                ended = self.pending.pop((seat.index, own[0]))
                 ended.read = float(self.p_yes[row, given])
             elif self._add(row, ended := self._ended(row)):
-                self.pending[self.prompts[slot][0], number] = ended
+                self.pending[seat.index, own[0]] = ended
                 continue
-            continuations[number] = ended
-            if all(continuations):
-                complete.append(self.prompts[slot])
-        slot_done = torch.tensor([all(continuations) for _, continuations in self.prompts], device=self.done.device)
+            for number in own:
+                seat.continuations[number] = ended
+            if all(seat.continuations):
+                complete.append(seat)
+        for seat in complete:
+            del self.seats[seat.index]
+            self.shelves[shelf_length(seat.length)].remove(seat)
         self._compact_rows()
-        self._compact_slots(slot_done)
         self._regroup()
-        yield from complete
+        yield from ((seat.index, seat.continuations) for seat in complete)
 
     def _ended(self, row: int) -> Continuation:
         n = int(self.length[row])
@@ -426,52 +539,48 @@ class Engine:
         return bool(words)
 
     def _compact_rows(self) -> None:
-        order, holes, movers = _compaction(self.done)
+        """Take out the rows that are done: the last ones move into their places."""
+        keep = int((~self.done).sum())
+        order = torch.arange(keep, device=self.done.device)
+        holes = torch.nonzero(self.done[:keep])[:, 0]
+        movers = torch.nonzero(~self.done[keep:])[:, 0] + keep
+        order[holes] = movers
+        renamed = torch.zeros(len(self.done), dtype=torch.int64, device=self.done.device)
+        renamed[order] = torch.arange(keep, device=self.done.device)
+        stays = ~self.done[self.row]
+        self.row, self.seed, self.number = renamed[self.row[stays]], self.seed[stays], self.number[stays]
         for store, dim in ((self.tail, 2), (self.tokens, 0), (self.p_yes, 0)):
             store.index_copy_(dim, holes, store.index_select(dim, movers))
-        for name in ("slot", "number", "seed", "start", "length", "given", "limit", "done"):
+        for name in ("request", "start", "length", "given", "limit", "done"):
             setattr(self, name, getattr(self, name)[order])
         self.rows = len(order)
         self.longest = int(self.length.max()) if self.rows else 0
 
-    def _compact_slots(self, done: torch.Tensor) -> None:
-        order, holes, movers = _compaction(done)
-        self.part.index_copy_(2, holes, self.part.index_select(2, movers))
-        renamed = torch.zeros(len(done), dtype=torch.int64, device=done.device)
-        renamed[order] = torch.arange(len(order), device=done.device)
-        self.slot, self.part_length = renamed[self.slot], self.part_length[order]
-        self.prompts = [self.prompts[slot] for slot in order.tolist()]
-
     def _regroup(self) -> None:
-        """After a change of rows or prompts: where each row stands in the grid (P, places) of prompts × rows, and which part keys
-        are padding."""
+        """After a change of rows or prompts: the prompts in the order of the shelves, each one's rows side by side in a grid."""
         self.window = 0
         if not self.rows:
             return
+        shelves = [shelf for shelf in self.shelves.values() if shelf.seats]
+        self.shelved = [(shelf.parts, shelf.mask()) for shelf in shelves]
+        slots = {seat.index: i for i, seat in enumerate(seat for shelf in shelves for seat in shelf.seats)}
+        self.slot = torch.tensor([slots[index] for index in self.request.tolist()], device=self.request.device)
         order = self.slot.argsort(stable=True)
-        counts = torch.bincount(self.slot, minlength=len(self.prompts))
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(self.rows, device=order.device) - (counts.cumsum(0) - counts)[self.slot[order]]
-        self.places = int(counts.max())
-        self.grid = self.slot * self.places + rank
-        window = torch.arange(int(self.part_length.max()), device=order.device)
-        self.part_unseen = torch.where(window < self.part_length[:, None], 0.0, -torch.inf)[:, None, None]  # (P, 1, 1, L)
+        counts = torch.bincount(self.slot, minlength=len(slots))
+        self.place = torch.empty_like(order)  # of a row among those of its prompt
+        self.place[order] = torch.arange(self.rows, device=order.device) - (counts.cumsum(0) - counts)[self.slot[order]]
+        c = self.model.config
+        self.grid = self.tail.new_zeros(len(slots), c.num_key_value_heads, int(counts.max()),
+                                        c.num_attention_heads // c.num_key_value_heads, c.head_dim)
 
 
 def _grown(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """`store` with room for `size` along `dim`: at least doubled when it must grow, so that growth is rare; new room is 0."""
     if store.shape[dim] >= size:
         return store
-    shape = list(store.shape)
-    shape[dim] = max(size, 2 * shape[dim]) - shape[dim]
-    return torch.cat((store, store.new_zeros(shape)), dim=dim)
-
-
-def _compaction(done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How to close the gaps with few copies: the last ones move into the holes. -> (the new order, holes, movers)."""
-    keep = int((~done).sum())
-    order = torch.arange(keep, device=done.device)
-    holes = torch.nonzero(done[:keep])[:, 0]
-    movers = torch.nonzero(~done[keep:])[:, 0] + keep
-    order[holes] = movers
-    return order, holes, movers
+    old, shape = store.shape[dim], list(store.shape)
+    shape[dim] = max(size, 2 * old)
+    grown = store.new_empty(shape)
+    grown.narrow(dim, 0, old).copy_(store)
+    grown.narrow(dim, old, shape[dim] - old).zero_()
+    return grown

@@ -8,6 +8,7 @@ Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size,
 """
 import ctypes
 import math
+import os
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Callable
@@ -41,7 +42,7 @@ class ModelConfig:
 
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the rotary embedding in fp32: positions (T,) -> two (T, 1, D/2)."""
+    """What `apply_rope` multiplies with, in fp32: positions (T,) -> two (T, 1, D), cos twice, and sin with the sign of each half."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     inv_freq = 1.0 / config.rope_theta ** exponents  # (D/2,)
     if config.rope_scaling:  # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp in between
@@ -50,13 +51,13 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Ten
         keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         inv_freq = keep * inv_freq + (1 - keep) * inv_freq / s["factor"]
     angles = positions.float()[:, None, None] * inv_freq  # (T, 1, D/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the two halves of each head: x (T, heads, D). Half-split, as Hugging Face stores q and k."""
-    a, b = x.chunk(2, dim=-1)  # each (T, heads, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -64,16 +65,27 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@cache
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of tensors that are freed, for the next ones. By default large ones go back to the system, and each
-    new one is zeroed page by page: a tenth of a training step on CPU. Elsewhere than on Linux this does nothing."""
+    """Have glibc keep the memory of tensors that are freed, for the next ones, and Linux give it in huge pages.
+
+    By default large tensors go back to the system, and each new one is zeroed page by page: a tenth of a training step on CPU. Huge
+    pages can be asked for by address only, so half of the machine's memory is reserved (not taken), marked and given to glibc as
+    freed: all that comes later lies there. Elsewhere than on Linux this does nothing.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE, HUGE = -1, -4, 14, 2 ** 21
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    except (AttributeError, OSError, TypeError, ValueError):
         return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+    if place := libc.malloc(size):
+        libc.madvise(-(-place // HUGE) * HUGE, size - HUGE, MADV_HUGEPAGE)
+        libc.free(place)
 
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call

@@ -217,6 +217,25 @@ def test_no_more_rows_than_max_rows(model, monkeypatch):
     assert max(seen) in (6, 7)  # two prompts of three rows, and perhaps the last row of one before them
 
 
+@pytest.mark.parametrize("temperature, max_rows", [(0, 160), (0.15, 160), (0.15, 20), (0.5, 160)])
+def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperature, max_rows):
+    """As many rows pass the model as there are different beginnings to go on from: the continuations of a prompt are a tree."""
+    requests, passed = requests_of(shared_prompts(6), 10), []
+    engine = engine_of(model, max_rows, temperature, max_new_tokens=24)
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda: (passed.append(engine.rows), step()))
+    found = run(engine, requests)
+    assert_same(found, [[c for r in request.seeds for [c] in run(engine_of(model, 1, temperature, max_new_tokens=24), [Request(request.ids, [r])])]
+                        for request in requests])
+    drawn = [(i, c.ids + [EOS[0]] * c.finished) for i, row in enumerate(found) for c in row]
+    assert sum(passed) == len({(i, tuple(ids[:n])) for i, ids in drawn for n in range(1, len(ids))})
+    assert engine.new_tokens == sum(len(ids) for _, ids in drawn)
+    if temperature == 0:
+        assert max(passed) <= 6
+    else:
+        assert 6 < max(passed) and sum(passed) < sum(len(ids) - 1 for _, ids in drawn)
+
+
 def test_short_rows_are_given_before_long_ones(model):
     """A result comes as soon as its own rows end, not when the batch does."""
     prompts = shared_prompts(12)
@@ -482,7 +501,7 @@ def test_uniform_is_uniform():
 def counts_on_a_grid(logits: torch.Tensor, n: int, temperature: float, top_p: float) -> np.ndarray:
     """How often each token is drawn at n evenly spaced values of u: (V,)."""
     u = (torch.arange(n) + 0.5) / n
-    return np.bincount(sample(logits.repeat(n, 1), u, temperature, top_p).numpy(), minlength=len(logits))
+    return np.bincount(sample(logits[None], torch.zeros(n, dtype=torch.int64), u, temperature, top_p).numpy(), minlength=len(logits))
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (0.5, 0.95), (2.0, 0.3), (1.0, 1.0), (0.7, 0.01)])
@@ -518,7 +537,7 @@ def test_a_nucleus_wider_than_the_candidates():
     assert min(widths) < 64 and any(64 < w < 1024 for w in widths) and any(1024 < w < 2900 for w in widths) and max(widths) < 3000
     n = 400
     u = ((torch.arange(n) + 0.5) / n).repeat_interleave(len(rows))
-    found = sample(torch.stack(rows).repeat(n, 1), u, 1.0, 0.95).view(n, len(rows)).T
+    found = sample(torch.stack(rows), torch.arange(len(rows)).repeat(n), u, 1.0, 0.95).view(n, len(rows)).T
     for logits, tokens in zip(rows, found):
         order, p = nucleus(logits.numpy(), 1.0, 0.95)
         edges = np.cumsum(p)
@@ -532,13 +551,14 @@ def test_the_ends_of_the_range_of_u():
     """u = 0 takes no token of probability 0 before the first possible one; the largest u takes none after the last."""
     logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]])
     for top_p, first, last in ((1.0, 2, 1), (0.95, 2, 1), (0.5, 2, 2)):  # the most likely token comes first
-        found = [sample(logits.clone(), torch.tensor([u]), 1.0, top_p).item() for u in (0.0, 1 - 2.0 ** -24)]
+        found = [sample(logits.clone(), torch.tensor([0]), torch.tensor([u]), 1.0, top_p).item() for u in (0.0, 1 - 2.0 ** -24)]
         assert found == [first, last]
 
 
 def test_temperature_0_takes_the_most_likely():
     logits = torch.randn(20, 3000)
-    assert sample(logits.clone(), torch.rand(20), 0, 0.95).tolist() == logits.argmax(-1).tolist()
+    row = torch.tensor([3, 3, 0, 19])
+    assert sample(logits.clone(), row, torch.rand(4), 0, 0.95).tolist() == logits.argmax(-1)[row].tolist()
 
 
 def test_first_tokens_have_the_models_probabilities(model):

@@ -44,7 +44,7 @@ def scripted(monkeypatch, tokenizer, texts: dict[Case, list[str]], seed: int = 0
     tokens = {row_seed(seed, case, k): tokenizer.response(text) for case, some in texts.items() for k, text in enumerate(some)}
     monkeypatch.setattr(generate, "uniform", lambda seeds, t: torch.tensor(
         [tokens[s][i] if i < len(tokens[s]) else 0 for s, i in zip(seeds.tolist(), t.tolist())]))  # later draws are ignored
-    monkeypatch.setattr(generate, "sample", lambda logits, u, temperature, top_p: u)
+    monkeypatch.setattr(generate, "sample", lambda logits, row, u, temperature, top_p: u)
 
 
 @torch.no_grad()
