@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 
 import ranks
 from cli import BadInput, get_field, expect, read_json, write_json
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, keep_freed_memory
 from template import render
 
 SHARD_BYTES = 5_000_000_000
@@ -201,6 +201,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: t
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
+    keep_freed_memory()
     config = load_config(folder)
     files = _weight_files(Path(folder))
     with torch.device("meta"):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from cli import BadInput
-from model import Decoder, Tree, at_least_fp32, common_prefix, keep_freed_memory, tree_attention
+from model import Decoder, Tree, at_least_fp32, common_prefix, tree_attention
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens
 WINDOW = 64              # tails have room for so many tokens at first; on a GPU, as many more are read at a time
@@ -212,7 +212,6 @@ class Engine:
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
                  top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
-        keep_freed_memory()
         self.model, self.max_rows, self.yes_no = model, max_rows, yes_no
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.context = model.config.max_position_embeddings - reserve

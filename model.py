@@ -308,15 +308,20 @@ class TreeAttention:
     end (T,) is the tree's rule, above. `past` keys and values, (KV, past, D) per layer, may stand before all of it
     and are seen by every token (sampling's shared instructions).
 
-    Queries go in blocks, and a block meets only the keys that one of its queries can see: its ancestors and itself.
+    Queries go in blocks of at most `block`, and a block meets only the keys that one of its queries can see: its ancestors and
+    itself. Blocks end where a subtree does, unless that would make them small, so that few see what concerns others alone.
     """
 
-    def __init__(self, end: torch.Tensor, past: int = 0, block: int = 256):
+    def __init__(self, end: torch.Tensor, past: int = 0, block: int = 128):
         T = len(end)
+        edges = [0]
+        for edge in end.unique().tolist():  # where subtrees end; the last one is T
+            if edge - edges[-1] >= block // 2 or edge == T:
+                pieces = -(-(edge - edges[-1]) // block)
+                edges += np.linspace(edges[-1], edge, pieces + 1).astype(int)[1:].tolist()
         end = torch.cat((end.new_full((past,), past + T), end + past))
         self.blocks = []  # (first query, last query + 1, the keys seen (n,), what is added to the scores (1, 1, queries, n): 0 or -inf)
-        for start in range(0, T, block):
-            stop = min(start + block, T)
+        for start, stop in zip(edges, edges[1:]):
             seen = torch.nonzero(end[:past + stop] > past + start).squeeze(1)
             query = torch.arange(past + start, past + stop, device=end.device)[:, None]
             mask = torch.where((seen <= query) & (query < end[seen]), 0.0, -torch.inf)
