@@ -92,30 +92,41 @@ ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth i
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """x (T, I), weight (O, I), bias (O,) or None -> x @ weight^T + bias, (T, O), in fp32 on CPU through oneDNN."""
+    """x (T, I), weight (O, I), bias (O,) or None -> x @ weight^T + bias, (T, O), in fp32 on CPU through oneDNN.
+
+    x is kept for the backward pass, or, where `made` is (make, source), the source: x is then make(source).
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, made):
+        ctx.make, source = made or (None, x)
+        ctx.save_for_backward(source, weight)
         ctx.has_bias = bias is not None
         return OneDNNLinear.product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        if ctx.make:
+            x = ctx.make(x)
         grad_x = OneDNNLinear.product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None, grad.sum(0) if ctx.has_bias else None
+        return grad_x, grad.t() @ x if ctx.needs_input_grad[1] else None, grad.sum(0) if ctx.has_bias else None, None
 
     @staticmethod
     def product(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear. In fp32 on CPU that is MKL; oneDNN is faster on AMD: by 5% of a training step, nearly twice for the head on few rows."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+           made: tuple[Callable, torch.Tensor] | None = None) -> torch.Tensor:
+    """F.linear (made: see OneDNNLinear). In fp32 on CPU that is MKL; oneDNN is faster on AMD: by 5% of a training step, nearly twice
+    for the head on few rows."""
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.shape[0] * weight.numel() >= ONEDNN_SIZE \
             and torch.backends.mkldnn.is_available():
-        return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else OneDNNLinear.product(x, weight, bias)
+        if torch.is_grad_enabled():
+            return OneDNNLinear.apply(x, weight, bias, made)
+        n, step = len(x), 16 if len(x) <= 256 else 64  # oneDNN compiles, and keeps, code for each length: in a long sampling, few shall do
+        return OneDNNLinear.product(F.pad(x, (0, 0, 0, -n % step)) if n % step else x, weight, bias)[:n]
     return F.linear(x, weight, bias)
 
 
@@ -127,6 +138,10 @@ def head_chunk(device: torch.device | str) -> int:
 class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def after(self, make: Callable, x: torch.Tensor) -> torch.Tensor:
+        """linear(make(x)), where `make` is so cheap that on CPU its result is made again for the backward pass instead of being kept."""
+        return linear(make(x), self.weight, self.bias, (make, x))
 
 
 class RMSNorm(nn.Module):
@@ -151,9 +166,9 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, norm: "RMSNorm", cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
         T, (H, KV) = x.shape[0], self.sizes
-        qk, v = self.qkv(x).view(T, -1, self.head_dim).split((H + KV, KV), dim=1)  # (T, H + KV, D), (T, KV, D)
+        qk, v = self.qkv.after(norm, x).view(T, -1, self.head_dim).split((H + KV, KV), dim=1)  # (T, H + KV, D), (T, KV, D)
         if self.qk_norm:
             q, k = qk.split((H, KV), dim=1)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
@@ -185,8 +200,8 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(SwiGLU.apply(self.gate_up(x)))
+    def forward(self, x: torch.Tensor, norm: "RMSNorm") -> torch.Tensor:
+        return self.down.after(SwiGLU.apply, self.gate_up.after(norm, x))
 
 
 class Layer(nn.Module):
@@ -198,8 +213,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(x, self.attention_norm, cos, sin, attend)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class Decoder(nn.Module):

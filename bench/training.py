@@ -43,7 +43,7 @@ class Config(BenchConfig):
     shortest: Annotated[int, "tokens of the shortest response", (20, None)] = 60
     longest: Annotated[int, "and of the longest", (20, None)] = 200
     lr: Annotated[float, "learning rate", (0, None)] = 5e-6
-    micro_tokens: Annotated[int, "ours: tokens per forward pass", (16, None)] = 4096
+    micro_tokens: Annotated[int, "ours: tokens per forward pass", (16, None)] = 8192
     peer_examples: Annotated[int, "how many of the examples the peer trains on", (1, None)] = 4
     peer_checkpointing: Annotated[bool, "the peer recomputes activations (TRL's default): less memory, more time"] = False
     full: Annotated[bool, "the peer trains on all examples, with and without recomputing; the faster counts"] = False
