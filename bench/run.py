@@ -56,8 +56,8 @@ def benchmarks(config: Config) -> dict[str, Callable[[], list[Row]]]:
     full = dict(full=config.full)
     found = {
         "sampling": lambda: sampling.measure(sampling.Config(**common, **full)),
-        "natural": lambda: sampling.measure(sampling.Config(**small, natural_ends=True, prompts=200, new_tokens=200, rows=640,
-                                                            peer_prompts=200 if config.full else 16, peer_batches=(1, 16))),
+        "natural": lambda: sampling.measure(sampling.Config(**small, natural_ends=True, prompts=200, new_tokens=200, rows=2000,
+                                                            peer_prompts=200 if config.full else 16, peer_batches=(1, 4, 16))),
         "prefill": lambda: prefill.measure(prefill.Config(**common)),
         "sft": lambda: training.measure(training.Config(**common, **full, what="sft", lr=5e-6)),
         "dpo": lambda: training.measure(training.Config(**common, **full, what="dpo", lr=5e-7)),
