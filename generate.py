@@ -205,8 +205,8 @@ def shelf_length(n: int) -> int:
 class Engine:
     """Sampling for one model and one set of parameters; `run` may be called again and again.
 
-    max_rows: how many continuations (rows, if all of them differ) are decoded side by side. eos_ids: the tokens that end one. yes_no: the two
-    token ids whose probabilities are compared. reserve: positions of the model's context that sampling leaves free.
+    max_rows: how many continuations (rows, if all of them differ) are decoded side by side. eos_ids: the tokens that end one.
+    yes_no: the two token ids whose probabilities are compared. reserve: positions of the model's context that sampling leaves free.
     The counters say what was computed.
     """
 
@@ -270,7 +270,7 @@ class Engine:
         self.request, self.start, self.length, self.limit = (torch.zeros(0, **long) for _ in range(4))
         self.given = torch.zeros(0, **long)  # per row: 0, or where its added words end: tokens before that are not sampled
         self.done = torch.zeros(0, dtype=torch.bool, device=weight.device)
-        self.pending: dict[tuple[int, int], Continuation] = {}  # (request, sample number) -> one that has ended, while its added words are read
+        self.pending: dict[tuple[int, int], Continuation] = {}  # (request, number) -> one that has ended, while its added words are read
         self.rows = self.longest = self.requests = 0  # R, the length of the longest row, requests read so far
         self.window = 0  # tokens of the tails that a step reads; 0: to be set anew, since something has moved or changed its shape
 
@@ -574,11 +574,11 @@ class Engine:
 
 
 def _grown(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """`store` with room for `size` along `dim`: at least doubled when it must grow, so that growth is rare; new room is 0."""
+    """`store` with room for `size` along `dim`: a quarter more when it must grow, so that growth is rare; new room is 0."""
     if store.shape[dim] >= size:
         return store
     old, shape = store.shape[dim], list(store.shape)
-    shape[dim] = max(size, 2 * old)
+    shape[dim] = max(size, old + old // 4)
     grown = store.new_empty(shape)
     grown.narrow(dim, 0, old).copy_(store)
     grown.narrow(dim, old, shape[dim] - old).zero_()

@@ -225,8 +225,8 @@ def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperat
     step = engine._step
     monkeypatch.setattr(engine, "_step", lambda: (passed.append(engine.rows), step()))
     found = run(engine, requests)
-    assert_same(found, [[c for r in request.seeds for [c] in run(engine_of(model, 1, temperature, max_new_tokens=24), [Request(request.ids, [r])])]
-                        for request in requests])
+    alone = [Request(request.ids, [seed]) for request in requests for seed in request.seeds]
+    assert_same([[c] for row in found for c in row], run(engine_of(model, 1, temperature, max_new_tokens=24), alone))
     drawn = [(i, c.ids + [EOS[0]] * c.finished) for i, row in enumerate(found) for c in row]
     assert sum(passed) == len({(i, tuple(ids[:n])) for i, ids in drawn for n in range(1, len(ids))})
     assert engine.new_tokens == sum(len(ids) for _, ids in drawn)
