@@ -327,7 +327,7 @@ class Engine:
             for shelf in shelves.values():
                 for place, seat in enumerate(shelf.seats):
                     self._shelve(seat.index, seat.continuations, torch.cat((cut, shelf.parts[:, :, place, :, :seat.length]), dim=3))
-            self._regroup()
+            self.window = 0
 
     def _shelve(self, index: int, continuations: list[Continuation | None], part: torch.Tensor) -> None:
         """Put the part of a prompt, (2, layers, KV, n, D), on the shelf for its length."""
@@ -354,7 +354,7 @@ class Engine:
         self.limit = extend(self.limit, min(self.max_new_tokens, self.context - length), new)
         self.rows, self.longest = R + new, max(self.longest, 1)
         self._append(slice(R, R + new), slice(len(self.seed) - K, len(self.seed)), prompt.logits.repeat(new, 1))
-        self._regroup()
+        self.window = 0
 
     def _make_room(self, rows: int) -> None:
         self.tail = _grown(self.tail, 2, rows)
@@ -387,6 +387,8 @@ class Engine:
     @torch.no_grad()
     def _step(self) -> None:
         """One more token for every row that is not done."""
+        if not self.window:
+            self._regroup()
         window = -(-self.longest // WINDOW) * WINDOW if self.recorded else self.longest
         if window != self.window:
             self.window = window
@@ -486,7 +488,7 @@ class Engine:
         self.rows = new.stop
         goes_on[again] = torch.arange(new.start, new.stop)
         self.row[draws] = goes_on[which]
-        self._regroup()
+        self.window = 0
         return self.row[draws]
 
     def _many_are_done(self) -> bool:
@@ -518,7 +520,7 @@ class Engine:
             del self.seats[seat.index]
             self.shelves[shelf_length(seat.length)].remove(seat)
         self._compact_rows()
-        self._regroup()
+        self.window = 0
         yield from ((seat.index, seat.continuations) for seat in complete)
 
     def _ended(self, row: int) -> Continuation:
@@ -557,9 +559,6 @@ class Engine:
 
     def _regroup(self) -> None:
         """After a change of rows or prompts: the prompts in the order of the shelves, each one's rows side by side in a grid."""
-        self.window = 0
-        if not self.rows:
-            return
         shelves = [shelf for shelf in self.shelves.values() if shelf.seats]
         self.shelved = [(shelf.parts, shelf.mask()) for shelf in shelves]
         slots = {seat.index: i for i, seat in enumerate(seat for shelf in shelves for seat in shelf.seats)}
