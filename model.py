@@ -144,6 +144,25 @@ class Linear(nn.Linear):
         return linear(make(x), self.weight, self.bias, (make, x))
 
 
+class LeanRMSNorm(torch.autograd.Function):
+    """F.rms_norm, which on CPU keeps the normalized x beside x for the backward pass, and takes more passes over both. x (..., C), weight (C,)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normal = x * scale
+        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0)
+        grad = grad * weight
+        along = (grad * normal).mean(dim=-1, keepdim=True)  # what changes the length of x alone changes nothing
+        return normal.mul_(-along).add_(grad).mul_(scale), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -151,7 +170,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(at_least_fp32(x), self.weight.shape, at_least_fp32(self.weight), self.eps).to(x.dtype)
+        wide, weight = at_least_fp32(x), at_least_fp32(self.weight)
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return LeanRMSNorm.apply(wide, weight, self.eps).to(x.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -178,7 +200,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, (T, 2 I) -> (T, I). It keeps its input alone for the backward pass, a quarter less than the same in autograd."""
+    """silu(gate) * up, (T, 2 I) -> (T, I). It keeps its input alone for the backward pass, a quarter less than the same in autograd,
+    and on CPU takes as many rows at a time as the caches hold."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -188,8 +211,13 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), dim=-1)
+        gate_up, = ctx.saved_tensors
+        grad_in, rows = torch.empty_like(gate_up), 256 if grad.device.type == "cpu" else max(1, len(grad))
+        for out, both, g in zip(*(x.split(rows) for x in (grad_in, gate_up, grad))):
+            (gate, up), (grad_gate, grad_up) = both.chunk(2, dim=-1), out.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), g, out=grad_up)
+            torch.ops.aten.silu_backward(g * up, gate, grad_input=grad_gate)
+        return grad_in
 
 
 class MLP(nn.Module):

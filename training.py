@@ -321,8 +321,9 @@ def memory(shape: ModelConfig, config: TrainConfig, n_ranks: int) -> dict[str, f
     around = sum(p.numel() for p in model.parameters()) - layer * len(model.layers)  # embedding, last norm, head
     narrow = 2 if torch.device(config.device).type == "cuda" else 4  # bytes of a number in a matrix product
     copy = 2 if narrow == 2 else 0  # bytes of a weight's bf16 copy
-    kept = (6 * shape.hidden_size + 2 * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim
-            + 3 * shape.intermediate_size) * narrow  # bytes that a layer keeps of a token for its backward pass
+    C, heads, wide = shape.hidden_size, (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads) * shape.head_dim, shape.intermediate_size
+    # bytes that a layer keeps of a token for its backward pass; on CPU, norms and SwiGLU are made again (Linear.after)
+    kept = 2 * (6 * C + 2 * heads + 3 * wide) if narrow == 2 else 4 * (2 * C + heads + 2 * wide)
     chunk = head_chunk(config.device) * shape.vocab_size * 16  # logits, fp32, and three more of their size in the backward pass
     chunk += shape.vocab_size * shape.hidden_size * (copy + (4 if n_ranks == 1 else 0))  # the head's bf16 copy and new gradient
     table = {"weights, fp32": 4 * rows, "gradients, fp32": 4 * rows, "both moments, fp32": 8 * rows}

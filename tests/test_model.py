@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
 
 from checkpoint import load_model, load_tokenizer
 from conftest import FAMILIES, LLAMA3_ROPE, make_config
-from model import (Decoder, FlexTreeAttention, RMSNorm, Tree, TreeAttention, common_prefix, compiled_flex_attention, flex_mask,
+from model import (Decoder, FlexTreeAttention, RMSNorm, SwiGLU, Tree, TreeAttention, common_prefix, compiled_flex_attention, flex_mask,
                    tree_attention)
 
 EVERY_MODEL = [(family, tied) for family in FAMILIES for tied in (True, False)]
@@ -376,6 +377,24 @@ def test_norms_are_taken_in_fp32():
         expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
         assert norm(x).dtype == torch.bfloat16
         assert torch.equal(norm(x), expected.to(torch.bfloat16))
+
+
+def test_gradients_written_by_hand_are_those_of_autograd():
+    """On CPU, RMSNorm and SwiGLU (300 rows: more than it takes at a time) have backward passes of their own."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(300, 16, dtype=torch.float64, requires_grad=True), torch.rand(16, dtype=torch.float64)
+    norm = RMSNorm(16, 1e-2).double()
+    with torch.no_grad():
+        norm.weight.copy_(scale)
+    weight = norm.weight
+    grad = torch.randn(300, 16, dtype=torch.float64)
+    ours, plain = norm(x), F.rms_norm(x, (16,), weight, 1e-2)
+    torch.testing.assert_close(ours, plain)
+    for found, expected in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, plain))):
+        torch.testing.assert_close(found, expected)
+    ours, plain = SwiGLU.apply(x), F.silu(x[:, :8]) * x[:, 8:]
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad[:, :8])[0] for y in (ours, plain)))
 
 
 def test_bf16_stays_near_fp32(tiny_folder):
