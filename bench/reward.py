@@ -28,7 +28,7 @@ class Config(BenchConfig):
     k: Annotated[int, "analyses per step", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis", (1, None)] = 64
     dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
-    peer_steps: Annotated[int, "how many of the steps the peer does", (1, None)] = 2
+    peer_steps: Annotated[int, "how many of the steps the peer does", (1, None)] = 1
     peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     full: Annotated[bool, "the peer does all steps"] = False
 

@@ -61,7 +61,7 @@ def benchmarks(config: Config) -> dict[str, Callable[[], list[Row]]]:
         "prefill": lambda: prefill.measure(prefill.Config(**common)),
         "sft": lambda: training.measure(training.Config(**common, **full, what="sft", lr=5e-6)),
         "dpo": lambda: training.measure(training.Config(**common, **full, what="dpo", lr=5e-7)),
-        "reward": lambda: reward.measure(reward.Config(**common, **full)),
+        "reward": lambda: reward.measure(reward.Config(**common, **full, dtypes=("float32", "bfloat16") if config.full else ("bfloat16",))),
         "growth": lambda: growth.measure(growth.Config(**small)),
     }
     if not config.small:

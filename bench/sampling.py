@@ -1,6 +1,6 @@
 """Sampling against Transformers' `generate`: K continuations of each of 16 verification prompts.
 
-    python bench/sampling.py --model FOLDER --data gsm8k.json            # the peer on two of the prompts
+    python bench/sampling.py --model FOLDER --data gsm8k.json            # the peer on one batch of them
     python bench/sampling.py --model FOLDER --data gsm8k.json --full     # the peer on all of them, in batches of 1, 4 and 16
     python bench/sampling.py --model SMALL --data test.jsonl --natural-ends --prompts 200 --new-tokens 200
 
@@ -35,7 +35,7 @@ class Config(BenchConfig):
     temperature: Annotated[float, "sampling temperature", (0.01, None)] = 0.95
     top_p: Annotated[float, "nucleus", (0.01, 1)] = 0.95
     dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
-    peer_prompts: Annotated[int, "how many of the prompts the peer does", (1, None)] = 2
+    peer_prompts: Annotated[int, "how many of the prompts the peer does, a batch at least", (1, None)] = 1
     peer_batches: Annotated[tuple[int, ...], "prompts side by side that the peer tries", (1, None)] = (1, 2)
     peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     full: Annotated[bool, "the peer does all prompts, in batches of 1, 4 and 16"] = False
@@ -59,13 +59,14 @@ def measure(config: Config) -> list[Row]:
         return max(own, key=lambda item: item[1]["tokens_per_second"])
     (our_name, our), (best_name, best) = best_of("ours"), best_of("peer")
     ratio = our["tokens_per_second"] / best["tokens_per_second"]
-    share = our["decode_tokens_per_second"] / our["linear_tokens_per_second"]
+    shares = {name: m["decode_tokens_per_second"] / m["linear_tokens_per_second"] for name, m in medians.items() if name.startswith("ours")}
+    share = shares[our_name]
     each = our["tokens"] / config.prompts, best["tokens"] / best["prompts"]
     bar = config.natural_ends or (share >= 0.6 and each[0] == each[1])
     note = (f"{our_name}: {our['tokens']} tokens in {our['seconds']:.1f} s ({our['prefill_seconds']:.1f} s of it prefill: "
             f"{our['prefill_tokens']} of {our['prompt_tokens']} prompt tokens computed); tokens per prompt {each[0]:.0f} / {each[1]:.0f}; "
             f"decoding {our['decode_tokens_per_second']:.0f} tokens/s, the linear layers alone {our['linear_tokens_per_second']:.0f} "
-            f"at {our['linear_rows']} rows; {best_name} on {best['prompts']} of the {config.prompts} prompts; all: "
+            f"at {our['linear_rows']} rows ({', '.join(f'{name} {own:.0%}' for name, own in shares.items())} of it); {best_name} on {best['prompts']} of the {config.prompts} prompts; all: "
             + ", ".join(f"{name} {m['tokens_per_second']:.1f}" for name, m in medians.items()))
     if {"float32"} <= set(config.dtypes) & set(config.peer_dtypes):
         fp32, peer32 = (best_of(side, ("float32",))[1]["tokens_per_second"] for side in ("ours", "peer"))
@@ -102,7 +103,7 @@ def ours(config: Config) -> dict:
 def peer(config: Config) -> dict:
     from bench.peer import generate, load
     [dtype], [size] = config.peer_dtypes, config.peer_batches
-    tokenizer, prompts = prompt_ids(config, scattered_cases(config.data, config.prompts, config.seed)[:config.peer_prompts])
+    tokenizer, prompts = prompt_ids(config, scattered_cases(config.data, config.prompts, config.seed)[:max(size, config.peer_prompts)])
     model = load(config.model, dtype)
     eos = tokenizer.eos_ids if config.natural_ends else []
     generate(model, prompts[:1], 2, 2, eos, config.temperature, config.top_p)  # warm up
