@@ -398,25 +398,37 @@ class MicroBatch:
 def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
     """Examples (number -> prompt ids and response ids) as few trees of at most `micro_tokens` -> (trees, over-long ones).
 
-    In lexicographic order neighbours share the most; a tree is full when the next one's own tokens do not fit.
+    In lexicographic order neighbours share the most. The trees are of like size, as the largest decides on the memory: they are
+    filled up to the lowest limit that needs no more of them.
     """
-    batches, long, chosen, size, last = [], [], [], 0, np.zeros(0, dtype=np.int64)
+    long, order, last = [], [], np.zeros(0, dtype=np.int64)
+    alone, own = {}, {}  # tokens of an example in a tree by itself, and behind the one before it
     for i in sorted(units, key=units.__getitem__):
         prompt, responses = units[i]
-        whole = np.asarray(prompt + responses[0])
-        alone = len(prompt) + sum(map(len, responses))
-        if alone > micro_tokens:
+        alone[i] = len(prompt) + sum(map(len, responses))
+        if alone[i] > micro_tokens:
             long.append(i)
             continue
-        new = alone - common_prefix(last, whole)
-        if chosen and size + new > micro_tokens:
-            batches.append(_micro_batch(units, chosen))
-            chosen, size, new = [], 0, alone
-        chosen.append(i)
-        size, last = size + new, whole
-    if chosen:
-        batches.append(_micro_batch(units, chosen))
-    return batches, long
+        whole = np.asarray(prompt + responses[0])
+        own[i] = alone[i] - common_prefix(last, whole)
+        order.append(i)
+        last = whole
+
+    def filled(limit: int) -> list[list[int]]:
+        groups, size = [], math.inf
+        for i in order:
+            size += own[i]
+            if size > limit:
+                groups.append([])
+                size = alone[i]
+            groups[-1].append(i)
+        return groups
+    trees = len(filled(micro_tokens))
+    low, high = max((alone[i] for i in order), default=0), micro_tokens
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) == trees else (middle + 1, high)
+    return [_micro_batch(units, group) for group in filled(high)], long
 
 
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:

@@ -226,3 +226,13 @@ def test_over_long_validation_examples_are_named_and_counted(tmp_path, tiny_fold
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("held_out.jsonl example 2 has") == 1
     assert "left out as over-long: 1" in printed.out
+
+
+def test_trees_are_few_and_of_like_size():
+    """Sixteen examples of 100 tokens of their own behind 50 that all share: nine fit in a tree of 1,000, and eight and eight are smaller."""
+    units = {i: (list(range(50)), [[1000 + i] * 100]) for i in range(16)}
+    batches, long = pack(units, 1000)
+    assert [len(batch.tree) for batch in batches] == [850, 850] and not long
+    assert sorted(i for batch in batches for i in batch.examples) == list(range(16))
+    assert [len(batch.tree) for batch in pack(units, 850)[0]] == [850, 850]
+    assert len(pack(units, 849)[0]) == 3
