@@ -291,7 +291,7 @@ class Engine:
         tree = Tree([request.ids[shared:] for _, request, _ in group]).to(self.model.device)
         hidden, cache = self._forward_tree(tree, shared)
         paths = [torch.from_numpy(path).to(self.model.device) for path in tree.paths]
-        logits = _finite(self.model.logits(hidden[torch.stack([path[-1] for path in paths])]))  # (prompts, V)
+        logits = _finite(self.model.logits(hidden))  # (prompts, V)
         self.ready.extend(_Prompt(index, request, cache, path, row)
                           for (index, request, _), path, row in zip(group, paths, logits))
         self.prompt_tokens += sum(len(ids) for _, _, ids in group)
@@ -299,14 +299,16 @@ class Engine:
         return True
 
     def _forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (T, C) and keys and values (2, layers, KV, T, D) of a tree below the root's first `past` tokens (all or none)."""
+        """Hidden states of the sequences' last tokens (S, C), and keys and values of all (2, layers, KV, T, D), of a tree below the root's
+        first `past` tokens (all or none)."""
+        last = torch.tensor([path[-1] for path in tree.paths], device=self.model.device)
         attention = tree_attention(tree.end, past)
         cache = self.root.new_empty(*self.root.shape[:3], len(tree), self.root.shape[4])
 
         def attend(layer, q, k, v):
             cache[0, layer], cache[1, layer] = k.transpose(0, 1), v.transpose(0, 1)
             return attention(layer, q, k, v, past=(self.root[0, layer], self.root[1, layer]) if past else None)
-        return self.model(tree.ids, tree.positions + past, attend), cache
+        return self.model(tree.ids, tree.positions + past, attend, last), cache
 
     def _fit_root(self, prompts: list[np.ndarray]) -> None:
         """Make the root a prefix of these prompts too (and leave each at least one token of its own).
@@ -372,8 +374,7 @@ class Engine:
             if size >= PREFILL_TOKENS or i == len(sequences) - 1:
                 tree = Tree(group).to(self.model.device)
                 hidden, _ = self._forward_tree(tree, shared)
-                last = torch.tensor([path[-1] for path in tree.paths], device=self.model.device)
-                found += self._yes_against_no(_finite(at_least_fp32(self.model.logits(hidden[last])))).tolist()
+                found += self._yes_against_no(_finite(at_least_fp32(self.model.logits(hidden)))).tolist()
                 group, size = [], 0
         return found
 

@@ -240,8 +240,11 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable,
+                wanted: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.attention(x, self.attention_norm, cos, sin, attend)
+        if wanted is not None:
+            x = x.index_select(0, wanted)  # (N, C)
         return x + self.mlp(x, self.mlp_norm)
 
 
@@ -262,18 +265,20 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable) -> torch.Tensor:
-        """ids (T,), positions (T,) -> hidden states after the last norm (T, C).
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Callable, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """ids (T,), positions (T,) -> hidden states after the last norm (T, C), or (N, C) of the tokens `wanted` (N,): behind the last
+        attention, the others need not be computed.
 
         attend(layer, q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)
         """
         x = self.embed(ids)  # (T, C)
         cos, sin = rope_tables(self.config, positions)
         for i, layer in enumerate(self.layers):
+            given = (x, cos, sin, partial(attend, i), wanted if i == len(self.layers) - 1 else None)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False)
+                x = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, partial(attend, i))
+                x = layer(*given)
         return self.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -277,8 +277,7 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     owner = np.repeat(np.arange(len(spans)), [len(s) - 1 for s in spans])
     unique, first, where = np.unique(token, return_index=True, return_inverse=True)  # in a tree, a token has one token before it
     before, token, owner, where = (torch.from_numpy(x).to(tree.ids.device) for x in (before[first], unique, owner, where))
-    hidden = model(tree.ids, tree.positions, tree_attention(tree.end))  # (T, C)
-    hidden, target = hidden.index_select(0, before), tree.ids[token]   # (N, C), (N,)
+    hidden, target = model(tree.ids, tree.positions, tree_attention(tree.end), before), tree.ids[token]  # (N, C), (N,)
     chunk = chunk or head_chunk(tree.ids.device)
     pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk), target.split(chunk))]

@@ -368,6 +368,21 @@ def test_activation_checkpointing_changes_no_gradient(tiny_folder):
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-9, rtol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_wanted_tokens_are_computed_as_among_all(tiny_folder, checkpointed):
+    """Their hidden states, in the order asked for, and the gradients of all weights."""
+    model, tree = load_model(tiny_folder, torch.float64), Tree(family_tree())
+    model.checkpoint_activations = checkpointed
+    wanted, found = torch.tensor([len(tree) - 1, 3, 3, 0]), []
+    attention, rows = TreeAttention(tree.end), []
+    model.layers[-1].mlp.register_forward_hook(lambda mlp, given, out: rows.append(len(out)))
+    for hidden in (model(tree.ids, tree.positions, attention, wanted), model(tree.ids, tree.positions, attention)[wanted]):
+        found.append({"hidden": hidden.detach()} | gradients(model, model.logits(hidden).pow(2).sum()))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-9, rtol=1e-9, msg=name)
+    assert rows[:2] == [4, len(tree)]
+
+
 def test_norms_are_taken_in_fp32():
     """In a bf16 model the result is the exact one, rounded once."""
     norm = RMSNorm(512, 1e-6).to(torch.bfloat16)
