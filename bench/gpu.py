@@ -135,12 +135,12 @@ def lengths(config: Config) -> tuple[int, int, int]:
 
 
 def flops_of_forward(shape: ModelConfig, tree: Tree, heads: int) -> float:
-    """Of a tree's forward pass, with `heads` tokens at the LM head; a backward pass has twice as many."""
+    """Of a tree's forward pass, with `heads` tokens at the last MLP and the LM head; a backward pass has twice as many."""
     attention, mlp = shape.num_attention_heads * shape.head_dim, 3 * shape.hidden_size * shape.intermediate_size
     linear = shape.hidden_size * (2 * attention + 2 * shape.num_key_value_heads * shape.head_dim) + mlp
     seen = float((tree.positions + 1).sum())  # keys that the tokens see
-    return 2 * len(tree) * linear * shape.num_hidden_layers + 4 * seen * attention * shape.num_hidden_layers \
-        + 2 * heads * shape.hidden_size * shape.vocab_size
+    return 2 * len(tree) * (linear * shape.num_hidden_layers - mlp) + 4 * seen * attention * shape.num_hidden_layers \
+        + 2 * heads * (mlp + shape.hidden_size * shape.vocab_size)
 
 
 def random_trees(config: Config, responses: int) -> list[tuple[Tree, list[int]]]:
@@ -249,9 +249,10 @@ def sample(config: Config, _: str, peak: dict) -> dict:
     before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
     before, took = statistics.median(before), statistics.median(took)
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else model.embed.weight.numel())
+    all_prompts = weights - shape.hidden_size * (shape.vocab_size + 3 * shape.intermediate_size)  # head and last MLP: the last tokens alone
     return {"rows": rows, "tokens/s": rows * response / (before + took), "decode tokens/s": rows * (response - 1) / took,
             "decode, share of the roofline": roofline(config, weights, peak) / took, "prefill seconds": before,
-            "prefill, share of FLOP/s": 2 * engines[0].prefill_tokens * weights / before / peak["flops"]}
+            "prefill, share of FLOP/s": 2 * engines[0].prefill_tokens * all_prompts / before / peak["flops"]}
 
 
 def roofline(config: Config, weights: int, peak: dict) -> float:

@@ -153,9 +153,10 @@ def work(config: Config, examples: Examples, seconds: float) -> dict:
     responses = sum(sum(batch.lengths) for batch in batches)
     c = load_config(Path(config.model))
     with torch.device("meta"):
-        body = sum(p.numel() for layer in Decoder(c).layers for p in layer.parameters() if p.dim() == 2)
+        layers = Decoder(c).layers
+    body, last_mlp = (sum(p.numel() for p in module.parameters() if p.dim() == 2) for module in (layers, layers[-1].mlp))
     passes = {"sft": 3, "dpo": 4}[config.what]  # forward, two in backward, and the reference's forward
-    flops = 2 * passes * (body * tree + c.vocab_size * c.hidden_size * responses)
+    flops = 2 * passes * ((body - last_mlp) * tree + (last_mlp + c.vocab_size * c.hidden_size) * responses)
     peak = matmul_flops()
     return {"tree_tokens": tree, "sequence_tokens": sum(len(path) for batch in batches for path in batch.tree.paths),
             "response_tokens": responses, "flops": flops, "matmul_flops": peak, "utilisation": flops / (peak * seconds)}
