@@ -423,6 +423,7 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
                 size = alone[i]
             groups[-1].append(i)
         return groups
+
     trees = len(filled(micro_tokens))
     low, high = max((alone[i] for i in order), default=0), micro_tokens
     while low < high:

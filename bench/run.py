@@ -1,4 +1,4 @@
-"""All benchmarks, one table: `make bench`. The short form takes 15 to 18 minutes on 2 cores, --full about two hours.
+"""All benchmarks, one table: `make bench`. The short form takes 14 minutes on 2 cores, --full about two hours.
 
     python bench/run.py --model models/smollm2 --data models/gsm8k.json
     python bench/run.py --full --small SMALL-FOLDER --small-data test.jsonl

@@ -66,7 +66,8 @@ def measure(config: Config) -> list[Row]:
     note = (f"{our_name}: {our['tokens']} tokens in {our['seconds']:.1f} s ({our['prefill_seconds']:.1f} s of it prefill: "
             f"{our['prefill_tokens']} of {our['prompt_tokens']} prompt tokens computed); tokens per prompt {each[0]:.0f} / {each[1]:.0f}; "
             f"decoding {our['decode_tokens_per_second']:.0f} tokens/s, the linear layers alone {our['linear_tokens_per_second']:.0f} "
-            f"at {our['linear_rows']} rows ({', '.join(f'{name} {own:.0%}' for name, own in shares.items())} of it); {best_name} on {best['prompts']} of the {config.prompts} prompts; all: "
+            f"at {our['linear_rows']} rows ({', '.join(f'{name} {own:.0%}' for name, own in shares.items())} of it); "
+            f"{best_name} on {best['prompts']} of the {config.prompts} prompts; all: "
             + ", ".join(f"{name} {m['tokens_per_second']:.1f}" for name, m in medians.items()))
     if {"float32"} <= set(config.dtypes) & set(config.peer_dtypes):
         fp32, peer32 = (best_of(side, ("float32",))[1]["tokens_per_second"] for side in ("ours", "peer"))
