@@ -399,7 +399,7 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
     """Examples (number -> prompt ids and response ids) as few trees of at most `micro_tokens` -> (trees, over-long ones).
 
     In lexicographic order neighbours share the most. The trees are of like size, as the largest decides on the memory: they are
-    filled up to the lowest limit that needs no more of them.
+    filled up to the lowest limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
     """
     long, order, last = [], [], np.zeros(0, dtype=np.int64)
     alone, own = {}, {}  # tokens of an example in a tree by itself, and behind the one before it
@@ -429,19 +429,20 @@ def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(filled(middle)) == trees else (middle + 1, high)
-    return [_micro_batch(units, group) for group in filled(high)], long
+    batches = [_micro_batch(units, group) for group in filled(high)]
+    return sorted(batches, key=lambda batch: -len(batch.tree)), long
 
 
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     """This rank's share of a step's trees, as many as every other rank has: the ranks work through them side by side.
 
-    So trees of like size meet, and where they do not come out even, one with no response fills up: its loss and
-    gradient are 0.
+    Trees of like size meet, as `pack` has them by size, and where they do not come out even, one with no response fills up: its
+    loss and gradient are 0.
     """
     if ranks.count() == 1:
         return batches
     fill = [MicroBatch(Tree([[0], [0]]), [1, 1], [], []) for _ in range(-len(batches) % ranks.count())]
-    return ranks.share(sorted(batches, key=lambda batch: -len(batch.tree)) + fill)
+    return ranks.share(batches + fill)
 
 
 def _micro_batch(units, chosen: list[int]) -> MicroBatch:

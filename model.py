@@ -358,19 +358,27 @@ class TreeAttention:
 
     Queries go in blocks of at most `block`, and a block meets only the keys that one of its queries can see: its ancestors and
     itself. Blocks end where a subtree does, unless that would make them small, so that few see what concerns others alone.
+    On CPU, what all queries behind the first branch see, the first `shared` keys, is left out of their blocks: they meet it together.
     """
 
     def __init__(self, end: torch.Tensor, past: int = 0, block: int = 128):
         T = len(end)
+        branches = torch.nonzero(end < T)
+        branch = int(branches[0]) if len(branches) else 0  # the tokens before it are seen by all behind it
+        self.shared, self.first, self.parts = 0, T, 1       # the queries from `first` on meet the shared keys apart
+        if end.device.type == "cpu" and past + branch:
+            self.shared, self.parts = past + branch, torch.get_num_threads()  # the kernel's work is divided by heads and parts
+            self.first = T - (T - branch) // self.parts * self.parts
         edges = [0]
-        for edge in end.unique().tolist():  # where subtrees end; the last one is T
-            if edge - edges[-1] >= block // 2 or edge == T:
+        for edge in sorted({self.first, *end.tolist()}):  # where subtrees end; the last one is T
+            if edge - edges[-1] >= block // 2 or edge in (self.first, T):
                 pieces = -(-(edge - edges[-1]) // block)
                 edges += np.linspace(edges[-1], edge, pieces + 1).astype(int)[1:].tolist()
         end = torch.cat((end.new_full((past,), past + T), end + past))
         self.blocks = []  # (first query, last query + 1, the keys seen (n,), what is added to the scores (1, 1, queries, n): 0 or -inf)
         for start, stop in zip(edges, edges[1:]):
-            seen = torch.nonzero(end[:past + stop] > past + start).squeeze(1)
+            own = self.shared if start >= self.first else 0
+            seen = own + torch.nonzero(end[own:past + stop] > past + start).squeeze(1)
             query = torch.arange(past + start, past + stop, device=end.device)[:, None]
             mask = torch.where((seen <= query) & (query < end[seen]), 0.0, -torch.inf)
             self.blocks.append((start, stop, seen, mask[None, None]))
@@ -379,7 +387,7 @@ class TreeAttention:
                  past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         k, v = after_past(past, k, v)
         if q.device.type == "cpu":
-            return BlockAttention.apply(q, k, v, self.blocks)
+            return BlockAttention.apply(q, k, v, self)
         out = []
         for start, stop, seen, mask in self.blocks:
             block = [x.transpose(0, 1)[None] for x in (q[start:stop], k.index_select(0, seen), v.index_select(0, seen))]
@@ -388,39 +396,66 @@ class TreeAttention:
 
 
 class BlockAttention(torch.autograd.Function):
-    """TreeAttention's blocks through PyTorch's flash kernel for CPU. Left to autograd, each block would keep its keys and values for the
-    backward pass, and write down a gradient for all of q, k and v; here keys are gathered again, and gradients added in place."""
+    """TreeAttention through PyTorch's flash kernel for CPU. Left to autograd, each block would keep its keys and values for the
+    backward pass, and write down a gradient for all of q, k and v; here keys are gathered again, and gradients added in place.
+
+    Shared keys and a query's own are two softmaxes, merged by their log-sum-exps. Given the merged one, the kernel's backward pass
+    is right for either set of keys alone."""
 
     @staticmethod
-    def forward(ctx, q, k, v, blocks):
-        out, ctx.blocks, lses = torch.empty_like(q), blocks, []
-        for start, stop, seen, mask in blocks:
+    def forward(ctx, q, k, v, tree):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = torch.empty_like(q), at_least_fp32(q.new_empty(q.shape[:2]))  # (T, H, D), (T, H)
+        for start, stop, seen, mask in tree.blocks:
             block = BlockAttention.of(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
-            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*block, attn_mask=mask.to(q.dtype))
-            out[start:stop] = o[0].transpose(0, 1)
-            lses.append(lse)
-        ctx.save_for_backward(q, k, v, out, *lses)
+            o, l = flash(*block, attn_mask=mask.to(q.dtype))  # (1, H, n, D), (1, H, n)
+            out[start:stop], lse[start:stop] = o[0].transpose(0, 1), l[0].t()
+        if tree.first < len(q):
+            o, l = flash(*BlockAttention.behind(tree, q), *BlockAttention.before(tree, k, v))  # (parts, H, n, D), (parts, H, n)
+            o, l = o.transpose(1, 2).flatten(0, 1), l.transpose(1, 2).flatten(0, 1)           # (parts * n, H, D), (parts * n, H)
+            own, own_lse = out[tree.first:], lse[tree.first:]
+            total = torch.logaddexp(own_lse, l)
+            own.copy_(torch.lerp(at_least_fp32(own), at_least_fp32(o), (l - total).exp_()[..., None]))
+            own_lse.copy_(total)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tree = tree
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, *lses = ctx.saved_tensors
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        (q, k, v, out, lse), tree = ctx.saved_tensors, ctx.tree
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, stop, seen, mask), lse in zip(ctx.blocks, lses):
+        for start, stop, seen, mask in tree.blocks:
             block = BlockAttention.of(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
             g, o = BlockAttention.of(grad[start:stop], out[start:stop])
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, *block, o, lse, 0.0, False, attn_mask=mask.to(q.dtype))
+            found = flash(g, *block, o, lse[start:stop].t()[None], 0.0, False, attn_mask=mask.to(q.dtype))
             block_q, block_k, block_v = (x[0].transpose(0, 1) for x in found)
             grad_q[start:stop] = block_q
             grad_k.index_add_(0, seen, block_k)
             grad_v.index_add_(0, seen, block_v)
+        if tree.first < len(q):
+            g, behind, o, l = BlockAttention.behind(tree, grad, q, out, lse)
+            more_q, more_k, more_v = flash(g, behind, *BlockAttention.before(tree, k, v), o, l, 0.0, False)
+            grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)  # (parts, H, n, D) -> (parts * n, H, D)
+            grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)        # (parts, KV, shared, D) -> (shared, KV, D)
+            grad_v[:tree.shared] += more_v.sum(0).transpose(0, 1)
         return grad_q, grad_k, grad_v, None
 
     @staticmethod
     def of(*parts):
         """(n, heads, D) -> (1, heads, n, D) each, as the kernel takes them."""
         return [x.transpose(0, 1)[None] for x in parts]
+
+    @staticmethod
+    def behind(tree, *queries):
+        """What meets the shared keys, in as many parts as there are threads: (T, H, ...) -> (parts, H, n, ...) each."""
+        return [x[tree.first:].unflatten(0, (tree.parts, -1)).transpose(1, 2) for x in queries]
+
+    @staticmethod
+    def before(tree, *keys):
+        """The shared keys, the same for each part: (past + T, KV, D) -> (parts, KV, shared, D) each."""
+        return [x[:tree.shared].transpose(0, 1).expand(tree.parts, -1, -1, -1) for x in keys]
 
 
 def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

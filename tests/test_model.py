@@ -209,12 +209,37 @@ def test_the_block_size_changes_nothing(tiny_folder, block):
         torch.testing.assert_close(logits_of(model, tree, block=block), logits_of(model, tree, block=len(tree)), atol=1e-9, rtol=0)
 
 
-def test_a_block_meets_only_keys_that_it_can_see():
-    """What makes a tree cheap: the keys of branches that are over are not even read."""
-    tree = Tree([[0] * 4 + [branch] * 4 for branch in range(1, 6)])
-    for start, stop, seen, mask in TreeAttention(tree.end, block=4).blocks:
-        assert seen.tolist() == ([0, 1, 2, 3] + list(range(start, stop)) if start else [0, 1, 2, 3])
+def test_a_block_meets_only_keys_that_it_can_see(monkeypatch):
+    """What makes a tree cheap: the keys of branches that are over are not even read, and those that all see not by each block."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    attention = TreeAttention(Tree([[0] * 4 + [branch] * 4 for branch in range(1, 6)]).end, block=4)
+    assert (attention.shared, attention.first, attention.parts, len(attention.blocks)) == (4, 4, 5, 6)
+    for start, stop, seen, mask in attention.blocks:
+        assert seen.tolist() == list(range(start, stop))
         assert (mask == 0).any(-2).all() and (mask == 0).any(-1).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("seed, past", [(0, 0), (1, 0), (2, 3), (3, 70), (6, 0)])
+def test_tree_attention_is_one_softmax_over_what_a_token_sees(monkeypatch, threads, seed, past):
+    """In fp64, with its gradients, against all scores written down and masked by the tree's rule; shared keys met in 1 to 7 parts."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    end = long_tree(seed, 150).end if seed else Tree([random_ids(40)]).end
+    T, generator = len(end), torch.Generator().manual_seed(seed)
+    attention = TreeAttention(end, past, block=32)
+    assert (attention.shared > 0) == (attention.first < T) == (seed > 0)  # the others share something
+    q, k, v, before_k, before_v, grad = (torch.randn(n, heads, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+                                         for n, heads in ((T, 6), (T, 2), (T, 2), (past, 2), (past, 2), (T, 6)))
+    found = attention(0, q, k, v, past=(before_k.transpose(0, 1), before_v.transpose(0, 1)))
+    ends, places = torch.cat((end.new_full((past,), T), end)) + past, torch.arange(past + T)
+    seen = (places <= places[past:, None]) & (places[past:, None] < ends)  # (T, past + T)
+    all_k, all_v = (torch.cat(pair).repeat_interleave(3, dim=1) for pair in ((before_k, k), (before_v, v)))
+    scores = torch.einsum("qhd,khd->hqk", q, all_k) / 8 ** 0.5
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), all_v)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    inputs = (q, k, v, before_k, before_v)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("block", [7, 256])

@@ -32,14 +32,15 @@ def random_units(seed, n=24, longest=40):
 # ---------------------------------------------------------------------------------------------- what is packed
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_example_is_in_one_tree_or_listed_and_no_tree_is_too_large(seed):
+def test_every_example_is_in_one_tree_or_listed_no_tree_is_too_large_and_the_largest_comes_first(seed):
     units = random_units(seed)
     for micro_tokens in (16, 40, 70, 200, 10_000):
         batches, long = pack(units, micro_tokens)
         assert sorted([i for batch in batches for i in batch.examples] + long) == sorted(units)
         sizes = {i: len(prompt) + sum(map(len, responses)) for i, (prompt, responses) in units.items()}
         assert sorted(long) == sorted(i for i, size in sizes.items() if size > micro_tokens)
-        assert all(0 < len(batch.tree) <= micro_tokens for batch in batches)
+        trees = [len(batch.tree) for batch in batches]
+        assert all(0 < size <= micro_tokens for size in trees) and trees == sorted(trees, reverse=True)
         kept = [units[i] for batch in batches for i in batch.examples]
         assert sum(len(batch.tree) for batch in batches) <= sum(len(prompt) + sum(map(len, responses)) for prompt, responses in kept)
 
