@@ -197,7 +197,7 @@ class _Shelf:
 
 
 def shelf_length(n: int) -> int:
-    """The length of the shelf for parts of n tokens: four for each power of two, so that little of one is empty."""
+    """The length of the shelf for parts of n tokens: two for each doubling (192, 256, 384, 512, ...), so that shelves are few and filled."""
     step = max(32, 2 ** ((n - 1).bit_length() - 2))
     return -(-n // step) * step
 
