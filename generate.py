@@ -100,18 +100,18 @@ def _invert(p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, w
     return torch.minimum(place, nucleus[row] - 1)[:, 0], sure[:, 0] | whole  # rounding must not step out of the nucleus
 
 
-LOG2_E = math.log2(math.e)  # softmaxes over caches count in powers of two: on CPU, exp2 takes a third of the time of exp
+LOG2_E = math.log2(math.e)  # softmaxes written out here count in powers of two: on CPU, exp2 takes a third of the time of exp
 
 
 def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
-    """Attention over one part of the keys: q (..., N, D) scaled by D^-0.5 and log2 e, k and v (..., L, D) -> out (..., N, D), and the
-    logarithm to base 2 of the scores' sum (..., N). mask: 0 or -inf, added to the scores."""
+    """Attention over one part of the keys: q (..., N, D) scaled by D^-0.5 and log2 e, k and v (..., L, D) -> out (..., N, D), and
+    log sum exp of the scores (..., N). mask: 0 or -inf, added to the scores."""
     scores = at_least_fp32(q @ k.transpose(-1, -2))  # (..., N, L)
     if mask is not None:
         scores += mask
     highest = scores.amax(dim=-1, keepdim=True)
     total = scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True)
-    return (scores.to(v.dtype) @ v) / total, (highest + total.log2()).squeeze(-1)
+    return (scores.to(v.dtype) @ v) / total, (highest + total.log2()).squeeze(-1) / LOG2_E
 
 
 def attend_shared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None):
@@ -119,8 +119,7 @@ def attend_shared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch
     kernel has no scores to write down (and is slower for few queries, which leave its blocks of 32 empty)."""
     if q.device.type != "cpu" or q.shape[2] < 16:
         return attend_part(q, k, v, mask)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1 / LOG2_E)
-    return out, lse * LOG2_E
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1 / LOG2_E)
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -432,7 +431,7 @@ class Engine:
             out, lse = attend_shared(q.transpose(0, 1).reshape(1, KV, R * G, D), self.root[:1, layer], self.root[1:, layer])
             found.append((out.view(KV, R, G, D).transpose(0, 1), lse.view(KV, R, G).transpose(0, 1)))
         # each part's share of the whole softmax
-        weights = (torch.stack([lse for _, lse in found]) / LOG2_E).softmax(dim=0).unsqueeze(-1)
+        weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)
         merged = weights[0] * found[0][0]  # at least fp32
         for weight, (out, _) in zip(weights[1:], found[1:]):
             merged = merged.addcmul_(weight, out)

@@ -365,10 +365,10 @@ class TreeAttention:
         T = len(end)
         branches = torch.nonzero(end < T)
         branch = int(branches[0]) if len(branches) else 0  # the tokens before it are seen by all behind it
-        self.shared, self.first, self.parts = 0, T, 1       # the queries from `first` on meet the shared keys apart
+        self.shared, self.first, self.splits = 0, T, 1       # the queries from `first` on meet the shared keys apart
         if end.device.type == "cpu" and past + branch:
-            self.shared, self.parts = past + branch, torch.get_num_threads()  # the kernel's work is divided by heads and parts
-            self.first = T - (T - branch) // self.parts * self.parts
+            self.shared, self.splits = past + branch, torch.get_num_threads()  # the kernel's work is divided by heads and splits
+            self.first = T - (T - branch) // self.splits * self.splits
         edges = [0]
         for edge in sorted({self.first, *end.tolist()}):  # where subtrees end; the last one is T
             if edge - edges[-1] >= block // 2 or edge in (self.first, T):
@@ -411,8 +411,8 @@ class BlockAttention(torch.autograd.Function):
             o, l = flash(*block, attn_mask=mask.to(q.dtype))  # (1, H, n, D), (1, H, n)
             out[start:stop], lse[start:stop] = o[0].transpose(0, 1), l[0].t()
         if tree.first < len(q):
-            o, l = flash(*BlockAttention.behind(tree, q), *BlockAttention.before(tree, k, v))  # (parts, H, n, D), (parts, H, n)
-            o, l = o.transpose(1, 2).flatten(0, 1), l.transpose(1, 2).flatten(0, 1)           # (parts * n, H, D), (parts * n, H)
+            o, l = flash(*BlockAttention.behind(tree, q), *BlockAttention.before(tree, k, v))  # (splits, H, n, D), (splits, H, n)
+            o, l = o.transpose(1, 2).flatten(0, 1), l.transpose(1, 2).flatten(0, 1)           # (splits * n, H, D), (splits * n, H)
             own, own_lse = out[tree.first:], lse[tree.first:]
             total = torch.logaddexp(own_lse, l)
             own.copy_(torch.lerp(at_least_fp32(own), at_least_fp32(o), (l - total).exp_()[..., None]))
@@ -437,8 +437,8 @@ class BlockAttention(torch.autograd.Function):
         if tree.first < len(q):
             g, behind, o, l = BlockAttention.behind(tree, grad, q, out, lse)
             more_q, more_k, more_v = flash(g, behind, *BlockAttention.before(tree, k, v), o, l, 0.0, False)
-            grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)  # (parts, H, n, D) -> (parts * n, H, D)
-            grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)        # (parts, KV, shared, D) -> (shared, KV, D)
+            grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)  # (splits, H, n, D) -> (splits * n, H, D)
+            grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)        # (splits, KV, shared, D) -> (shared, KV, D)
             grad_v[:tree.shared] += more_v.sum(0).transpose(0, 1)
         return grad_q, grad_k, grad_v, None
 
@@ -449,13 +449,13 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def behind(tree, *queries):
-        """What meets the shared keys, in as many parts as there are threads: (T, H, ...) -> (parts, H, n, ...) each."""
-        return [x[tree.first:].unflatten(0, (tree.parts, -1)).transpose(1, 2) for x in queries]
+        """What meets the shared keys, in as many splits as there are threads: (T, H, ...) -> (splits, H, n, ...) each."""
+        return [x[tree.first:].unflatten(0, (tree.splits, -1)).transpose(1, 2) for x in queries]
 
     @staticmethod
     def before(tree, *keys):
-        """The shared keys, the same for each part: (past + T, KV, D) -> (parts, KV, shared, D) each."""
-        return [x[:tree.shared].transpose(0, 1).expand(tree.parts, -1, -1, -1) for x in keys]
+        """The shared keys, the same for each split: (past + T, KV, D) -> (splits, KV, shared, D) each."""
+        return [x[:tree.shared].transpose(0, 1).expand(tree.splits, -1, -1, -1) for x in keys]
 
 
 def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

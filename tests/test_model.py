@@ -213,7 +213,7 @@ def test_a_block_meets_only_keys_that_it_can_see(monkeypatch):
     """What makes a tree cheap: the keys of branches that are over are not even read, and those that all see not by each block."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     attention = TreeAttention(Tree([[0] * 4 + [branch] * 4 for branch in range(1, 6)]).end, block=4)
-    assert (attention.shared, attention.first, attention.parts, len(attention.blocks)) == (4, 4, 5, 6)
+    assert (attention.shared, attention.first, attention.splits, len(attention.blocks)) == (4, 4, 5, 6)
     for start, stop, seen, mask in attention.blocks:
         assert seen.tolist() == list(range(start, stop))
         assert (mask == 0).any(-2).all() and (mask == 0).any(-1).all()
