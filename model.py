@@ -365,7 +365,7 @@ class TreeAttention:
         T = len(end)
         branches = torch.nonzero(end < T)
         branch = int(branches[0]) if len(branches) else 0  # the tokens before it are seen by all behind it
-        self.shared, self.first, self.splits = 0, T, 1       # the queries from `first` on meet the shared keys apart
+        self.shared, self.first, self.splits = 0, T, 1  # the queries from `first` on meet the shared keys apart
         if end.device.type == "cpu" and past + branch:
             self.shared, self.splits = past + branch, torch.get_num_threads()  # the kernel's work is divided by heads and splits
             self.first = T - (T - branch) // self.splits * self.splits
@@ -394,6 +394,14 @@ class TreeAttention:
             out.append(F.scaled_dot_product_attention(*block, attn_mask=mask.to(q.dtype), enable_gqa=True))  # (1, H, queries, D)
         return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
 
+    def behind(self, *queries: torch.Tensor) -> list[torch.Tensor]:
+        """What meets the shared keys, in as many splits as there are threads: (T, H, ...) -> (splits, H, n, ...) each."""
+        return [x[self.first:].unflatten(0, (self.splits, -1)).transpose(1, 2) for x in queries]
+
+    def before(self, *keys: torch.Tensor) -> list[torch.Tensor]:
+        """The shared keys, the same for each split: (past + T, KV, D) -> (splits, KV, shared, D) each."""
+        return [x[:self.shared].transpose(0, 1).expand(self.splits, -1, -1, -1) for x in keys]
+
 
 class BlockAttention(torch.autograd.Function):
     """TreeAttention through PyTorch's flash kernel for CPU. Left to autograd, each block would keep its keys and values for the
@@ -411,8 +419,8 @@ class BlockAttention(torch.autograd.Function):
             o, l = flash(*block, attn_mask=mask.to(q.dtype))  # (1, H, n, D), (1, H, n)
             out[start:stop], lse[start:stop] = o[0].transpose(0, 1), l[0].t()
         if tree.first < len(q):
-            o, l = flash(*BlockAttention.behind(tree, q), *BlockAttention.before(tree, k, v))  # (splits, H, n, D), (splits, H, n)
-            o, l = o.transpose(1, 2).flatten(0, 1), l.transpose(1, 2).flatten(0, 1)           # (splits * n, H, D), (splits * n, H)
+            o, l = flash(*tree.behind(q), *tree.before(k, v))  # (splits, H, n, D), (splits, H, n)
+            o, l = o.transpose(1, 2).flatten(0, 1), l.transpose(1, 2).flatten(0, 1)  # (splits * n, H, D), (splits * n, H)
             own, own_lse = out[tree.first:], lse[tree.first:]
             total = torch.logaddexp(own_lse, l)
             own.copy_(torch.lerp(at_least_fp32(own), at_least_fp32(o), (l - total).exp_()[..., None]))
@@ -435,8 +443,8 @@ class BlockAttention(torch.autograd.Function):
             grad_k.index_add_(0, seen, block_k)
             grad_v.index_add_(0, seen, block_v)
         if tree.first < len(q):
-            g, behind, o, l = BlockAttention.behind(tree, grad, q, out, lse)
-            more_q, more_k, more_v = flash(g, behind, *BlockAttention.before(tree, k, v), o, l, 0.0, False)
+            g, behind, o, l = tree.behind(grad, q, out, lse)
+            more_q, more_k, more_v = flash(g, behind, *tree.before(k, v), o, l, 0.0, False)
             grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)  # (splits, H, n, D) -> (splits * n, H, D)
             grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)        # (splits, KV, shared, D) -> (shared, KV, D)
             grad_v[:tree.shared] += more_v.sum(0).transpose(0, 1)
@@ -446,16 +454,6 @@ class BlockAttention(torch.autograd.Function):
     def of(*parts):
         """(n, heads, D) -> (1, heads, n, D) each, as the kernel takes them."""
         return [x.transpose(0, 1)[None] for x in parts]
-
-    @staticmethod
-    def behind(tree, *queries):
-        """What meets the shared keys, in as many splits as there are threads: (T, H, ...) -> (splits, H, n, ...) each."""
-        return [x[tree.first:].unflatten(0, (tree.splits, -1)).transpose(1, 2) for x in queries]
-
-    @staticmethod
-    def before(tree, *keys):
-        """The shared keys, the same for each split: (past + T, KV, D) -> (splits, KV, shared, D) each."""
-        return [x[:tree.shared].transpose(0, 1).expand(tree.splits, -1, -1, -1) for x in keys]
 
 
 def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -222,7 +222,7 @@ def test_a_block_meets_only_keys_that_it_can_see(monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("seed, past", [(0, 0), (1, 0), (2, 3), (3, 70), (6, 0)])
 def test_tree_attention_is_one_softmax_over_what_a_token_sees(monkeypatch, threads, seed, past):
-    """In fp64, with its gradients, against all scores written down and masked by the tree's rule; shared keys met in 1 to 7 parts."""
+    """In fp64, with its gradients, against all scores written down and masked by the tree's rule; shared keys met in 1 to 7 splits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     end = long_tree(seed, 150).end if seed else Tree([random_ids(40)]).end
     T, generator = len(end), torch.Generator().manual_seed(seed)
