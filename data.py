@@ -23,13 +23,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import ranks
+from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
-from cli import BadInput, Journal, Lines, expect, get_field, json_line, print_config, read_jsonl, refuse_existing, run, writing
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
+from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
+from plumbing.journal import Journal
 from model import Tree, common_prefix
-from readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, has_one_verdict, load_prompt, parse_verdict
-from server import ServedConfig, load_sampler
+from formats.readers import read_case, read_labelled_steps
+from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, parse_verdict
+from rprm import load_sampler as load_local_sampler
 
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -65,6 +68,42 @@ def cases(config: CasesConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- samples
+
+@dataclass(frozen=True, kw_only=True)
+class ServedConfig(SamplerConfig):
+    """The flags of everything that samples from a checkpoint here or from a model behind a server."""
+    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work", (1, 10 ** 9)] = 1800.0
+    server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead"] = None
+    tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template (no weights needed)"] = None
+    concurrency: Annotated[int, "with --server: requests under way at a time", (1, None)] = 16
+    timeout: Annotated[float, "with --server: seconds to wait for an answer", (0.1, None)] = 600.0
+    retries: Annotated[int, "with --server: further tries after 429, 5xx, a timeout or a broken answer", (0, None)] = 6
+    api_key_env: Annotated[str | None, "with --server: NAME of the environment variable that holds its key"] = None
+
+    def __post_init__(self):
+        """BadInput where flags do not go together, before anything is printed or saved (a key must not be)."""
+        set_to = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        here, there = ("batch_size", "dtype", "device"), ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
+        for name in there if self.server is None else here:
+            if name in set_to:
+                raise BadInput(f"--{name.replace('_', '-')} " + ("needs --server; give both or neither" if self.server is None else
+                                                                "has no meaning with --server, where the server decides; leave it out"))
+        if self.server is not None:
+            from server import parse_url, read_key  # here, as nothing else needs them
+            parse_url(self.server)
+            read_key(self.api_key_env)
+            if self.tokenizer is None:
+                raise BadInput("--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template (no weights needed)")
+
+
+def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
+    """The sampler of a checkpoint folder, or with --server that of the model there."""
+    if config.server is None:
+        return load_local_sampler(config, k, force, complete, direct)
+    from server import load_served  # here, as nothing else needs it
+    return load_served(config, k, force, complete, direct)
+
 
 ROUND = 8  # batches in a round of sampling
 

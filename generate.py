@@ -25,7 +25,7 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 
-from cli import BadInput
+from plumbing.errors import BadInput
 from model import Decoder, Tree, at_least_fp32, common_prefix, tree_attention
 
 PREFILL_TOKENS = 4096    # prompts are prefilled in groups of about so many tokens

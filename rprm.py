@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
-from cli import BadInput, print_config, run
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk, tree_attention
 

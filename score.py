@@ -18,12 +18,14 @@ from typing import Annotated, Iterable, Iterator
 
 from tqdm import tqdm
 
-import ranks
-from cli import BadInput, Journal, get_field, print_config, run, write_json
-from data import in_order, read_analyses, round_size, rounds
-from readers import Solution, read_rows, read_solution
+from plumbing import ranks
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
+from plumbing.files import get_field, write_json
+from plumbing.journal import Journal
+from data import ServedConfig, in_order, load_sampler, read_analyses, round_size, rounds
+from formats.readers import Solution, read_rows, read_solution
 from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
-from server import ServedConfig, load_sampler
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import ranks
+from plumbing import ranks
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
-from cli import BadInput, naming, run
+from plumbing.cli import run
+from plumbing.errors import BadInput
+from plumbing.files import naming
 from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
-from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
+from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
 
 LEFT_OUT = np.inf  # in the cache: a pair too long for --micro-tokens; NaN: not computed yet
 

@@ -12,13 +12,14 @@ from typing import Annotated
 
 import torch
 
-import ranks
+from plumbing import ranks
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, run
+from plumbing.cli import run
+from plumbing.errors import BadInput
 from data import SFT_FIELDS, Examples, deal, travelling_prompt
 from model import Decoder
 from rprm import response_logprobs, sft_loss
-from training import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
+from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
 
 
 @dataclass(frozen=True, kw_only=True)

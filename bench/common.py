@@ -24,9 +24,10 @@ import torch
 import torch.nn as nn
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
-from cli import BadInput, print_config
+from plumbing.cli import print_config
+from plumbing.errors import BadInput
 from model import Decoder, linear
-from readers import read_labelled_steps
+from formats.readers import read_labelled_steps
 from rprm import Case, load_prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from bench.common import Clock, seconds_of, surroundings
-from cli import print_config, run, write_json
+from plumbing.cli import print_config, run
+from plumbing.files import write_json
 from generate import Engine, Request
 from model import Decoder, FlexTreeAttention, ModelConfig, Tree, TreeAttention
 from rprm import dpo_loss, response_logprobs, sft_loss
-from training import precision
+from plumbing.run import precision
 
 QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, max_position_embeddings=32768, qkv_bias=True,
             qk_norm=False)

@@ -18,7 +18,7 @@ import torch
 
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
-from cli import run
+from plumbing.cli import run
 from generate import Engine, Request
 from model import Decoder, ModelConfig
 from rprm import Sampler, Sampling

@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 from bench.common import ROOT
-from cli import BadInput, print_config, run
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
 
 BASE = ROOT / "examples/arithmetic/base"
 STAGES = ("sample", "train_sft", "train_dpo", "score")

@@ -11,7 +11,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, median_run, prompt_ids, run_side_or_all
 from checkpoint import load_model
-from cli import run
+from plumbing.cli import run
 from generate import Engine, Request
 from rprm import yes_no_ids
 

@@ -17,8 +17,8 @@ import torch
 
 from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import DTYPES, load_model
-from cli import run
-from readers import read_rows, read_solution
+from plumbing.cli import run
+from formats.readers import read_rows, read_solution
 from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
 
 

@@ -15,7 +15,9 @@ from typing import Annotated, Callable
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 from bench import growth, prefill, reward, sampling, training
 from bench.common import BenchConfig, Row, print_rows, surroundings
-from cli import BadInput, print_config, resolved, run, write_json
+from plumbing.cli import print_config, resolved, run
+from plumbing.errors import BadInput
+from plumbing.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

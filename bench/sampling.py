@@ -20,7 +20,7 @@ import torch
 from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_run, peak_mb, prompt_ids,
                           run_side_or_all, scattered_cases)
 from checkpoint import DTYPES, load_model
-from cli import run
+from plumbing.cli import run
 from generate import Engine, Request
 from rprm import row_seed, yes_no_ids
 

@@ -24,7 +24,8 @@ import data
 import score
 from bench.common import ROOT, peak_mb, report, run_side
 from checkpoint import load_tokenizer
-from cli import json_line, print_config, run, writing
+from plumbing.cli import print_config, run
+from plumbing.files import json_line, writing
 from rprm import VERIFICATION, Analysis, Case, load_prompt
 
 STAGES = ("cases", "score", "sample", "resume", "sft", "pairs", "train_sft", "train_dpo")

@@ -25,11 +25,13 @@ import train_sft
 from bench.common import (BenchConfig, Clock, Row, all_cases, in_turn, load_words, matmul_flops, median_run, peak_mb,
                           run_side_or_all, scattered_cases)
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, json_line, run
+from plumbing.cli import run
+from plumbing.errors import BadInput
+from plumbing.files import json_line
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from model import Decoder
 from rprm import VERIFICATION, response_logprobs
-from training import Run
+from plumbing.run import Run
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}
 FIELDS = {"sft": SFT_FIELDS, "dpo": PAIR_FIELDS}

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import model as model_module
 import rprm
-import training
+import plumbing.run as training
 from bench import gpu
 from model import Decoder, Tree, TreeAttention, head_chunk
 

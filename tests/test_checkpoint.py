@@ -13,15 +13,15 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
-from checkpoint import PROMPT_FILE, load_config, load_model, load_tokenizer, parse_config, save_checkpoint
-from cli import BadInput
-from conftest import CHATML, END_OF_TEXT, FAMILIES, IM_END, IM_START, ROOT, SPECIAL, make_config, random_tensors, tensor_shapes, write_json
+from checkpoint import weights
+from checkpoint import PROMPT_FILE, load_config, load_model, load_tokenizer, save_checkpoint
+from checkpoint.config import parse_config
+from plumbing.errors import BadInput
+from conftest import CHATML, END_OF_TEXT, FAMILIES, IM_END, IM_START, ROOT, SPECIAL, make_config, tensor_shapes, write_json
 
 MESSAGES = ["What is 2 + 2?", "Step 1: Tom has 12 apples.\n\nStep 2: half of 36 is 18, no?", "é, ½ and 中文, 🙂 {{ 1 + 1 }} {% if %}"]
 
@@ -82,7 +82,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------------------------------- saving
 
-@pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 100_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, 100_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("family, tied", [(family, tied) for family in FAMILIES for tied in (True, False)])
 def test_a_saved_checkpoint_is_the_same_to_transformers(make_folder, tmp_path, family, tied, shard_bytes):
     folder, saved = make_folder(family, tied), tmp_path / "saved"
@@ -167,7 +167,7 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(folder, tiny_folder, monk
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(checkpoint, function, fail)
+    monkeypatch.setattr(weights, function, fail)
     with pytest.raises(OSError):
         save_checkpoint(folder, load_model(tiny_folder), tiny_folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -200,7 +200,7 @@ def test_weights_are_converted_once(folder, stored, dtype):
 def test_reading_in_pieces_changes_nothing(make_folder, monkeypatch, read_bytes):
     folder = make_folder("qwen2", False)
     expected = load_model(folder)
-    monkeypatch.setattr(checkpoint, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(weights, "READ_BYTES", read_bytes)
     for name, p in load_model(folder).named_parameters():
         assert torch.equal(p, expected.get_parameter(name)), name
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import cli
-from cli import BadInput, Complete, Journal
+from plumbing import cli
+from plumbing import files as plumbing_files
+from plumbing.errors import BadInput, Complete
+from plumbing.journal import Journal
 from conftest import ROOT
 
 
@@ -135,7 +137,8 @@ def test_the_first_word_chooses_the_command(capsys):
 SCRIPT = '''"""A script that fails."""
 from dataclasses import dataclass
 from typing import Annotated
-import cli
+from plumbing import cli
+from plumbing.errors import BadInput
 
 @dataclass(frozen=True)
 class Config:
@@ -143,7 +146,7 @@ class Config:
 
 def main(config):
     open(config.path).close()
-    raise cli.BadInput("samples.jsonl:3: field 'verdict' is missing;\\nadd it")
+    raise BadInput("samples.jsonl:3: field 'verdict' is missing;\\nadd it")
 
 cli.run((Config, main))
 '''
@@ -160,7 +163,7 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
 
 def test_what_a_file_says_neither_breaks_nor_floods_the_line_nor_steers_the_terminal(capsys):
     def main(config):
-        raise cli.BadInput("rows.jsonl:1: found \x1b[2J\r\u2028\x85" + "x" * 10 ** 6 + "; correct it")
+        raise BadInput("rows.jsonl:1: found \x1b[2J\r\u2028\x85" + "x" * 10 ** 6 + "; correct it")
     with pytest.raises(SystemExit):
         cli.run((Config, main), argv=["--model", "m"])
     said = capsys.readouterr().err
@@ -221,7 +224,7 @@ def says(error: pytest.ExceptionInfo, *parts: str) -> None:
 def test_read_jsonl_gives_each_object_with_its_place(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n  \n{"text": "line\u2028separator, é"}', encoding="utf-8")
-    assert list(cli.read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"text": "line\u2028separator, é"})]
+    assert list(plumbing_files.read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"text": "line\u2028separator, é"})]
 
 
 @pytest.mark.parametrize("line", [b'{"a": 1', b"nonsense", b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"[1, 2]", b"3", b"[" * 100_000],
@@ -229,7 +232,7 @@ def test_read_jsonl_gives_each_object_with_its_place(tmp_path):
 def test_read_jsonl_names_file_and_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
-    rows = cli.read_jsonl(path)
+    rows = plumbing_files.read_jsonl(path)
     assert next(rows)[1] == {"a": 1}
     with pytest.raises(BadInput) as error:
         next(rows)
@@ -237,7 +240,7 @@ def test_read_jsonl_names_file_and_line(tmp_path, line):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for read in (cli.read_json, lambda path: next(cli.read_jsonl(path))):
+    for read in (plumbing_files.read_json, lambda path: next(plumbing_files.read_jsonl(path))):
         with pytest.raises(BadInput) as error:
             read(tmp_path / "none.json")
         says(error, str(tmp_path / "none.json"), "no such file")
@@ -246,7 +249,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_read_json_names_the_broken_file(tmp_path):
     (tmp_path / "a.json").write_text("{", encoding="utf-8")
     with pytest.raises(BadInput) as error:
-        cli.read_json(tmp_path / "a.json")
+        plumbing_files.read_json(tmp_path / "a.json")
     says(error, str(tmp_path / "a.json"))
 
 
@@ -254,15 +257,15 @@ def test_read_json_names_the_broken_file(tmp_path):
     (str, "x", 3), (int, 3, 3.5), (int, -1, True), (float, 0.5, "0.5"), (float, 1, None), (float, 1.0, False),
     (dict, {}, []), (list, [], {}), (bool, False, 0), (str, "", None)])
 def test_a_field_must_be_of_its_kind(kind, good, bad):
-    assert cli.get_field({"f": good}, "f", kind, "a.jsonl:7") == good
+    assert plumbing_files.get_field({"f": good}, "f", kind, "a.jsonl:7") == good
     with pytest.raises(BadInput) as error:
-        cli.get_field({"f": bad}, "f", kind, "a.jsonl:7")
-    says(error, "a.jsonl:7: field 'f'", cli.NAMES[kind])
+        plumbing_files.get_field({"f": bad}, "f", kind, "a.jsonl:7")
+    says(error, "a.jsonl:7: field 'f'", plumbing_files.NAMES[kind])
 
 
 def test_a_missing_field_is_named_with_those_found():
     with pytest.raises(BadInput) as error:
-        cli.get_field({"id": 1, "text": 2}, "label", bool, "a.jsonl:7")
+        plumbing_files.get_field({"id": 1, "text": 2}, "label", bool, "a.jsonl:7")
     says(error, "a.jsonl:7: field 'label' is missing", "id, text")
 
 
@@ -273,7 +276,7 @@ def files(folder) -> dict[str, str]:
 
 
 def test_writing_makes_the_file_and_its_folder(tmp_path):
-    with cli.writing(tmp_path / "new" / "a.txt") as file:
+    with plumbing_files.writing(tmp_path / "new" / "a.txt") as file:
         file.write("é\n")
     assert files(tmp_path / "new") == {"a.txt": "é\n"}
 
@@ -281,7 +284,7 @@ def test_writing_makes_the_file_and_its_folder(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, BadInput, KeyboardInterrupt])
 def test_writing_leaves_nothing_after_an_error(tmp_path, error):
     with pytest.raises(error):
-        with cli.writing(tmp_path / "a.txt") as file:
+        with plumbing_files.writing(tmp_path / "a.txt") as file:
             file.write("half")
             raise error
     assert files(tmp_path) == {}
@@ -291,22 +294,22 @@ def test_writing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old", encoding="utf-8")
     with pytest.raises(ValueError):
-        with cli.writing(path) as file:
+        with plumbing_files.writing(path) as file:
             file.write("half")
             file.flush()
             assert path.read_text(encoding="utf-8") == "old"
             raise ValueError
     assert files(tmp_path) == {"a.txt": "old"}
-    with cli.writing(path) as file:
+    with plumbing_files.writing(path) as file:
         file.write("new")
     assert files(tmp_path) == {"a.txt": "new"}
 
 
 def test_written_json_reads_back(tmp_path):
     value = {"text": "é\u2028\n", "list": [1, 2.5, None, True]}
-    cli.write_json(tmp_path / "a.json", value)
-    assert cli.read_json(tmp_path / "a.json") == value
-    assert cli.json_line(value).count("\n") == 1 and json.loads(cli.json_line(value)) == value
+    plumbing_files.write_json(tmp_path / "a.json", value)
+    assert plumbing_files.read_json(tmp_path / "a.json") == value
+    assert plumbing_files.json_line(value).count("\n") == 1 and json.loads(plumbing_files.json_line(value)) == value
 
 
 @pytest.mark.parametrize("out", ["file/out.jsonl", "file/new/out.jsonl"])
@@ -314,9 +317,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, o
     """A root may write everywhere, so a file stands here where a folder is needed."""
     (tmp_path / "file").touch()
     with pytest.raises(BadInput) as error:
-        cli.refuse_existing(tmp_path / out, overwrite=False)
+        plumbing_files.refuse_existing(tmp_path / out, overwrite=False)
     says(error, str(tmp_path / out), "cannot be written", "Not a directory")
-    cli.refuse_existing(tmp_path / "new/folder/out.jsonl", overwrite=False)
+    plumbing_files.refuse_existing(tmp_path / "new/folder/out.jsonl", overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and looking leaves nothing
 
 
@@ -330,11 +333,11 @@ def test_a_write_that_fails_names_its_file(tmp_path):
 
 
 def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
-    cli.refuse_existing(tmp_path / "a", overwrite=False)
+    plumbing_files.refuse_existing(tmp_path / "a", overwrite=False)
     (tmp_path / "a").touch()
-    cli.refuse_existing(tmp_path / "a", overwrite=True)
+    plumbing_files.refuse_existing(tmp_path / "a", overwrite=True)
     with pytest.raises(BadInput) as error:
-        cli.refuse_existing(tmp_path / "a", overwrite=False)
+        plumbing_files.refuse_existing(tmp_path / "a", overwrite=False)
     says(error, str(tmp_path / "a"), "--overwrite")
 
 
@@ -378,7 +381,7 @@ def test_a_journal_becomes_the_output_at_the_end(tmp_path):
         assert rows(journal.part) == [{"n": 0}] and not out.exists()  # a kill now would lose nothing
     assert rows(out) == [{"n": 0}]
     assert {path.name for path in out.parent.iterdir()} == {"out.jsonl", "out.jsonl.config.json"}
-    assert cli.read_json(f"{out}.config.json") == {"seed": 0, "at": [1, 2], "max_steps": 3}
+    assert plumbing_files.read_json(f"{out}.config.json") == {"seed": 0, "at": [1, 2], "max_steps": 3}
 
 
 def test_a_killed_run_resumes_after_its_last_whole_line(killed):
@@ -507,19 +510,19 @@ def test_a_killed_overwriting_goes_on(tmp_path):
     Path(f"{out}.part").touch()  # killed between making the part and writing the config
     with Journal(out, replace(OVERWRITE, resume=True, seed=5)) as journal:
         journal.write({"n": 2})
-    assert rows(out) == [{"n": 2}] and cli.read_json(f"{out}.config.json")["seed"] == 5
+    assert rows(out) == [{"n": 2}] and plumbing_files.read_json(f"{out}.config.json")["seed"] == 5
 
 
 def test_lines_are_read_on_demand(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"a": 0}\n\n \r\n{"a": "é "}\n[1]\n{"a": 2}'.encode())
-    lines = cli.Lines(path)
+    lines = plumbing_files.Lines(path)
     assert len(lines) == 4 and lines[3] == (f"{path}:6", {"a": 2}) and lines[1] == (f"{path}:4", {"a": "é "}) and lines[0][1] == {"a": 0}
     with pytest.raises(BadInput) as error:
         lines[2]
     says(error, f"{path}:5: expected an object")
     with pytest.raises(BadInput) as error:
-        cli.Lines(tmp_path / "absent")
+        plumbing_files.Lines(tmp_path / "absent")
     says(error, "no such file")
 
 
@@ -551,5 +554,5 @@ def test_an_interruption_says_how_to_go_on(capsys):
 def test_a_broken_line_has_one_line_number(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(cli.BadInput, match=r"broken.jsonl:2: .*line 1 column"):
-        list(cli.read_jsonl(path))
+    with pytest.raises(BadInput, match=r"broken.jsonl:2: .*line 1 column"):
+        list(plumbing_files.read_jsonl(path))

@@ -1,5 +1,4 @@
 """The stages between the files: cases, samples, SFT examples and pairs. What is kept, what is dropped, and that it adds up."""
-import dataclasses
 import json
 import random
 import re
@@ -10,7 +9,7 @@ import pytest
 
 import data
 import rprm
-from cli import run
+from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
 from rprm import VERIFICATION, Case, Prompt, parse_verdict

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, read_jsonl
+from plumbing.errors import BadInput
+from plumbing.files import read_jsonl
 from conftest import CHATML, make_config, random_tensors
-from data import PAIR_FIELDS, SFT_FIELDS, Examples, pack, read_analyses
-from readers import read_case, read_labelled_steps, read_rows, read_solution
+from data import PAIR_FIELDS, SFT_FIELDS, Examples, read_analyses
+from formats.readers import read_case, read_labelled_steps, read_rows, read_solution
 from rprm import VERIFICATION, Case, Sampler, Sampling, load_prompt, yes_no_ids
 
 N = 1000

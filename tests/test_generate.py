@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import generate
 import model as model_module
 from checkpoint import load_model
-from cli import BadInput
+from plumbing.errors import BadInput
 from generate import Continuation, CudaGraph, Engine, Request, sample, uniform
 from model import Tree, TreeAttention
 

@@ -9,10 +9,9 @@ import train_dpo
 import train_sft
 from checkpoint import load_model
 from data import pack
-from model import Tree
 from rprm import response_logprobs
 from test_training import dpo_config, metrics, pair_rows, sft_config, sft_rows, write
-from training import Run
+from plumbing.run import Run
 
 
 def random_units(seed, n=24, longest=40):

@@ -21,13 +21,15 @@ import torch
 import torch.distributed as dist
 
 import data
-import ranks
+from plumbing import ranks
 import score
 import train_dpo
 import train_sft
-import training
+import plumbing.run as training
 from checkpoint import load_config, load_model, load_tokenizer
-from cli import BadInput, Journal, Stopped, run
+from plumbing.cli import run
+from plumbing.errors import BadInput, Stopped
+from plumbing.journal import Journal
 from conftest import start, wait_for_lines
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
 from model import Tree, TreeAttention

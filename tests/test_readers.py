@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-import readers
-from cli import BadInput
-from readers import Solution, read_case, read_labelled_steps, read_rows, read_solution
+from formats import readers
+from plumbing.errors import BadInput
+from formats.readers import Solution, read_case, read_labelled_steps, read_rows, read_solution
 from rprm import Case
 
 

@@ -16,7 +16,8 @@ import torch
 import generate
 import rprm
 from checkpoint import load_model, load_tokenizer
-from cli import BadInput, run
+from plumbing.cli import run
+from plumbing.errors import BadInput
 from conftest import IM_END, IM_START, ROOT
 from model import Tree, TreeAttention
 from rprm import (QUESTION, VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, has_one_verdict, load_prompt,

@@ -18,10 +18,10 @@ import torch
 import data
 import score
 from checkpoint import load_model, load_tokenizer
-from cli import run
+from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from model import Tree, TreeAttention
-from rprm import VERIFICATION, Analysis, Case, Prompt, load_prompt, load_sampler, reward
+from rprm import VERIFICATION, Analysis, Case, load_prompt, load_sampler, reward
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 

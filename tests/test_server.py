@@ -16,14 +16,17 @@ from types import SimpleNamespace
 import pytest
 
 import data
-import ranks
+from plumbing import ranks
 import score
-import server
+from server import http as server_http
+from server import sampler as server_sampler
 from checkpoint import load_tokenizer
-from cli import BadInput, run
+from plumbing.cli import run
+from plumbing.errors import BadInput
 from conftest import ROOT
+from data import ServedConfig, load_sampler
 from rprm import VERIFICATION, Case, Prompt, reward
-from server import Refused, Server, ServedConfig, load_sampler, parse_url, side_by_side
+from server.http import Refused, Server, parse_url, side_by_side
 
 GOOD = f"The sum is right.\n{VERIFICATION} Yes"
 BAD = f"The sum is wrong \u2713.\n{VERIFICATION} No."
@@ -171,8 +174,8 @@ def stand_in(tiny_folder, monkeypatch):
     http.daemon_threads, http.stand_in, it.url = True, it, f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr(server, "LONGEST_PAUSE", 0.0)
-    monkeypatch.setattr(server, "load_prompt", lambda *args: Prompt(WORDS, "here"))  # so that many little requests are fast
+    monkeypatch.setattr(server_http, "LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr(server_sampler, "load_prompt", lambda *args: Prompt(WORDS, "here"))  # so that many little requests are fast
     yield it
     it.forever.set()
     http.shutdown()
@@ -403,15 +406,15 @@ def test_a_slow_answer_is_given_up(stand_in, tiny_folder):
 
 def test_an_answer_that_drips_is_given_up(monkeypatch):
     """A byte now and then, so that no single read waits long, on a clock that moves a second a look."""
-    monkeypatch.setattr(server, "monotonic", itertools.count().__next__)
+    monkeypatch.setattr(server_http, "monotonic", itertools.count().__next__)
     pieces = iter([b" "] * 100)
     with pytest.raises(TimeoutError):
-        server._content(SimpleNamespace(read1=lambda n: next(pieces)), deadline=10)
+        server_http._content(SimpleNamespace(read1=lambda n: next(pieces)), deadline=10)
     assert 80 < len(list(pieces)) < 95
 
 
 def test_pauses_grow_and_the_server_s_wish_counts(stand_in, monkeypatch):
-    monkeypatch.setattr(server, "LONGEST_PAUSE", 10.0)
+    monkeypatch.setattr(server_http, "LONGEST_PAUSE", 10.0)
     it = Server(stand_in.url, None, 600.0, 7, 1)
     it.pause = (pauses := []).append
     stand_in.plan = [(503, b"")] * 5 + [(429, b"", {"Retry_After": "33"}), (429, b"", {"Retry_After": "Wed, 21 Oct"})]

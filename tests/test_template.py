@@ -3,8 +3,8 @@ import pytest
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-import template
-from template import BUDGET, LONGEST, render
+from checkpoint import template
+from checkpoint.template import BUDGET, LONGEST, render
 
 GIVEN = dict(messages=[{"role": "user", "content": "Hello"}], add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
 

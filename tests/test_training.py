@@ -18,17 +18,18 @@ import pytest
 import safetensors.torch
 import torch
 
-import checkpoint
-import ranks
+from checkpoint import weights
+from plumbing import ranks
 import train_dpo
 import train_sft
-import training
+import plumbing.run as training
 from bench.kill import content
 from checkpoint import load_model, load_tokenizer
-from cli import BadInput, Stopped, run
+from plumbing.cli import run
+from plumbing.errors import BadInput, Stopped
 from conftest import ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
-from training import TrainConfig, epoch_batches, learning_rate
+from plumbing.run import TrainConfig, epoch_batches, learning_rate
 
 WORDS = "apples pens boxes sum right mistake calculation problem step half answer".split()
 
@@ -296,7 +297,7 @@ def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=held_out, epochs=30, eval_every=1, lr=1e-2))
     losses = [row["loss"] for row in metrics(tmp_path / "out", "validation")]
     assert min(losses) < losses[-1] - 0.01
-    from training import Run
+    from plumbing.run import Run
     model, tokenizer = load_model(tmp_path / "out/model"), load_tokenizer(tiny_folder)
 
     class Stub:
@@ -603,7 +604,7 @@ def in_a_child(work, die_at=None):
         for name in ("replace", "rename", "unlink"):
             setattr(os, name, deadly(getattr(os, name)))
         os.fsync = deadly(lambda file: None)  # a moment to die at; what a process has written outlives it without
-        checkpoint.save_file = deadly(checkpoint.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
+        weights.save_file = deadly(weights.save_file, lambda tensors, path, **_: write_bytes(Path(path), b"torn"))
         shard = "shard-00001-model-00001-of-00001.safetensors"
         ranks.save_tensors = deadly(ranks.save_tensors, lambda folder, _: write_bytes(folder / shard, b"torn"))
         work()

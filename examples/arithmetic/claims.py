@@ -24,7 +24,9 @@ import numpy as np
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the project's scripts, which are no package
-from cli import BadInput, print_config, read_json, read_jsonl, run, write_json, writing
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
+from plumbing.files import read_json, read_jsonl, write_json, writing
 from data import own_prompt
 from report import f1_of, import_pyplot, measure, predictions, step_rewards  # beside this file
 

@@ -14,7 +14,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's scripts, which are no package
 import score
-from cli import BadInput, read_jsonl, run, write_json
+from plumbing.cli import run
+from plumbing.errors import BadInput
+from plumbing.files import read_jsonl, write_json
 
 THRESHOLD = 0.5
 BOOTSTRAPS = 500

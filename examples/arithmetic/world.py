@@ -32,7 +32,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the project's scripts, which are no package
-from cli import json_line, print_config, run, write_json, writing
+from plumbing.cli import print_config, run
+from plumbing.files import json_line, write_json, writing
 
 
 @dataclass(frozen=True)

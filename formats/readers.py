@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
-from cli import BadInput, Lines, expect, get_field, parse_json
+from plumbing.errors import BadInput
+from plumbing.files import Lines, expect, get_field, parse_json
 from rprm import Case
 
 Labelled = list[tuple[str, Case]]

@@ -22,9 +22,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import ranks
+from plumbing import ranks
 from checkpoint import DTYPES, save_checkpoint
-from cli import BadInput, Stopped, expect, json_line, naming, print_config, read_json, refuse_existing, resolved, write_json, writing
+from plumbing.cli import print_config, resolved
+from plumbing.errors import BadInput, Stopped
+from plumbing.files import expect, json_line, naming, read_json, refuse_existing, write_json, writing
 from model import Decoder, ModelConfig, head_chunk, keep_freed_memory
 
 
