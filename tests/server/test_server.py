@@ -628,7 +628,7 @@ def serve():
     processes = []
 
     def start(folder: Path) -> str:
-        processes.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "llama_server.py"), str(folder), "0"],
+        processes.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "server" / "llama_server.py"), str(folder), "0"],
                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
         return next(re.search(r"http://\S+", line)[0] for line in processes[-1].stdout if line.startswith("serving"))
     yield start

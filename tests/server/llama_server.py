@@ -1,7 +1,7 @@
 """A real server of the completions protocol on CPU: llama.cpp (the package xllamacpp) with a checkpoint folder's weights in fp32.
 
     pip install xllamacpp gguf
-    python tests/llama_server.py FOLDER PORT        # serves until it is stopped; the model's name is "model"
+    python tests/server/llama_server.py FOLDER PORT        # serves until it is stopped; the model's name is "model"
 
 Only for comparison with the same weights here: Llama and Qwen2 folders with plain RoPE. Prompts must come as token ids,
 since the tokenizer's rules for cutting text are not carried over.
