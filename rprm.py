@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fast
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
+from plumbing.threads import choose_threads
 from generate import Continuation, Engine, Request
-from model import Decoder, Tree, at_least_fp32, head_chunk, tree_attention
+from model import Decoder, Tree, at_least_fp32, head_chunk
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
@@ -147,14 +149,25 @@ class Sampling:
 class Sampler:
     """K analyses per case: one operation for the teacher, for preferences and for rewards.
 
-    The counters of `engine` tell what was computed.
+        sampler.add(case)                               # -> its ticket: 0, 1, 2, ...
+        while sampler.busy:
+            for ticket, analyses in sampler.step():     # the cases that are complete
+                ...
+
+    engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell what was computed.
     """
 
-    def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling):
-        self.model, self.tokenizer, self.prompt, self.sampling = model, tokenizer, prompt, sampling
+    def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
+                 engine_class: type[Engine] = Engine):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.sampling = sampling
         self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, for a verdict to be read
-        self.engine = Engine(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
-                             sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
+        self.engine = engine_class(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
+                                   sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
+        self.engine.added = self.added_words
+        self.open_cases: dict[int, tuple[Case, list[int]]] = {}  # ticket -> the case and its prompt's token ids
 
     @property
     def context(self) -> int:
@@ -167,25 +180,47 @@ class Sampler:
                            f"model's context is {self.context}; leave this case out or use a model with a longer context")
         return ids
 
-    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
-        """(index of the case, its K analyses), as they are completed: not in order.
+    def restart(self) -> None:
+        """Forget all cases, and what is cached of them; tickets count from 0 again."""
+        self.engine.restart()
+        self.open_cases.clear()
 
-        `cases` is read as room is found; it may give None where it waits for a result before it knows the next case.
-        The analyses of a case depend on the seed, the case and the sample's number alone.
-        """
-        open_cases: dict[int, tuple[Case, list[int]]] = {}
+    def add(self, case: Case) -> int:
+        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number alone."""
+        ids = self.prompt_ids(case)
+        seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
+        ticket = self.engine.add(Request(ids, seeds))
+        self.open_cases[ticket] = case, ids
+        return ticket
 
-        def requests():
-            index = 0
-            for case in cases:
-                if case is None:
-                    yield None
-                    continue
-                open_cases[index] = case, self.prompt_ids(case)
-                yield Request(open_cases[index][1], [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
-                index += 1
-        for index, continuations in self.engine.run(requests(), self._added):
-            yield index, self._judge(*open_cases.pop(index), continuations)
+    @property
+    def has_room(self) -> bool:
+        """Would another case be worked on now?"""
+        return self.engine.has_room
+
+    @property
+    def busy(self) -> bool:
+        """Is any case not answered yet?"""
+        return bool(self.open_cases)
+
+    def step(self) -> list[tuple[int, list[Analysis]]]:
+        """Work on. -> (ticket, K analyses) of the cases that are complete, mostly none."""
+        found = []
+        for ticket, continuations in self.engine.step():
+            case, ids = self.open_cases.pop(ticket)
+            found.append((ticket, self._judge(case, ids, continuations)))
+        return found
+
+    def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
+        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room is found."""
+        waiting = iter(cases)
+        self.restart()
+        while True:
+            while self.has_room and (case := next(waiting, None)) is not None:
+                self.add(case)
+            if not self.busy:
+                return
+            yield from self.step()
 
     def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         found, unread = [], []
@@ -200,7 +235,7 @@ class Sampler:
                 unread.append(i)
         return self._complete(case, prompt, found, unread) if self.sampling.complete else found
 
-    def _added(self, ids: list[int]) -> list[int]:
+    def added_words(self, ids: list[int]) -> list[int]:
         """What is put after an analysis for P(Yes) to be read: the verification line where a verdict is missing, if it is to be forced."""
         if not self.sampling.force or self.sampling.complete:  # the latter cuts the analysis back first
             return []
@@ -243,13 +278,22 @@ class SamplerConfig:
     prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
     device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+    plain: Annotated[bool, "sample with generate.py and model.py as they read, without fast/: the same numbers, later"] = False
 
 
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
     prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, direct)
-    return Sampler(load_model(config.model, DTYPES[config.dtype], config.device), load_tokenizer(config.model), prompt,
-                   Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force, complete))
+    if not config.plain:
+        fast.keep_freed_memory()
+    model = load_model(config.model, DTYPES[config.dtype], config.device)
+    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
+    engine_class = Engine
+    if not config.plain:
+        fast.speed_up(model)
+        engine_class = fast.engine_for(model)
+    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force, complete)
+    return Sampler(model, load_tokenizer(config.model), prompt, sampling, engine_class)
 
 
 def row_seed(seed: int, case: Case, k: int) -> int:
@@ -269,24 +313,25 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
 def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> torch.Tensor:
     """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
 
-    starts: where each sequence's response begins (at least 1). A token that several sequences share is computed
-    once and counts in each. Only the tokens before a response token pass the LM head, `chunk` at a time (default: head_chunk);
-    their logits are made again in the backward pass instead of being kept.
+    starts: where each sequence's response begins (at least 1). Each response token is predicted at the token before it, and only
+    those pass the LM head, `chunk` at a time (default: head_chunk); the backward pass makes their logits again.
     """
-    spans = [path[start - 1:] for path, start in zip(tree.paths, starts)]  # with the token before the response
-    before, token = np.concatenate([s[:-1] for s in spans]), np.concatenate([s[1:] for s in spans])
-    owner = np.repeat(np.arange(len(spans)), [len(s) - 1 for s in spans])
-    unique, first, where = np.unique(token, return_index=True, return_inverse=True)  # in a tree, a token has one token before it
-    before, token, owner, where = (torch.from_numpy(x).to(tree.ids.device) for x in (before[first], unique, owner, where))
-    hidden, target = model(tree.ids, tree.positions, tree_attention(tree.end), before), tree.ids[token]  # (N, C), (N,)
-    chunk = chunk or head_chunk(tree.ids.device)
-    pieces = [checkpoint(_token_logprobs, model, h, t, use_reentrant=False)
-              for h, t in zip(hidden.split(chunk), target.split(chunk))]
-    logprobs = torch.cat(pieces).index_select(0, where)
-    return logprobs.new_zeros(len(spans)).index_add(0, owner, logprobs)
+    device = tree.ids.device
+    predictors = np.concatenate([path[start - 1:-1] for path, start in zip(tree.paths, starts, strict=True)])
+    responses = np.concatenate([path[start:] for path, start in zip(tree.paths, starts, strict=True)])
+    sequence = np.repeat(np.arange(len(starts)), [len(path) - start for path, start in zip(tree.paths, starts, strict=True)])
+    hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))           # (T, C)
+    hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))           # (N, C)
+    target = tree.ids[torch.from_numpy(responses).to(device)]                          # (N,)
+    chunk = chunk or head_chunk(device)
+    pieces = [checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False)
+              for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True)]
+    logprobs = torch.cat(pieces)  # (N,)
+    return logprobs.new_zeros(len(starts)).index_add(0, torch.from_numpy(sequence).to(device), logprobs)
 
 
-def _token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """log p(target) at each position: hidden (N, C), target (N,) -> (N,) at least fp32."""
     logits = at_least_fp32(model.logits(hidden))  # (N, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=-1)  # F.cross_entropy is less exact on CPU (bench/LOG.md)
 

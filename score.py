@@ -130,36 +130,34 @@ def judge_all(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solut
     if config.direct:
         yield from judge_directly(sampler, config, found)
         return
-    coming, waiting, asked = enumerate(found), deque(), {}  # waiting: (solution, step)s to ask for; asked: those under way, by their number
+    coming = enumerate(found)
+    waiting: deque[tuple[int, int]] = deque()  # (solution, step) to ask for
+    asked: dict[int, tuple[int, int]] = {}     # ticket -> (solution, step) under way
     judged: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}  # solution -> ..., step -> analyses
-
-    def cases() -> Iterator[Case | None]:
-        n = 0
-        while True:
+    sampler.restart()
+    while True:
+        while sampler.has_room:
             if not waiting and (new := next(coming, None)):
                 i, (source, solution) = new
                 judged[i] = source, solution, {}
                 waiting.extend((i, t) for t in range(len(solution.steps) if config.all_steps else 1))
-            if waiting:
-                asked[n] = i, t = waiting.popleft()
-                n += 1
-                yield case_of(judged[i][1], t)
-            elif asked:
-                yield None  # a case is being judged, and its answer may ask for another
-            else:
-                return
-
-    for n, analyses in sampler.analyses(cases()):
-        ranks.sign()  # a line may take its solution's many steps, or wait for those before it
-        i, t = asked.pop(n)
-        source, solution, by_step = judged[i]
-        by_step[t] = analyses
-        steps = [by_step[t] for t in sorted(by_step)]
-        if complete(config, solution, steps):
-            yield i, (source, solution, steps)
-            del judged[i]
-        elif not config.all_steps:
-            waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
+            if not waiting:
+                break
+            i, t = waiting.popleft()
+            asked[sampler.add(case_of(judged[i][1], t))] = i, t
+        if not sampler.busy:
+            return
+        for ticket, analyses in sampler.step():
+            ranks.sign()  # a line may take its solution's many steps, or wait for those before it
+            i, t = asked.pop(ticket)
+            source, solution, by_step = judged[i]
+            by_step[t] = analyses
+            steps = [by_step[t] for t in sorted(by_step)]
+            if complete(config, solution, steps):
+                yield i, (source, solution, steps)
+                del judged[i]
+            elif not config.all_steps:
+                waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
 def judge_directly(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solution]]) -> Iterator[tuple[int, Judged]]:

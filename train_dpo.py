@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import fast
 from plumbing import ranks
 from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput
+from plumbing.threads import choose_threads
 from plumbing.files import naming
 from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt
 from model import Decoder
@@ -45,7 +47,12 @@ class Config(TrainConfig):
 def main(config: Config) -> None:
     ranks.join(config.device, config.rank_timeout)
     check_out(config)
+    if not config.plain:
+        fast.keep_freed_memory()
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device, sharded=True)
+    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
+    if not config.plain:
+        fast.speed_up(model)
     train = Examples(config.train, PAIR_FIELDS, tokenizer)
     validation = Examples(config.validation, PAIR_FIELDS, tokenizer) if config.validation else None
     steps, numbers = epoch_batches(len(train), config)

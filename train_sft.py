@@ -12,10 +12,12 @@ from typing import Annotated
 
 import torch
 
+import fast
 from plumbing import ranks
 from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput
+from plumbing.threads import choose_threads
 from data import SFT_FIELDS, Examples, deal, travelling_prompt
 from model import Decoder
 from rprm import response_logprobs, sft_loss
@@ -34,7 +36,12 @@ class Config(TrainConfig):
 def main(config: Config) -> None:
     ranks.join(config.device, config.rank_timeout)
     check_out(config)
+    if not config.plain:
+        fast.keep_freed_memory()
     model, folder = initial_model(config)
+    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
+    if not config.plain:
+        fast.speed_up(model)
     tokenizer = load_tokenizer(folder)
     train = Examples(config.train, SFT_FIELDS, tokenizer)
     validation = Examples(config.validation, SFT_FIELDS, tokenizer) if config.validation else None

@@ -26,7 +26,8 @@ import torch.nn as nn
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing.cli import print_config
 from plumbing.errors import BadInput
-from model import Decoder, linear
+from fast.kernels import linear
+from model import Decoder
 from formats.readers import read_labelled_steps
 from rprm import Case, load_prompt
 

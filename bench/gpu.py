@@ -23,8 +23,11 @@ import torch
 from bench.common import Clock, seconds_of, surroundings
 from plumbing.cli import print_config, run
 from plumbing.files import write_json
+import fast
+from fast.attention import TreeAttention
+from fast.flex import FlexTreeAttention
 from generate import Engine, Request
-from model import Decoder, FlexTreeAttention, ModelConfig, Tree, TreeAttention
+from model import Decoder, ModelConfig, Tree
 from rprm import dpo_loss, response_logprobs, sft_loss
 from plumbing.run import precision
 
@@ -128,7 +131,7 @@ def random_model(config: Config, dtype: torch.dtype) -> Decoder:
     model.to_empty(device=config.device)
     model.init_weights(torch.Generator(config.device).manual_seed(0))
     model.checkpoint_activations = config.checkpoint_activations
-    return model
+    return fast.speed_up(model)
 
 
 def lengths(config: Config) -> tuple[int, int, int]:
@@ -136,12 +139,12 @@ def lengths(config: Config) -> tuple[int, int, int]:
 
 
 def flops_of_forward(shape: ModelConfig, tree: Tree, heads: int) -> float:
-    """Of a tree's forward pass, with `heads` tokens at the last MLP and the LM head; a backward pass has twice as many."""
+    """Of a tree's forward pass, with `heads` tokens at the LM head; a backward pass has twice as many."""
     attention, mlp = shape.num_attention_heads * shape.head_dim, 3 * shape.hidden_size * shape.intermediate_size
     linear = shape.hidden_size * (2 * attention + 2 * shape.num_key_value_heads * shape.head_dim) + mlp
     seen = float((tree.positions + 1).sum())  # keys that the tokens see
-    return 2 * len(tree) * (linear * shape.num_hidden_layers - mlp) + 4 * seen * attention * shape.num_hidden_layers \
-        + 2 * heads * (mlp + shape.hidden_size * shape.vocab_size)
+    per_layer = 2 * len(tree) * linear + 4 * seen * attention
+    return per_layer * shape.num_hidden_layers + 2 * heads * shape.hidden_size * shape.vocab_size
 
 
 def random_trees(config: Config, responses: int) -> list[tuple[Tree, list[int]]]:
@@ -220,21 +223,20 @@ def random_requests(config: Config) -> list[Request]:
 
 def engine_of(config: Config, model: Decoder, new_tokens: int) -> Engine:
     """With the paper's settings; the end-of-text token is off."""
-    return Engine(model, [], (1, 2), 0.95, 0.95, new_tokens, config.prompts * config.k)
+    return fast.engine_for(model)(model, [], (1, 2), 0.95, 0.95, new_tokens, config.prompts * config.k)
 
 
 def timed_run(config: Config, model: Decoder, requests: list[Request]) -> tuple[float, float, Engine]:
     """Seconds of prefill, seconds of all else, and the engine that did it."""
     engine, prefill = engine_of(config, model, lengths(config)[2]), Clock()
-    plain = engine._prefill
+    prefill_waiting = engine.prefill_waiting
 
-    def timed(waiting):
+    def timed():
         synchronize(config)  # what came before is not prefill
         with prefill:
-            found = plain(waiting)
+            prefill_waiting()
             synchronize(config)
-        return found
-    engine._prefill = timed
+    engine.prefill_waiting = timed
     start = time.perf_counter()
     for _ in engine.run(requests):
         pass
@@ -250,7 +252,7 @@ def sample(config: Config, _: str, peak: dict) -> dict:
     before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
     before, took = statistics.median(before), statistics.median(took)
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else model.embed.weight.numel())
-    all_prompts = weights - shape.hidden_size * (shape.vocab_size + 3 * shape.intermediate_size)  # head and last MLP: the last tokens alone
+    all_prompts = weights - shape.hidden_size * shape.vocab_size  # the head: the last tokens alone
     return {"rows": rows, "tokens/s": rows * response / (before + took), "decode tokens/s": rows * (response - 1) / took,
             "decode, share of the roofline": roofline(config, weights, peak) / took, "prefill seconds": before,
             "prefill, share of FLOP/s": 2 * engines[0].prefill_tokens * all_prompts / before / peak["flops"]}

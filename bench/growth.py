@@ -19,7 +19,8 @@ import torch
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
 from plumbing.cli import run
-from generate import Engine, Request
+import fast
+from generate import Request
 from model import Decoder, ModelConfig
 from rprm import Sampler, Sampling
 
@@ -67,11 +68,11 @@ def ours(config: Config) -> dict:
 
 def of_checkpoint(config: Config) -> Callable[[int, int], Iterator]:
     """(n, new_tokens) -> the analyses of n cases by a checkpoint, as they are completed."""
-    (tokenizer, prompt), model = load_words(config), load_model(config.model)
+    (tokenizer, prompt), model = load_words(config), fast.speed_up(load_model(config.model))
 
     def work(n: int, new_tokens: int) -> Iterator:
         sampler = Sampler(model, tokenizer, prompt, Sampling(k=config.k, max_new_tokens=new_tokens, seed=config.seed,
-                                                             batch_size=config.batch_size, force=False))
+                                                             batch_size=config.batch_size, force=False), fast.engine_for(model))
         sampler.engine.eos = sampler.engine.eos[:0]  # end-of-text off
         return sampler.analyses(consecutive_cases(config.data, n))
     return work
@@ -79,11 +80,11 @@ def of_checkpoint(config: Config) -> Callable[[int, int], Iterator]:
 
 def of_random_model(config: Config) -> Callable[[int, int], Iterator]:
     """The same for continuations of random prompts of official length: 500 shared tokens, 100 to 300 of their own."""
-    model = Decoder(TINY)
+    model = fast.speed_up(Decoder(TINY))
     model.init_weights(torch.Generator().manual_seed(config.seed))
 
     def work(n: int, new_tokens: int) -> Iterator:
-        engine = Engine(model, [], (0, 1), max_new_tokens=new_tokens, max_rows=config.batch_size * config.k)
+        engine = fast.engine_for(model)(model, [], (0, 1), max_new_tokens=new_tokens, max_rows=config.batch_size * config.k)
         rng = np.random.default_rng(config.seed)
         shared = rng.integers(TINY.vocab_size, size=500).tolist()
         return engine.run(Request(shared + rng.integers(TINY.vocab_size, size=rng.integers(100, 300)).tolist(),

@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, median_run, prompt_ids, run_side_or_all
 from checkpoint import load_model
 from plumbing.cli import run
-from generate import Engine, Request
+import fast
+from generate import Request
 from rprm import yes_no_ids
 
 
@@ -36,7 +37,8 @@ def measure(config: Config) -> list[Row]:
 
 def ours(config: Config) -> dict:
     tokenizer, prompts = prompt_ids(config, consecutive_cases(config.data, config.prompts))
-    engine = Engine(load_model(config.model), tokenizer.eos_ids, yes_no_ids(tokenizer), max_new_tokens=1)
+    model = fast.speed_up(load_model(config.model))
+    engine = fast.engine_for(model)(model, tokenizer.eos_ids, yes_no_ids(tokenizer), max_new_tokens=1)
     start = time.perf_counter()
     for _ in engine.run(Request(ids, [n]) for n, ids in enumerate(prompts)):
         pass

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import torch
 
 from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_side_or_all
+import fast
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
 from formats.readers import read_rows, read_solution
@@ -65,10 +66,12 @@ def cases_of(config: Config) -> list[Case]:
 def ours(config: Config) -> dict:
     tokenizer, prompt = load_words(config)
     [dtype] = config.dtypes
-    model, cases = load_model(config.model, DTYPES[dtype]), cases_of(config)
+    fast.keep_freed_memory()
+    model, cases = fast.speed_up(load_model(config.model, DTYPES[dtype])), cases_of(config)
 
     def sampler(tokens: int) -> Sampler:
-        it = Sampler(model, tokenizer, prompt, Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed))
+        sampling = Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed)
+        it = Sampler(model, tokenizer, prompt, sampling, fast.engine_for(model))
         it.engine.eos = it.engine.eos[:0]  # end-of-text off
         return it
     list(sampler(2).analyses(cases[:1]))  # warm up

@@ -21,6 +21,7 @@ from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_
                           run_side_or_all, scattered_cases)
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
+import fast
 from generate import Engine, Request
 from rprm import row_seed, yes_no_ids
 
@@ -81,11 +82,12 @@ def measure(config: Config) -> list[Row]:
 def ours(config: Config) -> dict:
     cases = scattered_cases(config.data, config.prompts, config.seed)
     tokenizer, prompts = prompt_ids(config, cases)
-    model = load_model(config.model, DTYPES[config.dtypes[0]], "cpu")
+    fast.keep_freed_memory()
+    model = fast.speed_up(load_model(config.model, DTYPES[config.dtypes[0]], "cpu"))
     eos = tokenizer.eos_ids if config.natural_ends else []
 
     def engine(new_tokens: int) -> Engine:
-        return Engine(model, eos, yes_no_ids(tokenizer), config.temperature, config.top_p, new_tokens, config.rows)
+        return fast.engine_for(model)(model, eos, yes_no_ids(tokenizer), config.temperature, config.top_p, new_tokens, config.rows)
     requests = [Request(ids, [row_seed(config.seed, case, k) for k in range(config.k)]) for ids, case in zip(prompts, cases)]
     list(engine(4).run(requests[:1]))  # warm up
     it, prefill = engine(config.new_tokens), Clock()

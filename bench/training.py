@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import numpy as np
 import torch
 
+import fast
 import train_dpo
 import train_sft
 from bench.common import (BenchConfig, Clock, Row, all_cases, in_turn, load_words, matmul_flops, median_run, peak_mb,
@@ -156,9 +157,9 @@ def work(config: Config, examples: Examples, seconds: float) -> dict:
     c = load_config(Path(config.model))
     with torch.device("meta"):
         layers = Decoder(c).layers
-    body, last_mlp = (sum(p.numel() for p in module.parameters() if p.dim() == 2) for module in (layers, layers[-1].mlp))
+    body = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
     passes = {"sft": 3, "dpo": 4}[config.what]  # forward, two in backward, and the reference's forward
-    flops = 2 * passes * ((body - last_mlp) * tree + (last_mlp + c.vocab_size * c.hidden_size) * responses)
+    flops = 2 * passes * (body * tree + c.vocab_size * c.hidden_size * responses)
     peak = matmul_flops()
     return {"tree_tokens": tree, "sequence_tokens": sum(len(path) for batch in batches for path in batch.tree.paths),
             "response_tokens": responses, "flops": flops, "matmul_flops": peak, "utilisation": flops / (peak * seconds)}
@@ -169,7 +170,7 @@ def initial_loss(config: Config) -> dict:
     """The loss of the peer's examples at the initial weights."""
     with tempfile.TemporaryDirectory() as folder, Clock() as clock:
         examples = Examples(write_lines(config, folder), FIELDS[config.what], load_tokenizer(config.model))
-        model, logprobs, lengths = load_model(config.model), [], []
+        model, logprobs, lengths = fast.speed_up(load_model(config.model)), [], []
         for i in range(config.peer_examples):
             [batch], _ = examples.pack([i], config.micro_tokens)
             logprobs.append(response_logprobs(model, batch.tree, batch.starts).tolist())

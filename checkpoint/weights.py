@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import config_to_json, load_config
 from checkpoint.tokenizer import load_tokenizer
-from model import Decoder, ModelConfig, keep_freed_memory
+from model import Decoder, ModelConfig
 from plumbing import ranks
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json, write_json
@@ -87,7 +87,6 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: t
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
-    keep_freed_memory()
     config = load_config(folder)
     files = _weight_files(Path(folder))
     with torch.device("meta"):

@@ -27,7 +27,7 @@ from checkpoint import DTYPES, save_checkpoint
 from plumbing.cli import print_config, resolved
 from plumbing.errors import BadInput, Stopped
 from plumbing.files import expect, json_line, naming, read_json, refuse_existing, write_json, writing
-from model import Decoder, ModelConfig, head_chunk, keep_freed_memory
+from model import Decoder, ModelConfig, head_chunk
 
 
 # how a run is made and saved, not what it computes: a resumed one may differ in these
@@ -57,6 +57,7 @@ class TrainConfig:
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
     device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, 10 ** 9)] = 1800.0
+    plain: Annotated[bool, "compute with model.py as it reads, without fast/: the same numbers, later"] = False
     resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
     overwrite: Annotated[bool, "replace an existing --out"] = False
 
@@ -99,7 +100,6 @@ class Run:
     def __init__(self, config: TrainConfig, model: Decoder, tokenizer_from: str | Path, prompt: str | None, steps: int):
         self.config, self.model, self.tokenizer_from, self.prompt, self.steps = config, model, tokenizer_from, prompt, steps
         self.out = Path(config.out)
-        keep_freed_memory()
         model.checkpoint_activations = config.checkpoint_activations
         parameters = ranks.parameters(model).values()
         matrices = [p for p in parameters if p.dim() >= 2]

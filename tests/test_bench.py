@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-import model as model_module
+import fast
+import fast.kernels
 import rprm
 import plumbing.run as training
 from bench import gpu
-from model import Decoder, Tree, TreeAttention, head_chunk
+from fast.attention import TreeAttention
+from model import Decoder, Tree, head_chunk
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +42,7 @@ def test_its_flops_are_those_that_pytorch_counts():
     model = gpu.random_model(config, torch.float32)
     tree = Tree([[1, 2, 3, 4, 5], [1, 2, 3, 9, 8, 7]])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end), torch.arange(4)))
+        model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end))[:4])
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
     attention = 4 * float((tree.positions + 1).sum()) * 64 * 2
     assert gpu.flops_of_forward(model.config, tree, 4) == products + attention
@@ -83,16 +85,16 @@ def test_the_memory_table_at_7b(monkeypatch, checkpointed):
     """
     shape = gpu.SHAPES["7b"]
     config = training.TrainConfig(out="x", lr=1.0, device="cuda", micro_tokens=8192, checkpoint_activations=checkpointed)
-    monkeypatch.setattr(model_module, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
+    monkeypatch.setattr(fast.kernels, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
     monkeypatch.setattr(rprm, "head_chunk", lambda device: head_chunk("cuda"))
 
     def attend(layer, q, k, v):  # flash attention: what it keeps is what flex_attention keeps
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-    monkeypatch.setattr(rprm, "tree_attention", lambda end: attend)
     tree = Tree([[0] * 500 + [i] * (771 if i == 1 else 769) for i in range(1, 11)])
     with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
-        model = Decoder(shape)
+        model = fast.speed_up(Decoder(shape))
+        model.tree_attention = lambda end: attend
         model.checkpoint_activations = checkpointed
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):

@@ -1,7 +1,10 @@
-"""The sampling engine against a loop that makes a full pass for every token, and against Transformers' greedy decoding."""
+"""Both engines, the plain one and the fast one, against a loop that makes a full pass for every token, and against Transformers."""
+import copy
 import dataclasses
 import math
 import random
+from functools import partial
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -10,12 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+import fast
+import fast.engine
+import fast.graphs
+import fast.nucleus
 import generate
-import model as model_module
 from checkpoint import load_model
+from conftest import FAMILIES
+from generate import Continuation, Request, uniform
+from model import Tree, tree_attention
 from plumbing.errors import BadInput
-from generate import Continuation, CudaGraph, Engine, Request, sample, uniform
-from model import Tree, TreeAttention
 
 YES_NO = (41, 97)
 EOS = [3, 50, 51, 120, 200, 301, 302, 303, 350, 399]  # so many that rows end at different lengths
@@ -61,7 +68,7 @@ def draw(logits, u: float, temperature: float, top_p: float) -> int:
 def full_pass(model, ids: list[int]) -> torch.Tensor:
     """The logits after a sequence (V,)."""
     tree = Tree([ids])
-    return model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end)))[-1]
+    return model.logits(model(tree.ids, tree.positions, tree_attention(tree.end)))[-1]
 
 
 def yes_against_no(logits: torch.Tensor) -> float:
@@ -97,14 +104,28 @@ def requests_of(prompts: list[list[int]], k: int) -> list[Request]:
     return [Request(ids, [random.Random(f"{ids} {i}").getrandbits(64) - 2 ** 63 for i in range(k)]) for ids in prompts]
 
 
-def engine_of(model, max_rows: int = 160, temperature: float = 0.5, top_p: float = 0.95, max_new_tokens: int = 16) -> Engine:
-    return Engine(model, EOS, YES_NO, temperature, top_p, max_new_tokens, max_rows)
+ENGINES = {"plain": generate.Engine, "fast": fast.engine.Engine, "recorded": fast.graphs.RecordedEngine}
 
 
-def run(engine: Engine, requests, *added) -> list[list[Continuation]]:
+def make_engine(kind: str, model, max_rows: int = 160, temperature: float = 0.5, top_p: float = 0.95, max_new_tokens: int = 16,
+                eos: list[int] = EOS) -> generate.Engine:
+    """An engine of ENGINES; the fast ones on a copy of the model that has the fast kernels."""
+    if kind != "plain":
+        model = fast.speed_up(copy.deepcopy(model))
+    return ENGINES[kind](model, eos, YES_NO, temperature, top_p, max_new_tokens, max_rows)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def engine_of(request):
+    """engine_of(model, ...) -> the plain engine or the fast one: a test that takes it holds for both."""
+    return partial(make_engine, request.param)
+
+
+def run(engine, requests, added: Callable[[list[int]], list[int]] = lambda ids: []) -> list[list[Continuation]]:
     """The continuations of every request, each given once, in the order of the requests."""
-    found = list(engine.run(requests, *added))
-    assert sorted(index for index, _ in found) == list(range(len(found)))
+    engine.added = added
+    found = list(engine.run(requests))
+    assert sorted(ticket for ticket, _ in found) == list(range(len(found)))
     return [continuations for _, continuations in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -116,7 +137,7 @@ def assert_same(found: list[list[Continuation]], expected: list[list[Continuatio
         assert a.p_yes == pytest.approx(b.p_yes, abs=1e-5) and len(a.p_yes) == len(b.p_yes)
 
 
-def assert_as_naive(model, engine: Engine, requests: list[Request]) -> list[list[Continuation]]:
+def assert_as_naive(model, engine, requests: list[Request]) -> list[list[Continuation]]:
     expected = [[naive(model, r.ids, seed, engine.temperature, engine.top_p, engine.max_new_tokens) for seed in r.seeds]
                 for r in requests]
     found = run(engine, requests)
@@ -124,206 +145,10 @@ def assert_as_naive(model, engine: Engine, requests: list[Request]) -> list[list
     return found
 
 
-# ---------------------------------------------------------------------------------------------- against the references
-
-@pytest.mark.parametrize("shared", [0, 10, 255, 256, 257])
-@pytest.mark.parametrize("own", [1, 255, 256, 257])
-def test_a_prompt_may_end_at_the_edge_of_a_block(tiny_folder, model, shared, own):
-    """TreeAttention goes by 256 queries: shared beginning and prompts end one before, at, and one after. Logits as of each prompt alone."""
-    prompts = [random_ids(shared, 1) + [4 + i] + random_ids(own - 1, 2 + i) for i in range(3)]
-    engine = engine_of(model)
-    engine._reset()
-    assert engine._prefill(iter(requests_of(prompts, 1))) and len(engine.root_ids) == shared
-    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected = [reference(torch.tensor([ids])).logits[0, -1] for ids in prompts]
-    for prompt, logits in zip(engine.ready, expected, strict=True):
-        torch.testing.assert_close(prompt.logits, logits, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("temperature, top_p", [(0.95, 0.95), (0.4, 0.8), (1.0, 1.0), (0.0, 0.95)])
-def test_samples_equal_a_full_pass_per_token(model, temperature, top_p):
-    """Tokens, ends and P(Yes) at every position. Odds that rounding alone moves a token on another machine: under 1%."""
-    found = assert_as_naive(model, engine_of(model, temperature=temperature, top_p=top_p, max_new_tokens=12),
-                            requests_of(shared_prompts(4), 3))
-    p_yes = [p for row in found for c in row for p in c.p_yes]
-    assert np.std(p_yes) > 0.05  # a constant would agree however wrong
-    if temperature:
-        assert len({tuple(c.ids) for row in found for c in row}) > 9  # seeds matter
-        assert {c.finished for row in found for c in row} == {True, False}
-
-
-def test_greedy_equals_transformers(model, tiny_folder):
-    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-    prompts = shared_prompts(6) + [random_ids(9, 5), random_ids(70, 6)]
-    found = run(engine_of(model, temperature=0, max_new_tokens=30), requests_of(prompts, 1))
-    ends = set()
-    for ids, [c] in zip(prompts, found):
-        expected = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
-                                      max_new_tokens=30, eos_token_id=EOS, pad_token_id=0)[0, len(ids):].tolist()
-        assert c.ids + expected[len(c.ids):] == expected and len(expected) - len(c.ids) == c.finished
-        assert c.finished == (expected[-1] in EOS)
-        ends.add(c.finished)
-    assert len(ends) == 2  # both kinds of end were met
-
-
-def test_transformers_probability_of_yes(model, tiny_folder):
-    """P(Yes) at a position is Transformers' softmax over the two logits there."""
-    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
-    [[c]] = run(engine_of(model), requests_of([random_ids(30, 1)], 1))
-    with torch.no_grad():
-        logits = reference(torch.tensor([random_ids(30, 1) + c.ids])).logits[0, 29:]
-    expected = logits[:, list(YES_NO)].softmax(-1)[:, 0].tolist()
-    assert c.p_yes == pytest.approx(expected[:len(c.p_yes)], abs=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------- company
-
-def test_tokens_do_not_depend_on_the_batch(model):
-    """Batch sizes 1, 3 and 16, other company and another order give a prompt the same tokens."""
-    requests = requests_of(shared_prompts(16), 3)
-    whole = run(engine_of(model, max_rows=48), requests)
-    for batch_size in (1, 3):
-        assert_same(run(engine_of(model, max_rows=3 * batch_size), requests), whole)
-    alone = [run(engine_of(model), [request])[0] for request in requests]
-    assert_same(alone, whole)
-    assert_same(run(engine_of(model), requests[::-1])[::-1], whole)
-    strangers = requests_of([random_ids(55, 900 + i) for i in range(5)], 4)  # no common prefix, so no root at all
-    assert_same(run(engine_of(model), strangers + requests[:4])[5:], whole[:4])
-
-
-def test_fewer_samples_are_the_first_of_more(model):
-    prompts = shared_prompts(3)
-    one, ten = (run(engine_of(model), requests_of(prompts, k)) for k in (1, 10))
-    assert_same(one, [row[:1] for row in ten])
-
-
-def test_rows_are_retired_and_refilled(model):
-    """Many prompts through few rows equal one big batch, also where one prompt's samples alone are more than max_rows."""
-    requests = requests_of(shared_prompts(14), 3)
-    whole = run(engine_of(model, max_rows=1000, max_new_tokens=30), requests)
-    assert len({len(c.ids) for row in whole for c in row}) > 10
-    for max_rows in (2, 7):
-        engine = engine_of(model, max_rows=max_rows, max_new_tokens=30)
-        assert_same(run(engine, requests), whole)
-        assert engine.new_tokens == sum(len(c.p_yes) for row in whole for c in row)
-
-
-def test_no_more_rows_than_max_rows(model, monkeypatch):
-    engine, seen = engine_of(model, max_rows=7), []
-    step = engine._step
-    monkeypatch.setattr(engine, "_step", lambda: (seen.append(engine.rows), step()))
-    run(engine, requests_of(shared_prompts(12), 3))
-    assert max(seen) in (6, 7)  # two prompts of three rows, and perhaps the last row of one before them
-
-
-@pytest.mark.parametrize("temperature, max_rows", [(0, 160), (0.15, 160), (0.15, 20), (0.5, 160)])
-def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperature, max_rows):
-    """As many rows pass the model as there are different beginnings to go on from: the continuations of a prompt are a tree."""
-    requests, passed = requests_of(shared_prompts(6), 10), []
-    engine = engine_of(model, max_rows, temperature, max_new_tokens=24)
-    step = engine._step
-    monkeypatch.setattr(engine, "_step", lambda: (passed.append(engine.rows), step()))
-    found = run(engine, requests)
-    alone = [Request(request.ids, [seed]) for request in requests for seed in request.seeds]
-    assert_same([[c] for row in found for c in row], run(engine_of(model, 1, temperature, max_new_tokens=24), alone))
-    drawn = [(i, c.ids + [EOS[0]] * c.finished) for i, row in enumerate(found) for c in row]
-    assert sum(passed) == len({(i, tuple(ids[:n])) for i, ids in drawn for n in range(1, len(ids))})
-    assert engine.new_tokens == sum(len(ids) for _, ids in drawn)
-    if temperature == 0:
-        assert max(passed) <= 6
-    else:
-        assert 6 < max(passed) and sum(passed) < sum(len(ids) - 1 for _, ids in drawn)
-
-
-def test_short_rows_are_given_before_long_ones(model):
-    """A result comes as soon as its own rows end, not when the batch does."""
-    prompts = shared_prompts(12)
-    order = [index for index, _ in engine_of(model, max_new_tokens=60).run(requests_of(prompts, 1))]
-    lengths = [len(row[0].p_yes) for row in run(engine_of(model, max_new_tokens=60), requests_of(prompts, 1))]
-    assert [lengths[i] for i in order] == sorted(lengths) and order != sorted(order)
-
-
-def test_an_engine_runs_again(model):
-    """A second run with other prompts owes nothing to the first one."""
-    engine = engine_of(model)
-    run(engine, requests_of(shared_prompts(3), 2))
-    assert_as_naive(model, engine, requests_of([random_ids(20, 77), random_ids(5, 78)], 2))
-
-
-# ---------------------------------------------------------------------------------------------- kinds of prompts
-
-def branches() -> dict[str, list[list[int]]]:
-    a = random_ids(50, 0)
-    return {
-        "alone": [a],
-        "of one token": [[7]],
-        "no common prefix": [random_ids(20, i) for i in range(1, 5)],
-        "equal": [a, a, a],
-        "one a prefix of another": [a, a[:30], a[:31], a + random_ids(5, 1)],
-        "the root shrinks": [a, a[:40] + random_ids(20, 1), a[:12] + random_ids(40, 2), a + [9], a[:3] + random_ids(50, 4),
-                             random_ids(52, 3), a],
-    }
-
-
-@pytest.mark.parametrize("prefill_tokens", [1, 4096], ids=["a prompt at a time", "all at once"])
-@pytest.mark.parametrize("kind", branches())
-def test_every_kind_of_company_is_exact(model, monkeypatch, kind, prefill_tokens):
-    """Prefilled one at a time, a later prompt cuts the root while earlier ones are being decoded."""
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
-    engine, lengths = engine_of(model, max_rows=6, max_new_tokens=10), []
-    fit = engine._fit_root
-    monkeypatch.setattr(engine, "_fit_root", lambda prompts: (fit(prompts), lengths.append((len(engine.root_ids), engine.rows))))
-    requests = [Request(r.ids, [seed + i for seed in r.seeds]) for i, r in enumerate(requests_of(branches()[kind], 2))]
-    assert_as_naive(model, engine, requests)
-    if kind == "the root shrinks" and prefill_tokens == 1:
-        assert [length for length, _ in lengths] == [49, 40, 12, 12, 3, 0, 0]
-        assert all(rows for _, rows in lengths[1:])  # with rows in flight
-
-
-def test_a_request_that_waits_for_a_result(model):
-    """None in the stream: asked again later; a chain in which each prompt needs the result before it."""
-    prompts, results = shared_prompts(6), {}
-
-    def chain():
-        for request in requests_of(prompts[:3], 2):
-            yield request
-        for n, request in enumerate(requests_of(prompts[3:], 2)):
-            while n not in results:
-                yield None
-            yield request
-    for index, continuations in engine_of(model).run(chain()):
-        results[index] = continuations
-    assert_same([results[i] for i in range(6)], run(engine_of(model), requests_of(prompts, 2)))
-
-
-# ---------------------------------------------------------------------------------------------- what is computed
-
-@pytest.mark.parametrize("prefill_tokens", [1, 100, 4096])
-def test_shared_tokens_are_prefilled_once(model, monkeypatch, prefill_tokens):
-    """The instructions once for all prompts and a prompt once for its K samples, however the prompts are grouped."""
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
-    prompts = shared_prompts(12, shared=200)
-    for k in (1, 5):
-        engine = engine_of(model, max_rows=20, max_new_tokens=3)
-        run(engine, requests_of(prompts, k))
-        assert engine.prompt_tokens == sum(map(len, prompts))
-        assert engine.prefill_tokens == 200 + sum(len(ids) - 200 for ids in prompts)
-
-
-def test_prompts_of_one_group_share_what_they_share(model):
-    """Below the root too: a problem that some of the prompts have in common is prefilled once."""
-    a, problem = random_ids(60, 0), random_ids(30, 1)
-    prompts = [a + [5] + problem + [6, 7, 8], a + [5] + problem + [9, 10], a + [11] + problem]
-    engine = engine_of(model)
-    run(engine, requests_of(prompts, 2))
-    assert engine.prefill_tokens == len({tuple(p[:n]) for p in prompts for n in range(1, len(p) + 1)}) == 60 + 31 + 3 + 2 + 31
-
-
-# ---------------------------------------------------------------------------------------------- recorded steps, as on a GPU
+# ---------------------------------------------------------------------------------------------- a stand-in for CUDA graphs
 
 class FakeGraph(TorchDispatchMode):
-    """Stands in for torch.cuda.CUDAGraph: what it holds on to are operations, with tensors by their place and numbers by their value.
+    """Stands in for torch.cuda.CUDAGraph: what it holds on to are operations, with tensors by their address and numbers by their value.
 
     A replay does these and nothing else, so a number that has changed in Python since, or a tensor that has been made anew, is missed.
     """
@@ -351,62 +176,151 @@ class FakeGraph(TorchDispatchMode):
 
 @pytest.fixture
 def recording(monkeypatch):
-    """recording(engine) -> the engine, with its steps recorded and replayed as on CUDA."""
+    """RecordedEngine records and replays its steps as on CUDA."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
     monkeypatch.setattr(FakeGraph, "made", [])
 
-    def on(engine: Engine) -> Engine:
-        engine.recorded = CudaGraph
-        return engine
-    return on
+
+# ---------------------------------------------------------------------------------------------- against the references
+
+@pytest.mark.parametrize("temperature, top_p", [(0.95, 0.95), (0.4, 0.8), (1.0, 1.0), (0.0, 0.95)])
+def test_samples_equal_a_full_pass_per_token(engine_of, model, temperature, top_p):
+    """Tokens, ends and P(Yes) at every position. Odds that rounding alone moves a token on another machine: under 1%."""
+    found = assert_as_naive(model, engine_of(model, temperature=temperature, top_p=top_p, max_new_tokens=12),
+                            requests_of(shared_prompts(4), 3))
+    p_yes = [p for row in found for c in row for p in c.p_yes]
+    assert np.std(p_yes) > 0.05  # a constant would agree however wrong
+    if temperature:
+        assert len({tuple(c.ids) for row in found for c in row}) > 9  # seeds matter
+        assert {c.finished for row in found for c in row} == {True, False}
 
 
-@pytest.mark.parametrize("window", [4, 64])
-@pytest.mark.parametrize("k, max_rows, temperature, top_p", [(1, 5, 0.5, 0.95), (3, 7, 1, 1), (3, 30, 0.95, 0.95), (8, 1000, 0, 0.95)])
-def test_recorded_steps_sample_what_plain_ones_do(model, recording, monkeypatch, window, k, max_rows, temperature, top_p):
-    """With natural ends, waiting prompts, windows that are outgrown, and rows that have ended among the others."""
-    monkeypatch.setattr(generate, "WINDOW", window)
-    requests = requests_of(shared_prompts(14), k)
-    plain, recorded = (engine_of(model, max_rows, temperature, top_p, 40) for _ in range(2))
-    assert_same(run(recording(recorded), requests), run(plain, requests))
-    assert recorded.new_tokens == plain.new_tokens
-    assert sum(graph.replays for graph in FakeGraph.made) > 2 * len(FakeGraph.made) > 2
+def test_greedy_equals_transformers(engine_of, model, tiny_folder):
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    prompts = shared_prompts(6) + [random_ids(9, 5), random_ids(70, 6)]
+    found = run(engine_of(model, temperature=0, max_new_tokens=30), requests_of(prompts, 1))
+    ends = set()
+    for ids, [c] in zip(prompts, found):
+        expected = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), do_sample=False,
+                                      max_new_tokens=30, eos_token_id=EOS, pad_token_id=0)[0, len(ids):].tolist()
+        assert c.ids + expected[len(c.ids):] == expected and len(expected) - len(c.ids) == c.finished
+        assert c.finished == (expected[-1] in EOS)
+        ends.add(c.finished)
+    assert len(ends) == 2  # both kinds of end were met
 
 
-def test_recorded_steps_go_on_when_the_root_shrinks(model, recording, monkeypatch):
-    """A prompt that shares less moves keys and values of the rows that are being decoded."""
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 1)
-    requests = requests_of(branches()["the root shrinks"], 2)
-    assert_same(run(recording(engine_of(model, 6, max_new_tokens=24)), requests), run(engine_of(model, 6, max_new_tokens=24), requests))
-    assert len(FakeGraph.made) > 2
+def test_transformers_probability_of_yes(engine_of, model, tiny_folder):
+    """P(Yes) at a position is Transformers' softmax over the two logits there."""
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    [[c]] = run(engine_of(model), requests_of([random_ids(30, 1)], 1))
+    with torch.no_grad():
+        logits = reference(torch.tensor([random_ids(30, 1) + c.ids])).logits[0, 29:]
+    expected = logits[:, list(YES_NO)].softmax(-1)[:, 0].tolist()
+    assert c.p_yes == pytest.approx(expected[:len(c.p_yes)], abs=1e-5)
 
 
-def test_few_recordings_are_made(model, recording, monkeypatch):
-    """Rows that end one by one do not each cost a recording: they wait until a sixteenth of the rows have."""
-    requests, retired, taken = requests_of(shared_prompts(40), 4), [], []
-    plain, recorded = (Engine(model, EOS[:2], YES_NO, 0.9, 0.95, 150, 160) for _ in range(2))
-    compact, compact_too = plain._compact_rows, recorded._compact_rows
-    monkeypatch.setattr(plain, "_compact_rows", lambda: (retired.append(plain.rows), compact()))
-    monkeypatch.setattr(recorded, "_compact_rows", lambda: (taken.append((int(recorded.done.sum()), recorded.rows)), compact_too()))
-    run(recording(recorded), requests), run(plain, requests)
-    assert all(rows // 16 <= n for n, rows in taken) and sum(n <= rows // 8 for n, rows in taken) > len(taken) / 2
-    assert len(FakeGraph.made) <= len(taken) + 3 < len(retired) / 4  # and two windows are outgrown
+# ---------------------------------------------------------------------------------------------- company
+
+def test_tokens_do_not_depend_on_the_batch(engine_of, model):
+    """Batch sizes 1, 3 and 16, other company and another order give a prompt the same tokens."""
+    requests = requests_of(shared_prompts(16), 3)
+    whole = run(engine_of(model, max_rows=48), requests)
+    for batch_size in (1, 3):
+        assert_same(run(engine_of(model, max_rows=3 * batch_size), requests), whole)
+    alone = [run(engine_of(model), [request])[0] for request in requests]
+    assert_same(alone, whole)
+    assert_same(run(engine_of(model), requests[::-1])[::-1], whole)
+    strangers = requests_of([random_ids(55, 900 + i) for i in range(5)], 4)  # no common prefix, so no root at all
+    assert_same(run(engine_of(model), strangers + requests[:4])[5:], whole[:4])
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+def test_fewer_samples_are_the_first_of_more(engine_of, model):
+    prompts = shared_prompts(3)
+    one, ten = (run(engine_of(model), requests_of(prompts, k)) for k in (1, 10))
+    assert_same(one, [row[:1] for row in ten])
+
+
+def test_rows_are_retired_and_refilled(engine_of, model):
+    """Many prompts through few rows equal one big batch, also where one prompt's samples alone are more than max_rows."""
+    requests = requests_of(shared_prompts(14), 3)
+    whole = run(engine_of(model, max_rows=1000, max_new_tokens=30), requests)
+    assert len({len(c.ids) for row in whole for c in row}) > 10
+    for max_rows in (2, 7):
+        engine = engine_of(model, max_rows=max_rows, max_new_tokens=30)
+        assert_same(run(engine, requests), whole)
+        assert engine.new_tokens == sum(len(c.p_yes) for row in whole for c in row)
+
+
+def test_an_engine_runs_again(engine_of, model):
+    """A second run with other prompts owes nothing to the first one."""
+    engine = engine_of(model)
+    run(engine, requests_of(shared_prompts(3), 2))
+    assert_as_naive(model, engine, requests_of([random_ids(20, 77), random_ids(5, 78)], 2))
+
+
+# ---------------------------------------------------------------------------------------------- kinds of prompts
+
+def branches() -> dict[str, list[list[int]]]:
+    a = random_ids(50, 0)
+    return {
+        "alone": [a],
+        "of one token": [[7]],
+        "no common prefix": [random_ids(20, i) for i in range(1, 5)],
+        "equal": [a, a, a],
+        "one a prefix of another": [a, a[:30], a[:31], a + random_ids(5, 1)],
+        "the prefix shrinks": [a, a[:40] + random_ids(20, 1), a[:12] + random_ids(40, 2), a + [9], a[:3] + random_ids(50, 4),
+                             random_ids(52, 3), a],
+    }
+
+
+@pytest.mark.parametrize("kind", branches())
+def test_every_kind_of_batch_is_exact(engine_of, model, kind):
+    requests = [Request(r.ids, [seed + i for seed in r.seeds]) for i, r in enumerate(requests_of(branches()[kind], 2))]
+    assert_as_naive(model, engine_of(model, max_rows=6, max_new_tokens=10), requests)
+
+
+def test_requests_that_wait_for_a_result(engine_of, model):
+    """Each of the later prompts is added only when an earlier one is answered."""
+    requests = requests_of(shared_prompts(6), 2)
+    engine, results = engine_of(model), {}
+    for request in requests[:3]:
+        engine.add(request)
+    coming = iter(requests[3:])
+    while engine.busy:
+        for ticket, continuations in engine.step():
+            results[ticket] = continuations
+            if (request := next(coming, None)) is not None:
+                engine.add(request)
+    assert_same([results[i] for i in range(6)], run(engine_of(model), requests))
+
+
+# ---------------------------------------------------------------------------------------------- what is computed
+
+def test_prompts_of_one_group_share_what_they_share(engine_of, model):
+    """Below the prefix too: a problem that some of the prompts have in common is prefilled once."""
+    a, problem = random_ids(60, 0), random_ids(30, 1)
+    prompts = [a + [5] + problem + [6, 7, 8], a + [5] + problem + [9, 10], a + [11] + problem]
+    engine = engine_of(model)
+    run(engine, requests_of(prompts, 2))
+    assert engine.prefill_tokens == len({tuple(p[:n]) for p in prompts for n in range(1, len(p) + 1)}) == 60 + 31 + 3 + 2 + 31
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("max_rows", [5, 160])
-def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatch, max_rows, recorded):
+def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatch, max_rows, kind):
     """Rows that end by themselves and rows that are cut off, with added words of several lengths or none; the rest is as without."""
-    monkeypatch.setattr(generate, "WINDOW", 4)
+    monkeypatch.setattr(fast.engine, "WINDOW", 4)
+    monkeypatch.setattr(fast.graphs, "WINDOW", 4)
     words = {0: [], 1: [7], 2: [9, EOS[0], 11], 3: random_ids(9, 1)}  # an end-of-text token among them ends nothing
     requests = requests_of(shared_prompts(7), 3)
-    engine = engine_of(model, max_rows, max_new_tokens=12)
-    plain = run(engine, requests)
-    assert {c.finished for row in plain for c in row} == {True, False} and {sum(c.ids) % 4 for row in plain for c in row} == set(words)
+    engine = make_engine(kind, model, max_rows, max_new_tokens=12)
+    without = run(engine, requests)
+    assert {c.finished for row in without for c in row} == {True, False}
+    assert {sum(c.ids) % 4 for row in without for c in row} == set(words)
     sampled = engine.new_tokens
-    found = run(recording(engine) if recorded else engine, requests, lambda ids: words[sum(ids) % 4])
-    assert_same(found, plain)
+    found = run(engine, requests, lambda ids: words[sum(ids) % 4])
+    assert_same(found, without)
     assert engine.new_tokens == 2 * sampled
     for request, row in zip(requests, found):
         for c in row:
@@ -416,21 +330,21 @@ def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatc
 
 # ---------------------------------------------------------------------------------------------- ends
 
-def test_any_end_of_text_id_ends_a_row(model):
+def test_any_end_of_text_id_ends_a_row(engine_of, model):
     """The sampled end is not among the tokens, but has a P(Yes); every id of the list is met as an end."""
     found = run(engine_of(model, temperature=1, max_new_tokens=80), requests_of(shared_prompts(17), 8))
     for c in sum(found, []):
         assert not set(c.ids) & set(EOS)
         assert len(c.p_yes) == len(c.ids) + c.finished
         assert c.finished or len(c.ids) == 80
-    longer = Engine(model, EOS[:1], YES_NO, 1, 0.95, 80, 160)  # the same rows, where only the first id ends one
+    longer = engine_of(model, temperature=1, max_new_tokens=80, eos=EOS[:1])  # the same rows, where only the first id ends one
     ends = {b.ids[len(a.ids)] if len(b.ids) > len(a.ids) else EOS[0]
             for a, b in zip(sum(found, []), sum(run(longer, requests_of(shared_prompts(17), 8)), [])) if a.finished}
     assert ends == set(EOS)
 
 
 @pytest.mark.parametrize("most", [1, 2, 9])
-def test_max_new_tokens(model, most):
+def test_max_new_tokens(engine_of, model, most):
     found = run(engine_of(model, max_new_tokens=most), requests_of(shared_prompts(5), 4))
     longer = run(engine_of(model, max_new_tokens=10), requests_of(shared_prompts(5), 4))
     for a, b in zip(sum(found, []), sum(longer, [])):
@@ -438,12 +352,12 @@ def test_max_new_tokens(model, most):
     assert any(len(c.ids) == most for c in sum(found, []))
 
 
-def test_the_context_ends_a_row(tiny_folder):
+def test_the_context_ends_a_row(engine_of, tiny_folder):
     """No row grows beyond max_position_embeddings, whatever max_new_tokens says."""
     model = load_model(tiny_folder)
     model.config = dataclasses.replace(model.config, max_position_embeddings=48)
     prompts = [random_ids(n, n) for n in (20, 40, 47)]
-    engine = Engine(model, [415], YES_NO, 1.0, 0.5, 4096, 16)
+    engine = engine_of(model, 16, 1.0, 0.5, 4096, eos=[415])
     for ids, row in zip(prompts, run(engine, requests_of(prompts, 3))):
         assert [(len(c.ids), c.finished) for c in row] == [(48 - len(ids), False)] * 3
 
@@ -451,19 +365,44 @@ def test_the_context_ends_a_row(tiny_folder):
 # ---------------------------------------------------------------------------------------------- reading P(Yes)
 
 @pytest.mark.parametrize("prefill_tokens", [30, 4096])
-@pytest.mark.parametrize("first", [None, "shared", "stranger"])
-def test_read_p_yes_equals_a_full_pass(model, monkeypatch, first, prefill_tokens):
-    """With no root, below the root of a run, and where the root is not theirs."""
-    engine = engine_of(model)
-    if first:
-        run(engine, requests_of(shared_prompts(4) if first == "shared" else [random_ids(30, 1), random_ids(30, 1)], 2))
-        assert len(engine.root_ids) > 25
+def test_read_p_yes_equals_a_full_pass(engine_of, model, monkeypatch, prefill_tokens):
+    """Sequences that share a beginning, equal ones, and a stranger; before and after a run."""
     monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill_tokens)
-    sequences = shared_prompts(5) + [shared_prompts(5)[2]]
-    assert engine.read_p_yes(sequences) == pytest.approx([yes_against_no(full_pass(model, s)) for s in sequences], abs=1e-5)
-    sequences += [shared_prompts(1)[0][:40], [9]]  # no longer than the root
-    assert engine.read_p_yes(sequences) == pytest.approx([yes_against_no(full_pass(model, s)) for s in sequences], abs=1e-5)
+    engine = engine_of(model)
+    sequences = [*shared_prompts(5), shared_prompts(5)[2], shared_prompts(1)[0][:40], [9]]
+    expected = pytest.approx([yes_against_no(full_pass(model, s)) for s in sequences], abs=1e-5)
+    assert engine.read_p_yes(sequences) == expected
+    run(engine, requests_of(shared_prompts(4), 2))
+    assert engine.read_p_yes(sequences) == expected
     assert engine.read_p_yes([]) == []
+
+
+# ---------------------------------------------------------------------------------------------- the fast engine is the plain one
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_fast_engine_samples_what_the_plain_one_does(make_folder, seed):
+    """Over random models, prompts and requests: the same tokens and ends, P(Yes) to 1e-6, added words too.
+
+    fp64, so that rounding moves no token.
+    """
+    rng = random.Random(seed)
+    model = load_model(make_folder(rng.choice(list(FAMILIES)), rng.random() < 0.5), torch.float64)
+    prompts = shared_prompts(rng.randrange(1, 12), shared=rng.choice([0, 1, 30, 200]))
+    prompts += rng.choices(prompts, k=rng.randrange(3))
+    requests = []
+    for ids in prompts:
+        requests.append(Request(ids, [rng.getrandbits(64) - 2 ** 63 for _ in range(rng.choice([1, 3, 10]))]))
+    settings = {"temperature": rng.choice([0, 0.15, 0.95, 1]), "top_p": rng.choice([0.3, 0.95, 1.0]),
+                "max_new_tokens": rng.randrange(1, 40), "max_rows": rng.choice([1, 10, 160])}
+
+    def added(ids: list[int]) -> list[int]:
+        return [[], [7], [9, 11]][sum(ids) % 3]
+    plain, found = (run(make_engine(kind, model, **settings), requests, added) for kind in ("plain", "fast"))
+    assert [[c.ids for c in row] for row in found] == [[c.ids for c in row] for row in plain]
+    assert [[c.finished for c in row] for row in found] == [[c.finished for c in row] for row in plain]
+    for c, expected in zip(sum(found, []), sum(plain, [])):
+        assert c.p_yes == pytest.approx(expected.p_yes, abs=1e-6)
+        assert c.read == (None if expected.read is None else pytest.approx(expected.read, abs=1e-6))
 
 
 # ---------------------------------------------------------------------------------------------- uniform
@@ -498,37 +437,45 @@ def test_uniform_is_uniform():
 
 # ---------------------------------------------------------------------------------------------- sample
 
-def counts_on_a_grid(logits: torch.Tensor, n: int, temperature: float, top_p: float) -> np.ndarray:
+@pytest.fixture(params=["plain", "fast"])
+def sample(request):
+    """sample(logits (R, V), row (S,), u (S,), temperature, top_p) -> tokens (S,), by a full sort or by as much of it as is needed."""
+    if request.param == "fast":
+        return fast.nucleus.sample
+    return lambda logits, row, u, temperature, top_p: generate.sample(logits[row], u, temperature, top_p)
+
+
+def counts_on_a_grid(sample, logits: torch.Tensor, n: int, temperature: float, top_p: float) -> np.ndarray:
     """How often each token is drawn at n evenly spaced values of u: (V,)."""
     u = (torch.arange(n) + 0.5) / n
     return np.bincount(sample(logits[None], torch.zeros(n, dtype=torch.int64), u, temperature, top_p).numpy(), minlength=len(logits))
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 0.9), (0.5, 0.95), (2.0, 0.3), (1.0, 1.0), (0.7, 0.01)])
-def test_draws_have_the_probabilities_of_the_nucleus(temperature, top_p):
+def test_draws_have_the_probabilities_of_the_nucleus(sample, temperature, top_p):
     """On an even grid of u a token's count is its probability's share to within one: no chance is involved."""
     n, logits = 20000, 2 * torch.randn(50)
     tokens, p = nucleus(logits.numpy(), temperature, top_p)
     expected = np.zeros(50)
     expected[tokens] = n * p
-    counts = counts_on_a_grid(logits.clone(), n, temperature, top_p)
+    counts = counts_on_a_grid(sample, logits.clone(), n, temperature, top_p)
     assert np.abs(counts - expected).max() <= 1.2
     assert not counts[expected == 0].any()  # nothing from outside the nucleus
     assert (len(tokens) < 50) == (top_p < 1)
 
 
-def test_the_nucleus_reaches_top_p_exactly_as_defined():
+def test_the_nucleus_reaches_top_p_exactly_as_defined(sample):
     """Probabilities 1/2, 1/4, 1/8, ...: the smallest set that reaches 0.75 has two tokens, that of 0.76 three."""
     logits = -math.log(2) * torch.tensor([3.0, 0.0, 1.0, 2.0, 3.0]) + 0.25  # exact up to rounding: keep off the edges by 1e-3
     for top_p, tokens in ((0.3, {1}), (0.499, {1}), (0.501, {1, 2}), (0.749, {1, 2}), (0.751, {1, 2, 3}), (0.9, {1, 2, 3, 0, 4})):
-        drawn = set(np.flatnonzero(counts_on_a_grid(logits.clone(), 999, 1.0, top_p)))
+        drawn = set(np.flatnonzero(counts_on_a_grid(sample, logits.clone(), 999, 1.0, top_p)))
         if top_p == 0.9:  # 0 and 4 are equally likely: either completes the nucleus
             assert drawn in ({1, 2, 3, 0}, {1, 2, 3, 4})
         else:
             assert drawn == tokens
 
 
-def test_a_nucleus_wider_than_the_candidates():
+def test_a_nucleus_wider_than_the_candidates(sample):
     """Rows whose nucleus lies within 64, within 1024, beyond both and in between, in one batch: each as its definition says."""
     widths, rows = [], []
     for scale in (0.3, 0.6, 2.0, 3.0, 4.0, 8.0):
@@ -547,7 +494,7 @@ def test_a_nucleus_wider_than_the_candidates():
             assert edges[i] - 2 * p[i] - 2e-5 <= x <= edges[i] + p[i] + 2e-5
 
 
-def test_the_ends_of_the_range_of_u():
+def test_the_ends_of_the_range_of_u(sample):
     """u = 0 takes no token of probability 0 before the first possible one; the largest u takes none after the last."""
     logits = torch.tensor([[-1e4, 0.0, 1.0, -1e4]])
     for top_p, first, last in ((1.0, 2, 1), (0.95, 2, 1), (0.5, 2, 2)):  # the most likely token comes first
@@ -555,13 +502,13 @@ def test_the_ends_of_the_range_of_u():
         assert found == [first, last]
 
 
-def test_temperature_0_takes_the_most_likely():
+def test_temperature_0_takes_the_most_likely(sample):
     logits = torch.randn(20, 3000)
     row = torch.tensor([3, 3, 0, 19])
     assert sample(logits.clone(), row, torch.rand(4), 0, 0.95).tolist() == logits.argmax(-1)[row].tolist()
 
 
-def test_first_tokens_have_the_models_probabilities(model):
+def test_first_tokens_have_the_models_probabilities(engine_of, model):
     """4000 samples of one prompt by hashed seeds: chi-square against the exact nucleus. Odds of a false alarm: below 1e-6."""
     ids = random_ids(30, 3)
     [row] = run(engine_of(model, max_rows=4000, temperature=0.3, top_p=0.9, max_new_tokens=1), requests_of([ids], 4000))
@@ -577,36 +524,22 @@ def test_first_tokens_have_the_models_probabilities(model):
     assert chi2 < df + 5 * math.sqrt(2 * df) + 17  # Laurent and Massart: P(chi2 > df + 2 sqrt(df x) + 2x) < e^-x, with x = 14 at these df
 
 
-def test_broken_weights_are_named(tiny_folder):
+def test_broken_weights_are_named(engine_of, tiny_folder):
     """NaN once reached the sampling, which then looked for a token at index -1."""
     broken = load_model(tiny_folder)
     broken.norm.weight.data[3] = math.nan
-    engine = Engine(broken, EOS, YES_NO)
+    engine = engine_of(broken)
     with pytest.raises(BadInput, match="logits are not finite"):
-        list(engine.run([Request([5, 6, 7], [1])]))
+        run(engine, [Request([5, 6, 7], [1])])
     with pytest.raises(BadInput, match="logits are not finite"):
         engine.read_p_yes([[5, 6, 7]])
 
 
-def test_bf16_weights_sample_and_stay_near_fp32(tiny_folder, model):
+def test_bf16_weights_sample_and_stay_near_fp32(engine_of, tiny_folder, model):
     narrow = load_model(tiny_folder, torch.bfloat16)
-    root = list(range(60, 90))
-    requests = [Request(root + [i + 100, i + 7, 2 * i + 150], [i]) for i in range(4)]
-    wide, found = ({i: c[0] for i, c in Engine(m, [], YES_NO, 0.0, 1.0, 3, 4).run(requests)} for m in (model, narrow))
-    for i in wide:
-        assert found[i].p_yes[0] == pytest.approx(wide[i].p_yes[0], abs=0.02)  # later ones may follow other tokens
-        assert len(found[i].ids) == 3
-
-
-def test_the_linear_layers_on_either_library_are_the_same(monkeypatch):
-    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((37, 48), (64, 48), (64,)))
-    found = []
-    for size, name in ((0, "OneDNNLinearBackward"), (2 ** 60, "AddmmBackward0")):
-        monkeypatch.setattr(model_module, "ONEDNN_SIZE", size)
-        out = model_module.linear(x, weight, bias)
-        assert type(out.grad_fn).__name__ == name
-        out.square().sum().backward()
-        found.append([out.detach(), x.grad, weight.grad, bias.grad])
-        x.grad = weight.grad = bias.grad = None
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    prefix = list(range(60, 90))
+    requests = [Request(prefix + [i + 100, i + 7, 2 * i + 150], [i]) for i in range(4)]
+    wide, found = (run(engine_of(m, 4, 0.0, 1.0, 3, eos=[]), requests) for m in (model, narrow))
+    for [expected], [c] in zip(wide, found):
+        assert c.p_yes[0] == pytest.approx(expected.p_yes[0], abs=0.02)  # later ones may follow other tokens
+        assert len(c.ids) == 3

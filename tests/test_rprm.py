@@ -13,13 +13,14 @@ import sys
 import pytest
 import torch
 
+import fast.engine
 import generate
 import rprm
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput
 from conftest import IM_END, IM_START, ROOT
-from model import Tree, TreeAttention
+from model import Tree, tree_attention
 from rprm import (QUESTION, VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, has_one_verdict, load_prompt,
                   parse_verdict, reward, row_seed, yes_no_ids)
 
@@ -43,16 +44,19 @@ def make_sampler(tiny_folder):
 def scripted(monkeypatch, tokenizer, texts: dict[Case, list[str]], seed: int = 0) -> None:
     """Sample k of a case is texts[case][k], then the end of the turn: whatever the logits say."""
     tokens = {row_seed(seed, case, k): tokenizer.response(text) for case, some in texts.items() for k, text in enumerate(some)}
-    monkeypatch.setattr(generate, "uniform", lambda seeds, t: torch.tensor(
-        [tokens[s][i] if i < len(tokens[s]) else 0 for s, i in zip(seeds.tolist(), t.tolist())]))  # later draws are ignored
-    monkeypatch.setattr(generate, "sample", lambda logits, row, u, temperature, top_p: u)
+    def uniform(seeds, t):
+        return torch.tensor([tokens[s][i] if i < len(tokens[s]) else 0 for s, i in zip(seeds.tolist(), t.tolist())])  # later draws are ignored
+    monkeypatch.setattr(generate, "uniform", uniform)
+    monkeypatch.setattr(generate, "sample", lambda logits, u, temperature, top_p: u)
+    monkeypatch.setattr(fast.engine, "uniform", uniform)
+    monkeypatch.setattr(fast.engine, "sample", lambda logits, row, u, temperature, top_p: u)
 
 
 @torch.no_grad()
 def p_yes_after(sampler: Sampler, ids: list[int]) -> float:
     """P(Yes) against P(No) for the next token, from a pass of its own."""
     tree = Tree([ids])
-    logits = sampler.model.logits(sampler.model(tree.ids, tree.positions, TreeAttention(tree.end)))[-1]
+    logits = sampler.model.logits(sampler.model(tree.ids, tree.positions, tree_attention(tree.end)))[-1]
     yes, no = (sampler.tokenizer.encode(word) for word in (" Yes", " No"))
     return logits[[*yes, *no]].double().softmax(0)[0].item()
 

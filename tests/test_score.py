@@ -20,7 +20,7 @@ import score
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
-from model import Tree, TreeAttention
+from model import Tree, tree_attention
 from rprm import VERIFICATION, Analysis, Case, load_prompt, load_sampler, reward
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
@@ -87,22 +87,28 @@ def stand_in(monkeypatch):
             assert case.now_step.endswith(f" {len(case.previous_steps)}.")  # the step after the previous ones
             return [Analysis(f"analysis {i}", verdicts(p), p, 10, True) for i, p in enumerate((values * k)[:k])]
 
-        def sampler(config, k, force, complete=False, direct=False):
-            def analyses(cases):
-                """Up to four cases at a time, given in chance order, as the engine gives them."""
-                open_cases, n = [], 0
-                cases = iter(cases)
-                while True:
-                    while len(open_cases) < 4 and (case := next(cases, None)) is not None:
-                        asked.append(case)
-                        open_cases.append((n, case))
-                        n += 1
-                    if not open_cases:
-                        return
-                    index, case = open_cases.pop(rng.randrange(len(open_cases)))
-                    yield index, analyses_of(case, k)
-            return SimpleNamespace(engine=SimpleNamespace(new_tokens=1), analyses=analyses)
-        monkeypatch.setattr(score, "load_sampler", sampler)
+        class StandIn:
+            """Up to four cases at a time, given in chance order, as the engine gives them."""
+
+            def __init__(self, k: int):
+                self.k, self.engine = k, SimpleNamespace(new_tokens=1)
+
+            def restart(self):
+                self.open_cases, self.tickets = [], 0
+
+            def add(self, case: Case) -> int:
+                asked.append(case)
+                self.open_cases.append((self.tickets, case))
+                self.tickets += 1
+                return self.tickets - 1
+
+            has_room = property(lambda self: len(self.open_cases) < 4)
+            busy = property(lambda self: bool(self.open_cases))
+
+            def step(self) -> list:
+                ticket, case = self.open_cases.pop(rng.randrange(len(self.open_cases)))
+                return [(ticket, analyses_of(case, self.k))]
+        monkeypatch.setattr(score, "load_sampler", lambda config, k, force, complete=False, direct=False: StandIn(k))
         return asked
     return install
 
@@ -401,7 +407,7 @@ def test_direct_equals_a_full_pass(tmp_path, tiny_folder, batch_size):
             case = Case(r["problem"], tuple(r["steps"][:t]), r["steps"][t])
             tree = Tree([tokenizer.chat(prompt.fill(case)) + tokenizer.encode(VERIFICATION)])
             with torch.no_grad():
-                logits = model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end)))[-1]
+                logits = model.logits(model(tree.ids, tree.positions, tree_attention(tree.end)))[-1]
             values.append(logits[tokenizer.encode(" Yes") + tokenizer.encode(" No")].softmax(0)[0].item())
             assert line["rewards"][t] == pytest.approx(values[-1], abs=1e-5)
             assert [(a["text"], a["n_tokens"], a["forced"]) for a in line["samples"][t]] == [("", 0, True)]

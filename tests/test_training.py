@@ -196,10 +196,10 @@ def test_eight_examples_are_overfitted(tmp_path, tiny_folder):
 
 def test_the_result_opens_in_transformers_with_the_same_logits(tmp_path, tiny_folder):
     from transformers import AutoModelForCausalLM
-    from model import Tree, TreeAttention
+    from model import Tree, tree_attention
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8)))
     model, tree = load_model(tmp_path / "out/model"), Tree([list(range(5, 40))])
-    ours = model.logits(model(tree.ids, tree.positions, TreeAttention(tree.end)))
+    ours = model.logits(model(tree.ids, tree.positions, tree_attention(tree.end)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")(tree.ids[None]).logits[0]
     assert (ours - theirs).abs().max() < 1e-4
     before = load_model(tiny_folder)

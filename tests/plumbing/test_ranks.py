@@ -32,7 +32,8 @@ from plumbing.errors import BadInput, Stopped
 from plumbing.journal import Journal
 from conftest import start, wait_for_lines
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
-from model import Tree, TreeAttention
+import fast
+from model import Tree
 from rprm import response_logprobs
 from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, own_signals is a fixture
 
@@ -211,8 +212,8 @@ def test_the_memory_table_counts_what_a_rank_holds(ran, make_folder):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, checkpointed):
     """Against the storages that autograd holds after a forward pass; checkpointed, these are the layers' inputs and the last norm's."""
-    monkeypatch.setattr("model.ONEDNN_SIZE", 0)  # as for a model of a size that memory is a question for
-    model, seen = load_model(make_folder("qwen2", False)), {}
+    monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a model of a size that memory is a question for
+    model, seen = fast.speed_up(load_model(make_folder("qwen2", False))), {}
     config = training.TrainConfig(out="x", lr=1.0, device="cpu", micro_tokens=400, checkpoint_activations=checkpointed)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -222,7 +223,7 @@ def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, ch
     model.checkpoint_activations = checkpointed
     tree = Tree([[2] + list(range(3, 203)), list(range(1, 200))])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tree.ids, tree.positions, TreeAttention(tree.end)).sum()
+        model(tree.ids, tree.positions, model.tree_attention(tree.end)).sum()
     held = sum(storage.nbytes() for place, storage in seen.items() if place not in parameters)
     estimates = [training.memory(model.config, dataclasses.replace(config, checkpoint_activations=flag), 1) for flag in (False, True)]
     if checkpointed:

@@ -1,0 +1,90 @@
+"""Attention within a tree, on a GPU: flex_attention with the tree's intervals as its mask.
+
+Plain (model.tree_attention): SDPA with a (T, T) mask. Fast: one kernel for all queries, which passes over the blocks of 128 × 128
+that nobody sees. Key j is seen by the queries begin[j] .. end[j]-1, with begin[j] = j. As that is an interval, the least and
+greatest beginning and end in a block of keys tell which pairs of blocks need no look (nothing is seen) and which no mask (all is).
+Gain: the share of the mask that is empty; to be measured on a card (bench/gpu.py).
+"""
+import math
+from functools import cache
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 128  # tokens of a block in flex_attention's mask
+
+
+def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
+    if past is None:
+        return k, v
+    past_k, past_v = past
+    return torch.cat((past_k.transpose(0, 1), k)), torch.cat((past_v.transpose(0, 1), v))
+
+
+class FlexTreeAttention:
+    """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
+
+    def __init__(self, end: torch.Tensor, past: int = 0):
+        self.mask = flex_mask(end, past)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        k, v = after_past(past, k, v)
+        queries, keys = self.mask.shape[-2:]
+        padded_q = as_padded_heads(q, queries)
+        padded_k = as_padded_heads(k, keys)
+        padded_v = as_padded_heads(v, keys)
+        out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask, enable_gqa=True)  # (1, H, queries, D)
+        return out[0, :, :len(q)].transpose(0, 1)  # (T, H, D)
+
+
+def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
+    """(n, heads, D) -> (1, heads, length, D), zeros behind the n."""
+    return F.pad(x, (0, 0, 0, 0, 0, length - len(x))).transpose(0, 1)[None]
+
+
+@cache
+def compiled_flex_attention() -> Callable:
+    """Compiled for each length that it meets; not when this file is imported, since that alone would take seconds."""
+    from torch.nn.attention.flex_attention import flex_attention
+    torch._dynamo.config.recompile_limit = 64  # of lengths, with and without gradients; beyond it, all scores would be written down
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_mask(end: torch.Tensor, past: int):
+    """The tree's rule as flex_attention's BlockMask, for `past` keys that all see, then the T of the tree.
+
+    Lengths are rounded up to powers of two, so that few are compiled. Nobody sees the padding's keys, and its queries see nothing.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    T = len(end)
+    queries = padded_length(T)
+    keys = padded_length(past + T)
+    options = {"dtype": torch.int32, "device": end.device}
+    begin = torch.full((keys,), queries, **options)
+    stop = torch.zeros(keys, **options)
+    begin[:past] = 0
+    stop[:past] = T
+    begin[past:past + T] = torch.arange(T, **options)
+    stop[past:past + T] = end
+    first = torch.arange(0, queries, BLOCK, **options)[:, None]  # of each block's queries: (query blocks, 1)
+    last = first + BLOCK - 1
+    begins = begin.view(-1, BLOCK)  # (key blocks, 128)
+    stops = stop.view(-1, BLOCK)
+    full = (begins.amax(1) <= first) & (stops.amin(1) > last)  # (query blocks, key blocks)
+    partial = (begins.amin(1) <= last) & (stops.amax(1) > first) & ~full
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK_SIZE=BLOCK,
+                                    mask_mod=lambda batch, head, q, k: (begin[k] <= q) & (q < stop[k]))
+
+
+def padded_length(n: int) -> int:
+    return max(BLOCK, 2 ** math.ceil(math.log2(n)))
+
+
+def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a table (query blocks, key blocks): how many key blocks each query block has, and which they are, in front of the others."""
+    numbers = pairs.sum(1, dtype=torch.int32)
+    indices = pairs.int().argsort(dim=1, descending=True, stable=True).int()
+    return numbers[None, None], indices[None, None]

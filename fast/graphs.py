@@ -1,0 +1,61 @@
+"""The decoding step recorded as a CUDA graph, for a GPU.
+
+Plain: a step is some thousands of small kernels, and starting them takes longer than running them. Fast: the step's pass is recorded once
+and replayed with one launch. A replay does what was recorded, at the same addresses: whatever changes from step to step is changed in
+place, in tensors, and shapes stand still. Hence what differs from the engine that this one extends:
+
+- each continuation is a row of its own from the start, and rows never branch;
+- rows' keys are read in widths of WINDOW tokens, with a new recording when one is outgrown;
+- finished rows stay, without effect, until so many have finished that a new recording is worth it.
+"""
+from typing import Callable
+
+import torch
+
+from fast.engine import Engine
+
+WINDOW = 64       # tokens by which the width of the rows' keys grows
+LOOK_EVERY = 8    # steps between two looks at what is done, since a look waits for the GPU
+SHARE = 16        # rows are taken out when a sixteenth of them are done
+
+
+class CudaGraph:
+    """A function without arguments that reads and writes tensors on the GPU: run once, then recorded, then replayed.
+
+    The tensor that it returns is overwritten by the next call.
+    """
+
+    def __init__(self, work: Callable[[], torch.Tensor]):
+        self.work = work
+        self.warm = False
+        self.graph = None
+
+    def __call__(self) -> torch.Tensor:
+        if not self.warm:  # libraries load their kernels at the first call, which cannot be recorded
+            self.warm = True
+            return self.work()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.work()
+        self.graph.replay()
+        return self.out
+
+
+class RecordedEngine(Engine):
+    """The engine whose steps are replayed. It samples what the other one does."""
+
+    def rows_of(self, k: int) -> int:
+        return k
+
+    def branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
+        return self.draws.row[draws]
+
+    def width(self) -> int:
+        return -(-self.longest // WINDOW) * WINDOW
+
+    def decode_function(self) -> Callable[[], torch.Tensor]:
+        return CudaGraph(self.decode)
+
+    def many_are_done(self) -> bool:
+        return self.longest % LOOK_EVERY == 0 and int(self.rows.done.sum()) >= max(1, len(self.rows) // SHARE)
