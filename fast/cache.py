@@ -16,14 +16,11 @@ and values instead of 1.5 GB.
 
 Shapes: R rows, P slots, H query heads in KV groups of G, D head size.
 """
-import math
 from typing import NamedTuple
 
 import torch
 
 from model import Decoder, at_least_fp32
-
-LOG2_E = math.log2(math.e)  # softmaxes written out here count in powers of two: on CPU, exp2 takes a third of the time of exp
 
 
 class Slot(NamedTuple):
@@ -149,7 +146,7 @@ class Cache:
         """The rows' queries over all three, merged: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the rows' own keys."""
         R = len(q)
         width = mask.shape[3]
-        q = (q * (self.D ** -0.5 * LOG2_E)).view(R, self.KV, self.G, self.D)
+        q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)
         keys, values = self.rows[:, layer, :R, :, :width]
         found = [attend_few(q, keys, values, mask), self.attend_prompts(layer, q)]
         if self.prefix_length:
@@ -186,7 +183,7 @@ class Cache:
 
 
 def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: q (..., N, D), scaled by D^-0.5 and log2 e; k and v (..., L, D); mask 0 or -inf, added to the scores.
+    """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf, added to the scores.
 
     -> out (..., N, D), and log sum exp of the scores (..., N)
     """
@@ -194,9 +191,9 @@ def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     if mask is not None:
         scores += mask
     highest = scores.amax(dim=-1, keepdim=True)
-    total = scores.sub_(highest).exp2_().sum(dim=-1, keepdim=True)
+    total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
     out = (scores.to(v.dtype) @ v) / total
-    lse = (highest + total.log2()).squeeze(-1) / LOG2_E
+    lse = (highest + total.log()).squeeze(-1)
     return out, lse
 
 
@@ -207,7 +204,7 @@ def attend_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
     """
     if q.device.type != "cpu" or q.shape[2] < 16:
         return attend_few(q, k, v, mask)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1 / LOG2_E)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1.0)
 
 
 def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -74,10 +74,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNNLinear.apply(x, weight, bias, made)
-    step = 16 if len(x) <= 256 else 64  # oneDNN compiles and keeps code for each length: in a long sampling, few shall do
-    padding = -len(x) % step
-    padded = F.pad(x, (0, 0, 0, padding)) if padding else x
-    return onednn(padded, weight, bias)[:len(x)]
+    return onednn(x, weight, bias)
 
 
 def linear_of(make: Callable, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
