@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fast
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
-from plumbing.cli import print_config, run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
 from plumbing.errors import BadInput
 from plumbing.threads import choose_threads
 from generate import Continuation, Engine, Request
@@ -273,7 +273,7 @@ class SamplerConfig:
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
     top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    batch_size: Annotated[int, "cases side by side", (1, None)] = 16
+    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
     seed: Annotated[int, "seed of the sampling"] = 0
     prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
