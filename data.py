@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
-from plumbing.cli import print_config, run
+from plumbing.cli import MAY_CHANGE, print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
@@ -73,13 +73,18 @@ def cases(config: CasesConfig) -> None:
 class ServedConfig(SamplerConfig):
     """The flags of everything that samples from a checkpoint here or from a model behind a server."""
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
-    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work", (1, 10 ** 9)] = 1800.0
-    server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead"] = None
-    tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template (no weights needed)"] = None
-    concurrency: Annotated[int, "with --server: requests under way at a time", (1, None)] = 16
-    timeout: Annotated[float, "with --server: seconds to wait for an answer", (0.1, None)] = 600.0
-    retries: Annotated[int, "with --server: further tries after 429, 5xx, a timeout or a broken answer", (0, None)] = 6
-    api_key_env: Annotated[str | None, "with --server: NAME of the environment variable that holds its key"] = None
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work",
+                            (1, 10 ** 9), MAY_CHANGE] = 1800.0
+    server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead",
+                      MAY_CHANGE] = None
+    tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template "
+                                     "(no weights needed)"] = None
+    concurrency: Annotated[int, "with --server: requests under way at a time", (1, None), MAY_CHANGE] = 16
+    timeout: Annotated[float, "with --server: seconds to wait for an answer", (0.1, None), MAY_CHANGE] = 600.0
+    retries: Annotated[int, "with --server: further tries after 429, 5xx, a timeout or a broken answer",
+                       (0, None), MAY_CHANGE] = 6
+    api_key_env: Annotated[str | None, "with --server: NAME of the environment variable that holds its key",
+                           MAY_CHANGE] = None
 
     def __post_init__(self):
         """BadInput where flags do not go together, before anything is printed or saved (a key must not be)."""

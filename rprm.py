@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fast
 from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
-from plumbing.cli import print_config, run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
 from plumbing.errors import BadInput
 from plumbing.threads import choose_threads
 from generate import Continuation, Engine, Request
@@ -223,17 +223,19 @@ class Sampler:
             yield from self.step()
 
     def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        found, unread = [], []
-        for i, c in enumerate(continuations):
+        found = self._read(prompt, continuations)
+        return self._complete(case, prompt, found) if self.sampling.complete else found
+
+    def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `_added` has put in its stead."""
+        found = []
+        for c in continuations:
             text = self.tokenizer.decode(c.ids)
             verdict = parse_verdict(text)
-            p_yes = None if verdict is None else c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
-            found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished))
-            if verdict is None and c.read is not None:
-                found[i] = replace(found[i], p_yes=c.read, forced=True)
-            elif verdict is None:
-                unread.append(i)
-        return self._complete(case, prompt, found, unread) if self.sampling.complete else found
+            p_yes = c.read if verdict is None else c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
+            forced = verdict is None and p_yes is not None
+            found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished, forced))
+        return found
 
     def added_words(self, ids: list[int]) -> list[int]:
         """What is put after an analysis for P(Yes) to be read: the verification line where a verdict is missing, if it is to be forced."""
@@ -242,18 +244,21 @@ class Sampler:
         text = self.tokenizer.decode(ids)
         return self._verification(text) if parse_verdict(text) is None else []
 
-    def _complete(self, case: Case, prompt: list[int], found: list[Analysis], unread: list[int]) -> list[Analysis]:
+    def _complete(self, case: Case, prompt: list[int], found: list[Analysis]) -> list[Analysis]:
         """Analyses without a verdict, cut back to their last whole sentence, with the line and an answer drawn from P(Yes)."""
-        texts = [found[i].text.rstrip() if found[i].finished else re.sub(r"(.*[.!?])?.*", r"\1", found[i].text, count=1, flags=re.S)
-                 for i in unread]
-        for i, text, p_yes in zip(unread, texts, self.engine.read_p_yes(
-                [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts])):
+        texts = {}  # index of the analysis -> what is left of it
+        for i, a in enumerate(found):
+            if a.verdict is None:
+                texts[i] = a.text.rstrip() if a.finished else re.sub(r"(.*[.!?])?.*", r"\1", a.text, count=1, flags=re.S)
+        asked = [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts.values()]
+        for i, p_yes in zip(texts, self.engine.read_p_yes(asked), strict=True):
             if p_yes is None:  # only a server may not know it
                 continue
             draw = np.random.default_rng(row_seed(self.sampling.seed, case, i) % 2 ** 63).random()
-            line = f"{VERIFICATION} {'Yes' if draw < p_yes else 'No'}"
-            found[i] = replace(found[i], text=f"{text}\n{line}" if text else line, verdict=bool(draw < p_yes), p_yes=p_yes,
-                               finished=True, forced=True)
+            verdict = bool(draw < p_yes)
+            line = f"{VERIFICATION} {'Yes' if verdict else 'No'}"
+            text = f"{texts[i]}\n{line}" if texts[i] else line
+            found[i] = replace(found[i], text=text, verdict=verdict, p_yes=p_yes, finished=True, forced=True)
         return found
 
     def _verification(self, text: str) -> list[int]:
@@ -273,7 +278,7 @@ class SamplerConfig:
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
     top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    batch_size: Annotated[int, "cases side by side", (1, None)] = 16
+    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
     seed: Annotated[int, "seed of the sampling"] = 0
     prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"

@@ -148,7 +148,7 @@ def judge_all(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solut
         if not sampler.busy:
             return
         for ticket, analyses in sampler.step():
-            ranks.sign()  # a line may take its solution's many steps, or wait for those before it
+            ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
             i, t = asked.pop(ticket)
             source, solution, by_step = judged[i]
             by_step[t] = analyses

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench.common import Clock, seconds_of, surroundings
-from plumbing.cli import print_config, run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
 from plumbing.files import write_json
 import fast
 from fast.attention import TreeAttention
@@ -50,7 +50,7 @@ WORK = ("sft", "dpo", "attention", "sample", "peer", "reward")
 class Config:
     shape: Annotated[str, "the model's shape: Qwen2.5's, or one for a laptop", tuple(SHAPES)] = "0.5b"
     what: Annotated[tuple[str, ...], "what to measure", WORK] = WORK
-    micro_tokens: Annotated[int, "tokens of a tree", (64, None)] = 8192
+    micro_tokens: Annotated[int, "tokens of a tree", (64, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
     trees: Annotated[int, "trees per optimizer step", (1, None)] = 4
     steps: Annotated[int, "timed optimizer steps", (1, None)] = 5
     prompts: Annotated[int, "prompts that are sampled side by side (the peer: at most)", (1, None)] = 64

@@ -18,7 +18,7 @@ import torch
 
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
-from plumbing.cli import run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
 import fast
 from generate import Request
 from model import Decoder, ModelConfig
@@ -36,7 +36,7 @@ class Config(BenchConfig):
     sizes: Annotated[tuple[int, ...], "numbers of cases", (1, None)] = (10, 100, 1000)
     k: Annotated[int, "continuations per case", (1, None)] = 4
     new_tokens: Annotated[int, "tokens per continuation", (2, None)] = 32
-    batch_size: Annotated[int, "cases side by side", (1, None)] = 10
+    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 10
 
 
 def main(config: Config) -> None:

@@ -26,7 +26,7 @@ import train_sft
 from bench.common import (BenchConfig, Clock, Row, all_cases, in_turn, load_words, matmul_flops, median_run, peak_mb,
                           run_side_or_all, scattered_cases)
 from checkpoint import load_config, load_model, load_tokenizer
-from plumbing.cli import run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
 from plumbing.errors import BadInput
 from plumbing.files import json_line
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
@@ -46,7 +46,7 @@ class Config(BenchConfig):
     shortest: Annotated[int, "tokens of the shortest response", (20, None)] = 60
     longest: Annotated[int, "and of the longest", (20, None)] = 200
     lr: Annotated[float, "learning rate", (0, None)] = 5e-6
-    micro_tokens: Annotated[int, "ours: tokens per forward pass", (16, None)] = 8192
+    micro_tokens: Annotated[int, "ours: tokens per forward pass", (16, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
     peer_examples: Annotated[int, "how many of the examples the peer trains on", (1, None)] = 4
     peer_checkpointing: Annotated[bool, "the peer recomputes activations (TRL's default): less memory, more time"] = False
     full: Annotated[bool, "the peer trains on all examples, with and without recomputing; the faster counts"] = False

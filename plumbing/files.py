@@ -1,4 +1,11 @@
-"""Files: JSON and JSON lines with errors that name file, line, field and remedy; outputs that are whole or absent."""
+"""JSON files: errors that name file, line, field and remedy; outputs that are whole or absent.
+
+    for where, row in read_jsonl("cases.jsonl"):         # where: "cases.jsonl:7"
+        problem = get_field(row, "problem", str, where)  # or "cases.jsonl:7: field 'problem' is missing; ..."
+
+    with writing("out.jsonl") as file:                   # out.jsonl is there when the block has ended
+        file.write(json_line({"id": "a"}))
+"""
 import json
 import os
 import tempfile
@@ -9,14 +16,14 @@ from typing import Any, Iterator
 
 from plumbing.errors import BadInput
 
-
 # ---------------------------------------------------------------------------------------------- reading
 
 def parse_json(text: str | bytes, where: str) -> Any:
     """json.loads whose every failure is a BadInput that says where."""
     try:
-        value = json.loads(text.rstrip())  # a line's end would count as one more line in the error
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # a lone surrogate cannot be written out again
+        value = json.loads(text.rstrip())  # the line's end would count as a second line in the error
+        escape = b"\\u" if isinstance(text, bytes) else "\\u"
+        if escape in text:  # perhaps a lone surrogate, which cannot be written out again
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
@@ -24,18 +31,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. Raises BadInput where it is missing or broken."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; check the path")
+    """The value of a JSON file. Raises BadInput if the file is missing or broken."""
+    path = existing(path)
     return parse_json(path.read_bytes(), str(path))
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("FILE:LINE", object) for each non-empty line, as a stream. Raises BadInput at the first line that is no object."""
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; check the path")
+    """("FILE:LINE", object) for each non-empty line, as a stream. BadInput at a line that is no object."""
+    path = existing(path)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -43,38 +46,56 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
                 yield where, expect(parse_json(line, where), dict, where)
 
 
+def existing(path: str | Path) -> Path:
+    """The path, if a file is there; else BadInput."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; check the path")
+    return path
+
+
 class Lines:
-    """A JSON-lines file read on demand: in memory stand only the lines' places. lines[i] -> ("FILE:LINE", object)."""
+    """A JSON-lines file that is read on demand: lines[i] -> ("FILE:LINE", object) of the i-th non-empty line.
+
+    Memory holds two numbers for each line, and none of its content.
+    """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise BadInput(f"{path}: no such file; check the path")
-        self.file = open(self.path, "rb")
-        self.places, self.numbers = array("q"), array("q")  # 64-bit: where each non-empty line begins, and its number
-        place = 0
+        self.path = existing(path)
+        self.file = open(self.path, "rb")  # noqa: SIM115, as it stays open
+        self.offsets = array("q")  # the byte at which each non-empty line begins
+        self.numbers = array("q")  # its number in the file, from 1
+        offset = 0
         for number, line in enumerate(self.file, 1):
             if line.strip():
-                self.places.append(place)
+                self.offsets.append(offset)
                 self.numbers.append(number)
-            place += len(line)
+            offset += len(line)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.offsets)
 
     def __getitem__(self, i: int) -> tuple[str, dict]:
-        self.file.seek(self.places[i])
+        self.file.seek(self.offsets[i])
         where = f"{self.path}:{self.numbers[i]}"
         return where, expect(parse_json(self.file.readline(), where), dict, where)
 
 
-NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
+NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+}
 
 
 def expect(value: Any, kind: type, where: str) -> Any:
-    """`value` if it is of `kind` (a bool is not a number); else BadInput."""
+    """The value, if it is of `kind`; else BadInput. A whole number is a number too; a bool is none."""
     kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+    is_other_bool = isinstance(value, bool) and kind is not bool  # Python's bool is an int
+    if is_other_bool or not isinstance(value, kinds):
         raise BadInput(f"{where}: expected {NAMES[kind]}, found {json.dumps(value)[:60]}; correct it")
     return value
 
@@ -82,15 +103,16 @@ def expect(value: Any, kind: type, where: str) -> Any:
 def get_field(row: dict, name: str, kind: type, where: str) -> Any:
     """row[name], which must be there and of `kind`; else BadInput with file, line and field."""
     if name not in row:
-        raise BadInput(f"{where}: field '{name}' is missing; add it (found: {', '.join(map(str, row))[:80] or 'nothing'})")
+        names = ", ".join(map(str, row))[:80] or "nothing"
+        raise BadInput(f"{where}: field '{name}' is missing; add it (found: {names})")
     return expect(row[name], kind, f"{where}: field '{name}'")
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 @contextmanager
-def naming(path: str | Path):
-    """A write that fails (a full disk) does not say where; this does."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Give the file's name to an OSError that has none, as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -99,8 +121,8 @@ def naming(path: str | Path):
 
 
 @contextmanager
-def writing(path: str | Path):
-    """A text file that is written aside and renamed when whole; after an error nothing is left."""
+def writing(path: str | Path) -> Iterator[Any]:
+    """A text file that is written aside and renamed when it is whole. An error leaves nothing of it."""
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +147,14 @@ def json_line(value: Any) -> str:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """BadInput where the output is there already and --overwrite was not given, or where nothing can be written."""
+    """Raise BadInput if the output exists, without --overwrite, or if nothing can be written there."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give --overwrite to replace it, or another --out")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(2 ** 16))
+            probe.write(bytes(2 ** 16))  # on a full disk a file can be made, and not filled
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({folder}: {error.strerror}); make room, or give another --out") from None
+        raise BadInput(f"{path}: cannot be written ({folder}: {error.strerror}); "
+                       "make room, or give another --out") from None

@@ -1,11 +1,19 @@
-"""Many ranks: one process per GPU, started by torchrun. In a single process everything here does nothing.
+"""Many ranks: one process for each GPU, started by torchrun. In a single process nothing here does anything.
 
     torchrun --nproc-per-node 8 -- train_sft.py --model FOLDER --train sft.jsonl --out runs/sft
 
-Training cuts the model over the ranks (FSDP2): of every parameter, gradient and moment a rank holds some rows, and a layer
-is whole on a rank only while it is at work. Sampling and scoring give every rank the whole model and a share of the cases.
-Weights and gradients travel between the GPUs (NCCL), the few numbers that the ranks agree on between the CPUs (gloo).
-All ranks must see the same files. Left out: tensor, pipeline and sequence parallelism.
+Training cuts the model over the ranks (FSDP2): each rank holds some rows of every parameter, gradient and
+moment, and a layer is whole on a rank only while it is at work. Sampling and scoring give every rank the
+whole model and a share of the cases. Weights and gradients travel between the GPUs (NCCL), the few numbers
+that the ranks agree on between the CPUs (gloo). All ranks must see the same files. Left out: tensor, pipeline
+and sequence parallelism.
+
+How a lost rank is noticed:
+
+    it dies    its connections break, so the others fail at their next collective; torchrun ends them before
+    it hangs   the others give it up after `patience` seconds. In training they wait for it in a collective,
+               whose timeout that is. After a sampling they wait in `meet`. There the slowest rank may need
+               hours, so the seconds count from the time at which it last wrote to its file
 """
 import math
 import os
@@ -15,34 +23,40 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import Any, Iterator, NoReturn, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-patience = math.inf  # seconds, see `join`
-FILE_BYTES = 4_000_000_000  # of a rank's tensors in one file of a checkpoint: so much is copied to the CPU at once
+FILE_BYTES = 4_000_000_000  # of a checkpoint's file, at most: a rank copies so much to the CPU at once
+NEVER = timedelta(days=10_000)
 
+patience = math.inf  # seconds, set by `join`
+meetings: dist.ProcessGroup | None = None  # all ranks, set by `join`: a group without a timeout, for `meet`
+files_at_work: list[Path] = []  # the file that each rank writes to, set by `watch`
+
+
+# ------------------------------------------------------------------------------------------ beginning and end
 
 def join(device: str, timeout: float) -> None:
-    """Meet the ranks that torchrun started. From here on rank 0 alone prints, and "cuda" means this rank's own GPU.
+    """Meet the ranks that torchrun started. From here on rank 0 alone prints, and "cuda" is this rank's GPU.
 
-    A rank that dies breaks its connections: the others fail at their next collective, and torchrun ends them before.
-    One that hangs without dying is given up by the others when they have waited for it for `timeout` seconds; one that
-    has died too, without torchrun, where they wait in `meet`.
+    timeout: seconds after which a rank that hangs is given up.
     """
-    global patience
+    global patience, meetings
     patience = timeout
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
+    backend = "gloo"
+    if torch.device(device).type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    meetings = dist.new_group(backend="gloo", timeout=NEVER)
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, as it stays open
 
 
 def leave() -> None:
@@ -60,16 +74,20 @@ def end(code: int) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """Beside other ranks a program ends without Python's clearing up: gloo's threads may still wait then, for a rank that is gone or
-    (once in twenty runs, all being well) for nothing, and C++ aborts, with another exit code."""
+    """End the program without Python's clearing up.
+
+    Threads of gloo may still wait then, for a rank that is gone or (once in twenty runs, all being well) for
+    nothing, and C++ would abort, with another exit code.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def is_lost(error: Exception) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Does the error say that another rank is gone, or did not answer in time?"""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    has_other_ranks = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return has_other_ranks and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def rank() -> int:
@@ -80,10 +98,10 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ---------------------------------------------------------------------------------------------- what the ranks agree on
+# ------------------------------------------------------------------------------------ what the ranks agree on
 
 def share(items: Sequence) -> Sequence:
-    """This rank's part of a list or range that is the same on every rank: each count()-th item."""
+    """This rank's share of a list or range that is the same on every rank: each count()-th item."""
     return items[rank()::count()]
 
 
@@ -98,34 +116,11 @@ def highest(value: float) -> float:
 
 
 def wait() -> None:
-    """Until every rank has come here."""
+    """Wait until every rank has come here, `patience` seconds at most."""
     total(0)
 
 
-def sign() -> None:
-    """Tell the ranks that wait in `meet` that this one is at work."""
-    if count() > 1:
-        dist.distributed_c10d._get_default_store().add(f"signs of {rank()}", 1)
-
-
-def meet() -> None:
-    """Until every rank has come here, however long its work takes: one is given up when it has shown no sign for `patience`."""
-    if count() == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()  # what the ranks have found each other by: numbers under names
-    meeting = store.add(f"meetings of {rank()}", 1)
-    for other in range(count()):
-        seen, since = None, time.monotonic()
-        while store.add(f"meetings of {other}", 0) < meeting:
-            signs = store.add(f"signs of {other}", 0)
-            if signs != seen:
-                seen, since = signs, time.monotonic()
-            if time.monotonic() - since > patience:
-                raise dist.DistError(f"rank {other} has shown no sign of work for {patience:.0f} seconds")
-            time.sleep(0.1)
-
-
-def _reduced(values, operation) -> list[float]:
+def _reduced(values: Sequence[float], operation: dist.ReduceOp) -> list[float]:
     if count() == 1:
         return list(values)
     numbers = torch.tensor(values, dtype=torch.float64)
@@ -149,24 +144,73 @@ def gather(value: Any) -> list:
     return values
 
 
-# ---------------------------------------------------------------------------------------------- a model over the ranks
+# ---------------------------------------------------------------------------------------------- signs of life
+
+def watch(files: list[Path]) -> None:
+    """From here on, rank r shows that it is at work by writing to files[r]. With [], `meet` is `wait`."""
+    global files_at_work
+    files_at_work = files
+
+
+def sign_of_life() -> None:
+    """Show the ranks that wait in `meet` that this one is at work, though it has nothing to write yet."""
+    if count() > 1 and files_at_work:
+        os.utime(files_at_work[rank()])
+
+
+def meet() -> None:
+    """Wait until every rank has come here, however long its work takes.
+
+    A rank is given up when its file has had the same time of modification for `patience` seconds. A rank that
+    waits here touches its file, so it is not given up itself. A time is compared with earlier ones of the
+    same file alone, as the clocks of two machines differ. A network file system may show it a minute late, so
+    `patience` should be longer there.
+    """
+    if count() == 1:
+        return
+    if not files_at_work:
+        wait()
+        return
+    arrival = dist.barrier(group=meetings, async_op=True)
+    modified = [0] * count()  # each file's time of modification
+    since = [0.0] * count()  # when this rank first saw it, on its own clock
+    while not arrival.is_completed():
+        sign_of_life()
+        now = time.monotonic()
+        for other, file in enumerate(files_at_work):
+            latest = file.stat().st_mtime_ns
+            if latest != modified[other]:
+                modified[other] = latest
+                since[other] = now
+            if now - since[other] > patience:
+                raise dist.DistError(f"rank {other} has shown no sign of work for {patience:.0f} seconds")
+        time.sleep(0.1)
+    arrival.wait()  # raises the barrier's error, if a rank has died
+    wait()  # so that no rank goes on, and removes its file, while another still looks at it
+
+
+# ------------------------------------------------------------------------------------- a model over the ranks
 
 def shard(model: nn.Module, device: str) -> None:
     """Cut a decoder's parameters by rows over the ranks. Gradients are summed over the ranks, not averaged.
 
-    On CUDA a layer's weights are gathered in bf16, as autocast would use them, and its gradients are summed in fp32.
-    Embedding, last norm and head stay whole, in fp32, from the model's forward pass to the end of its backward pass,
-    since response_logprobs uses the head after the forward pass.
+    On CUDA a layer's weights are gathered in bf16, as autocast would use them, and its gradients are summed
+    in fp32. Embedding, last norm and head stay whole, in fp32, from the model's forward pass to the end of
+    its backward pass: the loss uses the head after the forward pass.
     """
     if count() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh  # here, as these imports take a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     kind = torch.device(device).type
     mesh = init_device_mesh(kind, (count(),))
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy()
+    if kind == "cuda":
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=narrow if kind == "cuda" else MixedPrecisionPolicy())
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for module in (*model.layers, model):
         module.set_gradient_divide_factor(1.0)
@@ -174,7 +218,10 @@ def shard(model: nn.Module, device: str) -> None:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters as the optimizer sees them: each rank's rows, also after a forward pass that had no backward pass."""
+    """The parameters as the optimizer sees them, by name: this rank's rows of each.
+
+    A forward pass without a backward pass leaves the whole parameters in the model; they go first.
+    """
     if hasattr(model, "reshard"):
         model.reshard()
     return dict(model.named_parameters())
@@ -184,11 +231,13 @@ def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The rows (n, ...) of a tensor that lie on this rank, and the number of the first one."""
     if not hasattr(tensor, "to_local"):
         return tensor.detach(), 0
-    return tensor.detach().to_local(), min(rank() * math.ceil(len(tensor) / count()), len(tensor))
+    rows_of_a_rank = math.ceil(len(tensor) / count())  # the last ranks may have fewer, or none
+    first = min(rank() * rows_of_a_rank, len(tensor))
+    return tensor.detach().to_local(), first
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows of a tensor, gathered: every rank must call it."""
+    """The tensor with all its rows, gathered from the ranks. Every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -197,32 +246,42 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Every rank writes the rows that it has, with PyTorch's distributed checkpoint (DCP).
 
-    DCP's own format keeps its index in a pickle. Its safetensors format, used here, has none: each file says in its
-    header where its rows belong, so any number of ranks reads what any other number wrote.
+    DCP's own format keeps its index in a pickle. Its safetensors format, used here, has none: each file says
+    in its header where its rows belong, so any number of ranks reads what any other number wrote.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save  # here, as the import takes a second
-    numbers, size = {}, 0
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save  # here, as it takes a second
+
+    file_numbers = {}  # which file each tensor goes into
+    size = 0
     for name, tensor in tensors.items():
-        numbers[name] = 1 + size // FILE_BYTES
-        size += own_rows(tensor)[0].nbytes
-    with _one_error():
-        save(tensors, storage_writer=HuggingFaceStorageWriter(folder, numbers, save_distributed=True))
+        file_numbers[name] = 1 + size // FILE_BYTES
+        rows, _ = own_rows(tensor)
+        size += rows.nbytes
+    writer = HuggingFaceStorageWriter(folder, file_numbers, save_distributed=True)
+    with _plain_errors():
+        save(tensors, storage_writer=writer)
 
 
 def load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill every rank's rows from what save_tensors wrote."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-    with _one_error():
+
+    with _plain_errors():
         load(tensors, storage_reader=HuggingFaceStorageReader(folder))
 
 
 @contextmanager
-def _one_error():
-    """DCP's own exception is not even an Exception: raise what lies under it. And one rank is no cause for a warning."""
+def _plain_errors() -> Iterator[None]:
+    """Raise a rank's own error in place of DCP's exception, which collects those of all ranks.
+
+    DCP's warning that there is one rank alone is left out.
+    """
     from torch.distributed.checkpoint import CheckpointException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             yield
         except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
+            first_error, _ = next(iter(error.failures.values()))
+            raise first_error from None

@@ -24,14 +24,10 @@ from tqdm import tqdm
 
 from plumbing import ranks
 from checkpoint import DTYPES, save_checkpoint
-from plumbing.cli import print_config, resolved
+from plumbing.cli import GIVE_IF_MEMORY_RUNS_OUT, LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, marked, print_config, resolved
 from plumbing.errors import BadInput, Stopped
 from plumbing.files import expect, json_line, naming, read_json, refuse_existing, write_json, writing
 from model import Decoder, ModelConfig, head_chunk
-
-
-# how a run is made and saved, not what it computes: a resumed one may differ in these
-HOW = ("resume", "overwrite", "keep", "save_every", "device", "checkpoint_activations", "rank_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +37,7 @@ class TrainConfig:
     lr: Annotated[float, "peak learning rate", (0, None)]
     batch_size: Annotated[int, "examples (or pairs) per optimizer step, over all ranks", (1, None)] = 128
     micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; a longer example is left out",
-                            (16, None)] = 8192
+                            (16, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
     epochs: Annotated[int, "passes over the training data", (1, None)] = 1
     max_steps: Annotated[int | None, "stop after so many optimizer steps", (1, None)] = None
     warmup: Annotated[float, "share of the steps in which the learning rate rises from 0", (0, 1)] = 0.03
@@ -50,16 +46,18 @@ class TrainConfig:
     beta2: Annotated[float, "AdamW's second decay rate", (0, 1)] = 0.999
     clip: Annotated[float, "largest norm of the gradient", (1e-9, None)] = 1.0
     eval_every: Annotated[int, "optimizer steps between validations (and after the last step)", (1, None)] = 100
-    save_every: Annotated[int, "optimizer steps between checkpoints", (1, None)] = 100
-    keep: Annotated[int, "checkpoints kept", (1, None)] = 1
-    checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass: less memory, a third more time"] = False
+    save_every: Annotated[int, "optimizer steps between checkpoints", (1, None), MAY_CHANGE] = 100
+    keep: Annotated[int, "checkpoints kept", (1, None), MAY_CHANGE] = 1
+    checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass: less memory, a third more time",
+                                      MAY_CHANGE, GIVE_IF_MEMORY_RUNS_OUT] = False
     save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
-    device: Annotated[str, "where to train; matrix products are bf16 on cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer", (1, 10 ** 9)] = 1800.0
+    device: Annotated[str, "where to train; matrix products are bf16 on cuda", MAY_CHANGE] = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer",
+                            (1, 10 ** 9), MAY_CHANGE] = 1800.0
     plain: Annotated[bool, "compute with model.py as it reads, without fast/: the same numbers, later"] = False
-    resume: Annotated[bool, "go on from the last checkpoint in --out"] = False
-    overwrite: Annotated[bool, "replace an existing --out"] = False
+    resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False
+    overwrite: Annotated[bool, "replace an existing --out", MAY_CHANGE] = False
 
 
 def epoch_batches(n: int, config: TrainConfig) -> tuple[int, callable]:
@@ -292,7 +290,7 @@ def check_out(config: TrainConfig) -> None:
             raise BadInput(f"{out}: holds --{name.replace('_', '-')} {needed}, which --overwrite would remove; give another --out")
     if config.resume and (out / "config.json").exists():
         before = expect(read_json(out / "config.json"), dict, str(out / "config.json"))
-        ours = {k: v for k, v in resolved(config).items() if k not in HOW}
+        ours = {k: v for k, v in resolved(config).items() if k not in marked(config, MAY_CHANGE)}
         changed = [name for name in ours if before.get(name) != ours[name]]
         if changed:
             raise BadInput(f"{out / 'config.json'}: the run was begun with another --{changed[0].replace('_', '-')} "

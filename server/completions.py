@@ -1,4 +1,16 @@
-"""The completions protocol: token ids in, K continuations out, and P(Yes) at a place."""
+"""The completions protocol: token ids in, K continuations out, and P(Yes) after a text.
+
+A request for two analyses, and vLLM's answer:
+
+    {"model": "judge", "prompt": [1, 2, 3], "n": 2, "max_tokens": 4096, "temperature": 0.95, "top_p": 0.95,
+     "seed": 7, "logprobs": 20}
+
+    {"choices": [{"index": 0, "text": " Yes", "finish_reason": "stop", "logprobs": {
+        "tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -0.1, "token_id:4": -2.4}]}}, ...]}
+
+Servers differ in how they name tokens, in the most that `n` and `logprobs` may be, in the fields that they
+refuse, and in whether log-probabilities are those before or after temperature: see `ServerEngine.probe`.
+"""
 import math
 import re
 from functools import partial
@@ -7,176 +19,299 @@ from typing import Any, Iterable, NamedTuple
 
 from plumbing.errors import BadInput
 from rprm import Sampling
-from server.http import Again, Refused, Server, side_by_side
+from server.http import Again, Refused, Server
+from server.jobs import side_by_side
 
-STANDARD_TOP = 5        # top log-probabilities that the protocol promises
-TOP = 20                # and what vLLM gives unless it is told otherwise
-# Beyond the protocol: the nucleus alone decides, whatever the server's or the model's own defaults are; and tokens are
-# named by id (vLLM; llama.cpp always does). Servers ignore what they do not know; one that refuses gets the protocol alone.
-EXTRAS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "return_tokens_as_token_ids": True}
+STANDARD_TOP = 5  # top log-probabilities that the protocol promises
+TOP = 20  # those that vLLM gives unless it is told otherwise
+IMPOSSIBLE = -1000  # or less: servers show an impossible token with null, -inf, -9999 or the least float
+# Fields beyond the protocol. The nucleus alone decides, whatever defaults the server or the model has. Tokens
+# are named by id (vLLM; llama.cpp always does so). Servers ignore fields that they do not know, or refuse the
+# request.
+EXTRAS = {
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0,
+    "return_tokens_as_token_ids": True,
+}
 
+Token = int | str  # its id if the server tells it, else its text
+TopLogprobs = dict[Token, float]  # log-probabilities of the most likely tokens
+
+
+# ------------------------------------------------------------------------------------------ reading an answer
 
 class Choice(NamedTuple):
-    """One continuation. Tokens are ids where the server tells them, else texts."""
+    """One continuation."""
     text: str
-    tokens: list[int | str]
-    top: list[dict[int | str, float]] | None  # per token: log-probabilities of the most likely ones; None: not given
-    finished: bool                            # False: cut off at max_tokens
+    tokens: list[Token]
+    top: list[TopLogprobs] | None  # one for each token; None: not given
+    finished: bool  # False: cut off at max_tokens
 
 
 def read_choices(answer: Any) -> list[Choice]:
-    """The choices of an answer, in order. Again where it is not what the protocol promises."""
+    """The choices of an answer, in order. Raises Again if the answer is not what the protocol promises."""
     try:
-        return [_read_choice(raw) for raw in sorted(answer["choices"], key=lambda raw: raw.get("index", 0))]
+        in_order = sorted(answer["choices"], key=lambda raw: raw.get("index", 0))
+        return [_read_choice(raw) for raw in in_order]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Again("broken answer", f"{type(error).__name__} {str(error)[:60]}") from None
 
 
 def _read_choice(raw: dict) -> Choice:
-    text, logprobs = raw["text"], raw.get("logprobs")
-    if not isinstance(text, str) or raw["finish_reason"] not in ("stop", "length"):
-        raise ValueError(f"finish_reason {raw['finish_reason']!r}")
-    if not logprobs:
-        tokens, top = [], None if text else []
-    elif "content" in logprobs:  # llama.cpp answers in the chat form
-        tokens = [entry.get("id", entry["token"]) for entry in logprobs["content"]]
-        top = [_top((t.get("id", t["token"]), t["logprob"]) for t in entry["top_logprobs"]) for entry in logprobs["content"]]
-    else:
-        tokens = [_token(name) for name in logprobs["tokens"]]
-        top = [_top((_token(name), logprob) for name, logprob in (entry or {}).items()) for entry in logprobs["top_logprobs"]]
+    text = raw["text"]
+    reason = raw["finish_reason"]
+    if not isinstance(text, str) or reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason {reason!r}")
+    tokens, top = _read_logprobs(raw.get("logprobs"))
+    if top is None and not text:
+        top = []  # no tokens, so none without log-probabilities
     if top is not None and len(tokens) != len(top):
         raise ValueError(f"{len(tokens)} tokens, {len(top)} log-probabilities")
-    return Choice(text, tokens, top, raw["finish_reason"] == "stop")
+    return Choice(text, tokens, top, finished=reason == "stop")
 
 
-def _token(name: str) -> int | str:
+def _read_logprobs(logprobs: dict | None) -> tuple[list[Token], list[TopLogprobs] | None]:
+    """The tokens and the top log-probabilities of each."""
+    if not logprobs:
+        return [], None
+    if "content" in logprobs:  # llama.cpp answers as in a chat
+        content = logprobs["content"]
+        tokens = [_token_in_chat(entry) for entry in content]
+        top = [_top((_token_in_chat(likely), likely["logprob"]) for likely in entry["top_logprobs"])
+               for entry in content]
+    else:
+        tokens = [_token(name) for name in logprobs["tokens"]]
+        top = [_top((_token(name), logprob) for name, logprob in (likely or {}).items())
+               for likely in logprobs["top_logprobs"]]
+    return tokens, top
+
+
+def _token(name: str) -> Token:
     """vLLM's "token_id:7" is the id 7; any other name is the token's text."""
     match = re.fullmatch(r"token_id:(\d+)", name)
     return int(match[1]) if match else name
 
 
-def _top(pairs: Iterable[tuple[int | str, float | None]]) -> dict[int | str, float]:
-    """Without the impossible tokens, which servers show as null, -inf, -9999 or the least float."""
-    return {name: float(logprob) for name, logprob in pairs if logprob is not None and float(logprob) > -1000}
+def _token_in_chat(entry: dict) -> Token:
+    return entry.get("id", entry["token"])
 
 
-class ServerEngine:
-    """Token ids in, K continuations out, and P(Yes) at a place: what `generate.Engine` is here, from a server.
+def _top(pairs: Iterable[tuple[Token, float | None]]) -> TopLogprobs:
+    """The log-probabilities by token, without those of impossible tokens."""
+    found = {}
+    for token, logprob in pairs:
+        if logprob is not None and float(logprob) > IMPOSSIBLE:
+            found[token] = float(logprob)
+    return found
 
-    words: (id, text) of " Yes" and " No". context: the positions that may be used; inf where the server does not tell.
-    The counters say what was asked for, and how P(Yes) was known.
+
+# ---------------------------------------------------------------------------------------------- P(Yes)
+
+class YesNo:
+    """P(Yes) from the top log-probabilities of one token; counts where it is not exact.
+
+    yes and no are the names of the words: (id, text). If one is missing among the top log-probabilities, it
+    counts as likely as the least likely token shown. It is no likelier, so P(Yes) lies between the true value
+    and 0.5, unless that token is the other word, drawn from beyond the top: then P(Yes) is 0.5. If both are
+    missing, P(Yes) is None.
     """
 
-    def __init__(self, server: Server, model: str, words: tuple[tuple[int, str], tuple[int, str]], sampling: Sampling, context: float):
-        self.server, self.model, self.words, self.sampling, self.context = server, model, words, sampling, context
-        self.extras, self.top, self.per_request = EXTRAS, TOP, sampling.k
-        self.raw = True          # log-probabilities are the model's own, before temperature and top-p
-        self.has_logprobs = False  # seen so far
-        self.new_tokens = 0
-        self.bounded, self.unknown, self.widest_bound, self.refusal = 0, 0, 0.0, ""
+    def __init__(self, yes: tuple[int, str], no: tuple[int, str]):
+        self.yes = yes
+        self.no = no
+        self.bounded = 0  # how often one word was missing
+        self.widest_bound = 0.0  # how far P(Yes) may be off there, at most
+        self.unknown = 0  # how often both were missing
         self.lock = Lock()  # of the counters
 
-    def probe(self, prompt: list[int]) -> str:
-        """Try out what the server can do, with a few tokens, and say it. BadInput where P(Yes) cannot be had."""
-        for self.extras, self.top in ((EXTRAS, TOP), (EXTRAS, STANDARD_TOP), ({}, STANDARD_TOP)):
-            try:
-                first = self._complete(prompt, 1, 1, 1.0, 1.0, 0)[0]
-                break
-            except Refused:
-                if not self.extras:
-                    raise
-        if not first.top or not first.top[0]:
-            raise BadInput(f"{self.server.url}: the answer has no log-probabilities, so P(Yes) is unknown; let the server give `logprobs`")
-        self.has_logprobs = True
-        n = self.sampling.k if self.sampling.temperature else 1
-        while True:
-            try:
-                hot = self._complete(prompt, n, 16, 2.0, 1.0, 0)
-                break
-            except Refused:  # llama.cpp gives one request no more than it has slots
-                if n == 1:
-                    raise
-                n //= 2
-        alike = len(hot) > 1 and len({choice.text for choice in hot}) == 1  # one seed for all of them
-        self.per_request = 1 if alike else min(n, len(hot))
-        cold, warm = first.top[0], hot[0].top[0] if hot[0].top else {}  # at temperatures 1 and 2
-        both = cold.keys() & warm.keys()
-        self.raw = len(both) > 1 and all(abs(cold[token] - warm[token]) < 0.25 for token in both)
-        return (f"top {self.top} log-probabilities, "
-                + ("read where the verdict is sampled" if self.raw else "after temperature: P(Yes) is read with requests of its own, at 1")
-                + f"; analyses a request: {self.per_request}"
-                + ("" if self.extras else "; it refuses further fields, so its own top-k, min-p and penalties apply"))
-
-    def sample(self, prompt: list[int], seeds: list[int]) -> list[Choice]:
-        """A continuation per seed. Greedy ones are all the same, so one is asked for."""
-        s, wanted = self.sampling, seeds if self.sampling.temperature else seeds[:1]
-        most = min(s.max_new_tokens, self.context - len(prompt))
-
-        def some(seeds: list[int]) -> list[Choice]:
-            found = []
-            while len(found) < len(seeds):  # a server may give fewer than n
-                found += self._complete(prompt, len(seeds) - len(found), most, s.temperature, s.top_p, seeds[len(found)])
-            return found
-        groups = [wanted[i:i + self.per_request] for i in range(0, len(wanted), self.per_request)]
-        found = dict(side_by_side((partial(some, group) for group in groups), len(groups)))
-        choices = [choice for i in range(len(groups)) for choice in found[i]]
-        with self.lock:
-            self.new_tokens += sum(len(choice.tokens) for choice in choices)
-        return choices * (len(seeds) // len(choices))
-
-    def read_p_yes(self, texts: list[list[int]]) -> list[float | None]:
-        """P(Yes) against P(No) after each text: a request of one token each, at temperature 1. None where it cannot be known."""
-        found = dict(side_by_side((partial(self._read_one, ids) for ids in texts), self.server.concurrency))
-        return [found[i] for i in range(len(texts))]
-
-    def _read_one(self, ids: list[int]) -> float | None:
-        try:
-            choice = self._complete(ids, 1, 1, 1.0, 1.0, 0)[0]
-        except Refused as error:  # what stands before the verdict fills the context
-            self.refusal = str(error)
-            return self.p_yes({})
-        return self.p_yes(choice.top[0] if choice.top else {})
-
-    def p_yes(self, top: dict[int | str, float]) -> float | None:
-        """P(Yes) / (P(Yes) + P(No)) from the top log-probabilities of one place.
-
-        One of the two words absent: it counts as likely as the least likely token shown. It is no likelier, so the value
-        lies between the true one and 0.5, unless that token is the word that was drawn, from beyond the top: then the value
-        is 0.5. Both absent: None. Either is counted.
-        """
-        yes, no = (top.get(token_id, top.get(text)) for token_id, text in self.words)
+    def p_yes(self, top: TopLogprobs) -> float | None:
+        """P(Yes) / (P(Yes) + P(No))."""
+        yes = _find(self.yes, top)
+        no = _find(self.no, top)
         if yes is None and no is None:
             with self.lock:
                 self.unknown += 1
             return None
         if yes is not None and no is not None:
-            return 0.5 + 0.5 * math.tanh((yes - no) / 2)
+            return sigmoid(yes - no)
+        least = min(top.values())
         shown = yes if no is None else no
-        odds = 0.5 + 0.5 * math.tanh((min(top.values()) - shown) / 2)  # of the absent one
+        p_missing = sigmoid(least - shown)
         with self.lock:
             self.bounded += 1
-            self.widest_bound = max(self.widest_bound, odds)
-        return 1 - odds if no is None else odds
+            self.widest_bound = max(self.widest_bound, p_missing)
+        return 1 - p_missing if no is None else p_missing
+
+
+def _find(names: tuple[int, str], top: TopLogprobs) -> float | None:
+    token_id, text = names
+    return top.get(token_id, top.get(text))
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), in a form that cannot overflow."""
+    return 0.5 + 0.5 * math.tanh(x / 2)
+
+
+# ---------------------------------------------------------------------------------------------- the engine
+
+class ServerEngine:
+    """Token ids in, K continuations out, and P(Yes) after a text: what `generate.Engine` is for a model here.
+
+    context: the positions that may be used; inf if the server does not tell.
+    """
+
+    def __init__(self, server: Server, model: str, yes_no: YesNo, sampling: Sampling, context: float):
+        self.server = server
+        self.model = model
+        self.yes_no = yes_no
+        self.sampling = sampling
+        self.context = context
+        self.new_tokens = 0
+        self.refusal = ""  # what the server said when it refused to read P(Yes)
+        self.lock = Lock()  # of the counter
+        # what the server can do, which `probe` finds out
+        self.extras = EXTRAS  # the fields beyond the protocol that it takes
+        self.top = TOP  # the log-probabilities that it gives
+        self.per_request = sampling.k  # the analyses that one request may ask for
+        self.raw = True  # log-probabilities are the model's own, before temperature and top-p
+        self.has_logprobs = False  # seen so far: an answer without them is broken
+
+    # ------------------------------------------------------------------------------------------ trying it out
+
+    def probe(self, prompt: list[int]) -> str:
+        """Try out what the server can do, with a few tokens. -> what to print of it.
+
+        Raises BadInput if P(Yes) cannot be known.
+        """
+        first = self._find_fields(prompt)
+        if not first.top or not first.top[0]:
+            raise BadInput(f"{self.server.url}: the answer has no log-probabilities, so P(Yes) is unknown; "
+                           "let the server give `logprobs`")
+        self.has_logprobs = True
+        choices = self._find_per_request(prompt)
+        at_one = first.top[0]
+        at_two = choices[0].top[0] if choices[0].top else {}
+        self.raw = _are_alike(at_one, at_two)
+        where = "after temperature: P(Yes) is read with requests of its own, at 1"
+        if self.raw:
+            where = "read where the verdict is sampled"
+        said = f"top {self.top} log-probabilities, {where}; analyses a request: {self.per_request}"
+        if not self.extras:
+            said += "; it refuses further fields, so its own top-k, min-p and penalties apply"
+        return said
+
+    def _find_fields(self, prompt: list[int]) -> Choice:
+        """Find the fields that the server takes. -> a token at temperature 1."""
+        for extras, top in ((EXTRAS, TOP), (EXTRAS, STANDARD_TOP)):
+            self.extras = extras
+            self.top = top
+            try:
+                return self._next_token(prompt)
+            except Refused:
+                continue
+        self.extras = {}
+        return self._next_token(prompt)
+
+    def _find_per_request(self, prompt: list[int]) -> list[Choice]:
+        """Find how many analyses a request may ask for. -> so many choices, at temperature 2."""
+        n = self.sampling.k if self.sampling.temperature else 1
+        while True:
+            try:
+                choices = self._complete(prompt, n=n, max_tokens=16, temperature=2.0, top_p=1.0, seed=0)
+                break
+            except Refused:  # llama.cpp gives one request no more than it has slots
+                if n == 1:
+                    raise
+                n //= 2
+        texts = {choice.text for choice in choices}
+        has_one_seed_for_all = len(choices) > 1 and len(texts) == 1
+        self.per_request = 1 if has_one_seed_for_all else min(n, len(choices))
+        return choices
+
+    # ----------------------------------------------------------------------------------------- what it is for
+
+    def sample(self, prompt: list[int], seeds: list[int]) -> list[Choice]:
+        """A continuation for each seed. Greedy ones are all the same, so one is asked for."""
+        wanted = seeds if self.sampling.temperature else seeds[:1]
+        groups = [wanted[i:i + self.per_request] for i in range(0, len(wanted), self.per_request)]
+        requests = [partial(self._sample_group, prompt, group) for group in groups]
+        choices = [choice for group in side_by_side(requests, len(groups)) for choice in group]
+        with self.lock:
+            self.new_tokens += sum(len(choice.tokens) for choice in choices)
+        return choices * (len(seeds) // len(choices))
+
+    def _sample_group(self, prompt: list[int], seeds: list[int]) -> list[Choice]:
+        """A continuation for each seed, in one request if the server gives as many as are asked for."""
+        s = self.sampling
+        max_tokens = min(s.max_new_tokens, self.context - len(prompt))
+        choices = []
+        while len(choices) < len(seeds):
+            choices += self._complete(prompt, n=len(seeds) - len(choices), max_tokens=max_tokens,
+                                      temperature=s.temperature, top_p=s.top_p, seed=seeds[len(choices)])
+        return choices
+
+    def read_p_yes(self, texts: list[list[int]]) -> list[float | None]:
+        """P(Yes) against P(No) after each text, by a request of one token. None where it cannot be known."""
+        requests = [partial(self._read_p_yes_after, ids) for ids in texts]
+        return side_by_side(requests, self.server.concurrency)
+
+    def _read_p_yes_after(self, ids: list[int]) -> float | None:
+        top: TopLogprobs = {}
+        try:
+            choice = self._next_token(ids)
+            top = choice.top[0] if choice.top else {}
+        except Refused as error:  # the text fills the context
+            self.refusal = str(error)
+        return self.yes_no.p_yes(top)
 
     def tally(self) -> str:
         """What a reader of the results should know, for the end of a run."""
-        said = f"server: {sum(self.server.repeated.values())} requests tried again"
-        said += "".join(f", {kind}: {n}" for kind, n in sorted(self.server.repeated.items()))
-        said += f"; P(Yes) bounded {self.bounded}"
-        if self.bounded:
-            said += f" (one word not among the top {self.top}; at most {self.widest_bound:.1e} off)"
-        said += f", unknown {self.unknown}"
-        if self.unknown:
-            said += f" (neither word there{f'; or refused, as {self.refusal}' if self.refusal else ''})"
+        repeated = self.server.repeated
+        said = f"server: {sum(repeated.values())} requests tried again"
+        for kind, n in sorted(repeated.items()):
+            said += f", {kind}: {n}"
+        said += f"; P(Yes) bounded {self.yes_no.bounded}"
+        if self.yes_no.bounded:
+            said += f" (one word not among the top {self.top}; at most {self.yes_no.widest_bound:.1e} off)"
+        said += f", unknown {self.yes_no.unknown}"
+        if self.yes_no.unknown:
+            refused = f"; or refused, as {self.refusal}" if self.refusal else ""
+            said += f" (neither word there{refused})"
         return said
 
-    def _complete(self, prompt: list[int], n: int, max_tokens: int, temperature: float, top_p: float, seed: int) -> list[Choice]:
+    # ------------------------------------------------------------------------------------------ one request
+
+    def _next_token(self, prompt: list[int]) -> Choice:
+        """One token more, at temperature 1, with its top log-probabilities."""
+        return self._complete(prompt, n=1, max_tokens=1, temperature=1.0, top_p=1.0, seed=0)[0]
+
+    def _complete(self, prompt: list[int], n: int, max_tokens: int, temperature: float, top_p: float,
+                  seed: int) -> list[Choice]:
         """Up to n choices, at least one."""
-        def read(answer: Any) -> list[Choice]:
-            choices = read_choices(answer)[:n]
-            if not choices or self.has_logprobs and any(choice.top is None for choice in choices):
-                raise Again("broken answer", "no log-probabilities" if choices else "no choices")
-            return choices
-        return self.server.ask("/v1/completions", self.extras | {
-            "model": self.model, "prompt": prompt, "n": n, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p,
-            "seed": seed % 2 ** 31, "logprobs": self.top}, read)
+        body = self.extras | {
+            "model": self.model,
+            "prompt": prompt,
+            "n": n,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed % 2 ** 31,
+            "logprobs": self.top,
+        }
+        return self.server.ask("/v1/completions", body, lambda answer: self._check(read_choices(answer)[:n]))
+
+    def _check(self, choices: list[Choice]) -> list[Choice]:
+        if not choices:
+            raise Again("broken answer", "no choices")
+        if self.has_logprobs and any(choice.top is None for choice in choices):
+            raise Again("broken answer", "no log-probabilities")
+        return choices
+
+
+def _are_alike(first: TopLogprobs, second: TopLogprobs) -> bool:
+    """Are the log-probabilities of the tokens that both have the same, with two such tokens at least?"""
+    both = first.keys() & second.keys()
+    return len(both) > 1 and all(abs(first[token] - second[token]) < 0.25 for token in both)

@@ -1,4 +1,11 @@
-"""K analyses per case from a server: to its callers what `rprm.Sampler` is."""
+"""K analyses per case from a server: to its callers what `rprm.Sampler` is.
+
+    sampler = load_served(config, k=10, force=True)
+    for index, analyses in sampler.analyses(cases):
+        ...
+
+Each case has a thread of its own, which asks for the K continuations and for P(Yes), and mostly waits.
+"""
 import math
 from dataclasses import replace
 from functools import partial
@@ -8,87 +15,160 @@ from typing import Iterable, Iterator
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, load_prompt, parse_verdict, row_seed, verdict_letter, yes_no_ids
-from server.completions import Choice, ServerEngine
-from server.http import Refused, Server, read_key, side_by_side
+from rprm import (
+    VERIFICATION,
+    Analysis,
+    Case,
+    Prompt,
+    Sampler,
+    Sampling,
+    load_prompt,
+    parse_verdict,
+    row_seed,
+    verdict_letter,
+    yes_no_ids,
+)
+from server.completions import Choice, ServerEngine, Token, YesNo
+from server.http import Refused, Server, read_key
+from server.jobs import Jobs
 
 
 class ServerSampler(Sampler):
-    """K analyses per case from a server: to its callers what `Sampler` is.
+    """K analyses per case from a server.
 
-    The same seed asks for the same samples; whether it gets them is the server's matter (batches of another size round
-    differently).
+    The same seed asks for the same samples. The server may still give others, as it rounds otherwise in
+    another batch.
     """
 
-    def __init__(self, engine: ServerEngine, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling, room: int):
-        self.engine, self.tokenizer, self.prompt, self.sampling, self.room = engine, tokenizer, prompt, sampling, room
+    def __init__(self, engine: ServerEngine, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
+                 room: int):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.sampling = sampling
+        self.room = room
+        self.jobs = Jobs()
 
     @property
     def context(self) -> float:
         return self.engine.context + self.room
 
-    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
-        jobs = (None if case is None else partial(self._analyse, case) for case in cases)
+    # ------------------------------------------------------------------------------------------ pushed
+
+    def restart(self) -> None:
+        """Forget the cases before; tickets count from 0 again."""
+        self.jobs = Jobs()
+
+    def add(self, case: Case) -> int:
+        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding."""
+        return self.jobs.start(partial(self._analyse, case))
+
+    @property
+    def has_room(self) -> bool:
+        """Would one more case be worked on now?"""
+        return self.jobs.running < self.engine.server.concurrency
+
+    @property
+    def busy(self) -> bool:
+        """Is a case not answered yet?"""
+        return self.jobs.running > 0
+
+    def step(self) -> list[tuple[int, list[Analysis]]]:
+        """Wait for the next answer. -> (ticket, the case's K analyses), once."""
         try:
-            yield from side_by_side(jobs, self.engine.server.concurrency)
-        except BaseException:  # nobody waits for what the other threads are doing
+            return [self.jobs.next()]
+        except BaseException:  # also Ctrl-C: nobody waits for what the other threads ask for
             self.engine.server.stopped.set()
             raise
 
+    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
+        """TEMPORARY, until rprm.Sampler has the loop and score.py pushes."""
+        waiting = iter(cases)
+        self.restart()
+        while True:
+            while self.has_room and (case := next(waiting, None)) is not None:
+                self.add(case)
+            if not self.busy:
+                return
+            yield from self.step()
+
+    # ------------------------------------------------------------------------------------------ one case
+
     def _analyse(self, case: Case) -> list[Analysis]:
         prompt = self.prompt_ids(case)
+        seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         try:
-            choices = self.engine.sample(prompt, [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
+            choices = self.engine.sample(prompt, seeds)
         except Refused as error:
             raise BadInput(f"problem {case.problem[:50]!r}, {len(prompt)} tokens: {error}; "
                            "leave this case out or lower --max-new-tokens") from None
         return self._judge(case, prompt, choices)
 
-    def _judge(self, case: Case, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
-        found, unread, to_read = [], [], {}  # to_read: analysis -> the text after which its P(Yes) is asked for
+    def _read(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
+        """The choices as analyses, with P(Yes) from their log-probabilities, or by requests of its own.
+
+        A request is needed if the log-probabilities are those after temperature, if the tokens do not tell
+        which of them is the verdict, and, where a verdict is to be forced, if the choice has none.
+        """
+        forces = self.sampling.force and not self.sampling.complete
+        found = []
+        unread: dict[int, list[int]] = {}  # index of the analysis -> the text after which P(Yes) is asked for
         for i, choice in enumerate(choices):
-            tokens, verdict = self._own_tokens(choice), parse_verdict(choice.text)
-            found.append(Analysis(choice.text, verdict, None, len(tokens), choice.finished))
-            if verdict is None:
-                unread.append(i)
-                continue
-            letter = verdict_letter(choice.text)
-            place = self._place(tokens, choice.text[letter:]) if self.engine.raw else None
-            if place is None:
-                to_read[i] = prompt + self.tokenizer.encode(choice.text[:letter].rstrip(" "))
-            else:
-                found[i] = replace(found[i], p_yes=self.engine.p_yes(choice.top[place]))
-        if self.sampling.force and not self.sampling.complete:
-            to_read |= {i: prompt + self._ids(choices[i]) + self._verification(found[i].text) for i in unread}
-        for i, p_yes in zip(to_read, self.engine.read_p_yes(list(to_read.values()))):
+            tokens = self._own_tokens(choice)
+            verdict = parse_verdict(choice.text)
+            p_yes = None
+            if verdict is not None:
+                letter = verdict_letter(choice.text)
+                at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
+                if at is None:
+                    unread[i] = prompt + self.tokenizer.encode(choice.text[:letter].rstrip(" "))
+                else:
+                    p_yes = self.engine.yes_no.p_yes(choice.top[at])
+            elif forces:
+                unread[i] = prompt + self._ids(tokens, choice.text) + self._verification(choice.text)
+            found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))
+        for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes, forced=found[i].verdict is None)
-        return self._complete(case, prompt, found, unread) if self.sampling.complete else found
+        return found
 
-    def _own_tokens(self, choice: Choice) -> list[int | str]:
-        """Without the end-of-text token, which some servers list and others do not."""
-        last = choice.tokens[-1] if choice.finished and choice.tokens else None
-        ends = last in self.tokenizer.eos_ids if isinstance(last, int) else last is not None and not (last and choice.text.endswith(last))
-        return choice.tokens[:-1] if ends else choice.tokens
+    def _own_tokens(self, choice: Choice) -> list[Token]:
+        """The tokens without the end-of-text token, which some servers list and others do not."""
+        if not (choice.finished and choice.tokens):
+            return choice.tokens
+        last = choice.tokens[-1]
+        if isinstance(last, int):
+            is_end = last in self.tokenizer.eos_ids
+        else:
+            is_end = last == "" or not choice.text.endswith(last)
+        return choice.tokens[:-1] if is_end else choice.tokens
 
-    def _ids(self, choice: Choice) -> list[int]:
-        tokens = self._own_tokens(choice)
-        return tokens if all(isinstance(token, int) for token in tokens) else self.tokenizer.encode(choice.text)
+    def _ids(self, tokens: list[Token], text: str) -> list[int]:
+        """The ids of the tokens, if the server told them; else those of the text."""
+        has_ids = all(isinstance(token, int) for token in tokens)
+        return tokens if has_ids else self.tokenizer.encode(text)
 
-    def _place(self, tokens: list[int | str], rest: str) -> int | None:
-        """Which token holds the verdict's first letter, where the text from there on is `rest`. None if the tokens do not tell."""
-        tail = ""
-        for place in reversed(range(len(tokens))):
-            token = tokens[place]
-            tail = (self.tokenizer.decode([token]) if isinstance(token, int) else token) + tail
-            if len(tail) >= len(rest):
-                return place if tail.endswith(rest) else None
+    def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
+        """The index of the token with the verdict's first letter; the text from there on is `rest`.
+
+        None if the tokens do not tell: their texts, put together from behind, do not end with `rest`.
+        """
+        text = ""
+        for i in reversed(range(len(tokens))):
+            token = tokens[i]
+            text = (self.tokenizer.decode([token]) if isinstance(token, int) else token) + text
+            if len(text) >= len(rest):
+                return i if text.endswith(rest) else None
         return None
 
 
 def context_of(model: dict) -> float:
-    """The context's length in a server's description of a model (vLLM, SGLang: max_model_len; llama.cpp: n_ctx), else inf."""
+    """The context's length, from a server's description of a model; inf if it is not told.
+
+    vLLM and SGLang tell it as max_model_len, llama.cpp as meta.n_ctx.
+    """
     meta = model.get("meta")
-    told = model.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
+    n_ctx = meta.get("n_ctx") if isinstance(meta, dict) else None
+    told = model.get("max_model_len") or n_ctx
     return told if isinstance(told, int) else math.inf
 
 
@@ -98,14 +178,18 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
         raise BadInput("--server: one process asks for all; leave torchrun out and raise --concurrency")
     tokenizer = load_tokenizer(config.tokenizer)
     prompt = load_prompt(config.prompt_file, Path(config.tokenizer) / PROMPT_FILE, direct)
-    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.concurrency, force, complete)
-    server = Server(config.server, read_key(config.api_key_env), config.timeout, config.retries, config.concurrency)
+    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed,
+                        config.concurrency, force, complete)
+    key = read_key(config.api_key_env)
+    server = Server(config.server, key, config.timeout, config.retries, config.concurrency)
     models = server.models()
     if models is not None and config.model not in models:
         raise BadInput(f"{server.url}: no model {config.model!r}; --model may be {', '.join(sorted(models))}")
-    room = len(tokenizer.encode("\n" + VERIFICATION)) + 1
-    words = tuple(zip(yes_no_ids(tokenizer), (" Yes", " No")))
-    engine = ServerEngine(server, config.model, words, sampling, context_of((models or {}).get(config.model, {})) - room)
+    room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, to read a verdict
+    context = context_of((models or {}).get(config.model, {}))
+    yes_id, no_id = yes_no_ids(tokenizer)
+    yes_no = YesNo((yes_id, " Yes"), (no_id, " No"))
+    engine = ServerEngine(server, config.model, yes_no, sampling, context - room)
     said = engine.probe(tokenizer.chat("Is 1 + 1 = 2?"))
     print(f"server: {server.url}, model {config.model}; {said}")
     return ServerSampler(engine, tokenizer, prompt, sampling, room)

@@ -267,7 +267,7 @@ def test_completed_answers_are_drawn_with_p_yes(make_sampler, monkeypatch):
     monkeypatch.setattr(sampler.engine, "read_p_yes", lambda texts: [0.3] * len(texts))
 
     def draws():
-        found = sampler._complete(PENS, [5], [Analysis("Hm.", None, None, 2, True)] * 600, list(range(600)))
+        found = sampler._complete(PENS, [5], [Analysis("Hm.", None, None, 2, True)] * 600)
         assert all(parse_verdict(a.text) is a.verdict for a in found)  # what is written is what is said
         return [a.verdict for a in found]
     assert abs(sum(draws()) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5

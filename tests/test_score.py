@@ -183,12 +183,12 @@ def test_a_row_per_file_and_the_average(tmp_path, stand_in):
 
 
 def test_every_judged_step_is_a_sign_of_work(tmp_path, stand_in, monkeypatch):
-    """A solution of many steps takes long, and its line comes after the last: other ranks must not give this one up before."""
+    """A solution of many steps takes long, and its line, a sign itself, comes after the last: other ranks must not give up before."""
     rows, signs = [row("a", -1)], []
     stand_in(rows, [[0.9] * 3])
-    monkeypatch.setattr(score.ranks, "sign", lambda: signs.append((tmp_path / "s.jsonl.part").read_text().count("\n")))
+    monkeypatch.setattr(score.ranks, "sign_of_life", lambda: signs.append((tmp_path / "s.jsonl.part").read_text().count("\n")))
     score_py("--input", write(tmp_path / "b.json", rows), "--k", 1, "--out", tmp_path / "s.jsonl")
-    assert signs == [0, 0, 0, 1]
+    assert signs == [0, 0, 0]
 
 
 def test_the_threshold(tmp_path, stand_in):

@@ -1,4 +1,4 @@
-"""The ground floor: command lines from dataclasses, readers that name the place of an error, files whole or absent."""
+"""Command lines from dataclasses, errors that name file and line, outputs that are whole or absent."""
 import errno
 import json
 import re
@@ -11,13 +11,18 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from plumbing import cli
 from plumbing import files as plumbing_files
+from plumbing.cli import (
+    GIVE_IF_MEMORY_RUNS_OUT,
+    LOWER_IF_MEMORY_RUNS_OUT,
+    MAY_CHANGE,
+    marked,
+)
 from plumbing.errors import BadInput, Complete
 from plumbing.journal import Journal
-from conftest import ROOT
-
 
 # ---------------------------------------------------------------------------------------------- command lines
 
@@ -50,7 +55,7 @@ def parse(*argv: str) -> Config:
 
 
 def refused(capsys, *argv: str) -> str:
-    """What stands on stderr when the command line is refused, which must be with exit code 2 and no traceback."""
+    """What stands on stderr when the command line is refused: with exit code 2 and without a traceback."""
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
     error = capsys.readouterr().err
@@ -63,21 +68,23 @@ def test_defaults_come_from_the_dataclass():
 
 
 def test_every_field_is_a_flag_of_its_type():
-    got = parse("--model", "m", "--out", "o", "--k", "3", "--top-p", "0.5", "--seed", "7", "--at", "2", "4", "8",
-                "--device", "meta", "--no-force")
+    got = parse("--model", "m", "--out", "o", "--k", "3", "--top-p", "0.5", "--seed", "7",
+                "--at", "2", "4", "8", "--device", "meta", "--no-force")
     assert got == Config("m", "o", 3, 0.5, 7, (2, 4, 8), "meta", False)
     assert parse("--model", "m", "--force").force is True
 
 
 def test_tuple_fields_are_tuples():
     assert parse("--model", "m", "--at", "5").at == (5,)
-    assert parse("--model", "m", "--at", "5", "6", "--at", "7").at == (5, 6, 7)  # a flag given twice loses nothing
+    twice = parse("--model", "m", "--at", "5", "6", "--at", "7")
+    assert twice.at == (5, 6, 7)  # nothing is lost
     assert isinstance(parse("--model", "m").at, tuple)
 
 
 @pytest.mark.parametrize("argv, names", [
     (["--model", "m", "--modle", "m"], "--modle"),
-    (["--model", "m", "--top", "0.5"], "--top "),  # no abbreviations: a new flag must not change what an old command means
+    # no abbreviations: a new flag must not change what an old command means
+    (["--model", "m", "--top", "0.5"], "--top "),
     (["--model", "m", "--top_p", "0.5"], "--top_p"),
     (["--model", "m", "stray"], "stray"),
     ([], "--model"),
@@ -109,8 +116,9 @@ def test_help_shows_each_flag_with_its_text_and_default(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for part in ("--top-p FLOAT nucleus, of 100% (default: 0.95)", "--at INT [INT ...] values of k (default: 1 10)", "--no-force"):
-        assert part in text
+    assert "--top-p FLOAT nucleus, of 100% (default: 0.95)" in text
+    assert "--at INT [INT ...] values of k (default: 1 10)" in text
+    assert "--no-force" in text
 
 
 def test_the_first_word_chooses_the_command(capsys):
@@ -157,7 +165,8 @@ def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
     script.write_text(SCRIPT, encoding="utf-8")
     for path, said in (("no/such/file", "no/such/file: No such file or directory"),
                        (str(script), "samples.jsonl:3: field 'verdict' is missing; add it")):
-        done = subprocess.run([sys.executable, script, "--path", path], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+        done = subprocess.run([sys.executable, script, "--path", path], capture_output=True, text=True,
+                              env={"PYTHONPATH": str(ROOT)})
         assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {said}\n", "")
 
 
@@ -167,25 +176,32 @@ def test_what_a_file_says_neither_breaks_nor_floods_the_line_nor_steers_the_term
     with pytest.raises(SystemExit):
         cli.run((Config, main), argv=["--model", "m"])
     said = capsys.readouterr().err
-    assert said.startswith("error: rows.jsonl:1: found  [2J   xxx") and said.endswith("x; correct it\n") and len(said) < 2000
+    assert said.startswith("error: rows.jsonl:1: found  [2J   xxx") and said.endswith("x; correct it\n")
+    assert len(said) < 2000
 
 
 @dataclass(frozen=True)
 class Training:
-    micro_tokens: Annotated[int, "tokens"] = 8192
     batch_size: Annotated[int, "examples"] = 128
-    checkpoint_activations: Annotated[bool, "less memory"] = False
+    micro_tokens: Annotated[int, "tokens", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
+    checkpoint_activations: Annotated[bool, "less memory", GIVE_IF_MEMORY_RUNS_OUT] = False
 
 
 @dataclass(frozen=True)
 class SamplingJob:
-    batch_size: Annotated[int, "cases"] = 16
+    batch_size: Annotated[int, "cases", LOWER_IF_MEMORY_RUNS_OUT] = 16
 
 
-@pytest.mark.parametrize("fail", [lambda: torch.empty(2 ** 60, dtype=torch.uint8), lambda: np.empty(2 ** 60, dtype=np.uint8),
-                                  lambda: bytearray(2 ** 60),
-                                  lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')",
-                                               {"torch": torch})])
+def run_out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(2 ** 60, dtype=torch.uint8),
+    lambda: np.empty(2 ** 60, dtype=np.uint8),
+    lambda: bytearray(2 ** 60),
+    run_out_of_gpu_memory,
+])
 def test_out_of_memory_says_what_to_lower(capsys, fail):
     for config, said in ((Training, "lower --micro-tokens (now 4096) or give --checkpoint-activations"),
                          (SamplingJob, "lower --batch-size (now 16); ")):
@@ -193,6 +209,58 @@ def test_out_of_memory_says_what_to_lower(capsys, fail):
             cli.run((config, lambda _: fail()), argv=["--micro-tokens", "4096"] if config is Training else [])
         [error] = capsys.readouterr().err.strip().split("\n")
         assert stop.value.code == 2 and error.startswith("error: out of memory (") and said in error
+
+
+def test_out_of_memory_without_a_setting_to_lower(capsys):
+    """Nor is a flag recommended that was given."""
+    def main(config):
+        raise MemoryError
+    with pytest.raises(SystemExit):
+        cli.run((Other, main), argv=[])
+    assert capsys.readouterr().err == ("error: out of memory (MemoryError): give it less at a time; "
+                                       "what was saved before is whole\n")
+    with pytest.raises(SystemExit):
+        cli.run((Training, main), argv=["--checkpoint-activations"])
+    assert "lower --micro-tokens (now 8192); what" in capsys.readouterr().err
+
+
+def test_a_mark_is_found_and_is_no_range(capsys):
+    """Wherever it stands behind the help; the flag's range, choices and default are those of the rest."""
+    @dataclass(frozen=True)
+    class Marked:
+        at: Annotated[tuple[int, ...], "several", (1, None), MAY_CHANGE] = (3,)
+        kind: Annotated[str, "one of two", MAY_CHANGE, ("a", "b")] = "a"
+        fast: Annotated[bool, "sooner", MAY_CHANGE] = False
+        seed: Annotated[int, "seed", LOWER_IF_MEMORY_RUNS_OUT] = 0
+    got = []
+
+    def take(config):
+        got.append(config)
+    for argv in ([], ["--at", "1", "2", "--kind", "b", "--fast", "--seed", "-5"]):
+        cli.run((Marked, take), argv=argv)
+    assert got == [Marked(), Marked((1, 2), "b", True, -5)]
+    assert marked(got[0], MAY_CHANGE) == ["at", "kind", "fast"]
+    assert marked(got[0], LOWER_IF_MEMORY_RUNS_OUT) == ["seed"]
+    for argv in (["--at", "0"], ["--kind", "c"]):
+        with pytest.raises(SystemExit):
+            cli.run((Marked, take), argv=argv)
+        assert argv[0] in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together_are_one_line(capsys):
+    """A config may refuse its own values."""
+    @dataclass(frozen=True)
+    class Refusing:
+        first: Annotated[bool, "not with --second"] = False
+        second: Annotated[bool, "not with --first"] = False
+
+        def __post_init__(self):
+            if self.first and self.second:
+                raise BadInput("--first has no meaning with --second; leave it out")
+    with pytest.raises(SystemExit) as stop:
+        cli.run((Refusing, lambda config: None), argv=["--first", "--second"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --first has no meaning with --second; leave it out\n"
 
 
 def test_an_error_in_the_program_is_not_hidden():
@@ -221,14 +289,22 @@ def says(error: pytest.ExceptionInfo, *parts: str) -> None:
     assert "\n" not in message and all(part in message for part in parts), message
 
 
-def test_read_jsonl_gives_each_object_with_its_place(tmp_path):
+def test_read_jsonl_gives_each_object_with_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n  \n{"text": "line\u2028separator, é"}', encoding="utf-8")
-    assert list(plumbing_files.read_jsonl(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"text": "line\u2028separator, é"})]
+    found = list(plumbing_files.read_jsonl(path))
+    assert found == [(f"{path}:1", {"a": 1}), (f"{path}:4", {"text": "line\u2028separator, é"})]
 
 
-@pytest.mark.parametrize("line", [b'{"a": 1', b"nonsense", b'{"a": "\xff"}', b'{"a": "\\ud800"}', b"[1, 2]", b"3", b"[" * 100_000],
-                         ids=["torn", "no JSON", "not UTF-8", "lone surrogate", "list", "number", "too deep"])
+@pytest.mark.parametrize("line", [
+    pytest.param(b'{"a": 1', id="torn"),
+    pytest.param(b"nonsense", id="no JSON"),
+    pytest.param(b'{"a": "\xff"}', id="not UTF-8"),
+    pytest.param(b'{"a": "\\ud800"}', id="lone surrogate"),
+    pytest.param(b"[1, 2]", id="list"),
+    pytest.param(b"3", id="number"),
+    pytest.param(b"[" * 100_000, id="too deep"),
+])
 def test_read_jsonl_names_file_and_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
@@ -283,22 +359,20 @@ def test_writing_makes_the_file_and_its_folder(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, BadInput, KeyboardInterrupt])
 def test_writing_leaves_nothing_after_an_error(tmp_path, error):
-    with pytest.raises(error):
-        with plumbing_files.writing(tmp_path / "a.txt") as file:
-            file.write("half")
-            raise error
+    with pytest.raises(error), plumbing_files.writing(tmp_path / "a.txt") as file:
+        file.write("half")
+        raise error
     assert files(tmp_path) == {}
 
 
 def test_writing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old", encoding="utf-8")
-    with pytest.raises(ValueError):
-        with plumbing_files.writing(path) as file:
-            file.write("half")
-            file.flush()
-            assert path.read_text(encoding="utf-8") == "old"
-            raise ValueError
+    with pytest.raises(ValueError), plumbing_files.writing(path) as file:
+        file.write("half")
+        file.flush()
+        assert path.read_text(encoding="utf-8") == "old"
+        raise ValueError
     assert files(tmp_path) == {"a.txt": "old"}
     with plumbing_files.writing(path) as file:
         file.write("new")
@@ -309,7 +383,8 @@ def test_written_json_reads_back(tmp_path):
     value = {"text": "é\u2028\n", "list": [1, 2.5, None, True]}
     plumbing_files.write_json(tmp_path / "a.json", value)
     assert plumbing_files.read_json(tmp_path / "a.json") == value
-    assert plumbing_files.json_line(value).count("\n") == 1 and json.loads(plumbing_files.json_line(value)) == value
+    line = plumbing_files.json_line(value)
+    assert line.count("\n") == 1 and json.loads(line) == value
 
 
 @pytest.mark.parametrize("out", ["file/out.jsonl", "file/new/out.jsonl"])
@@ -326,9 +401,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, o
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_write_that_fails_names_its_file(tmp_path):
     (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
-    with pytest.raises(OSError) as error:
-        with Journal(tmp_path / "out.jsonl", OVERWRITE) as journal:
-            journal.write({"n": 0})
+    with pytest.raises(OSError) as error, Journal(tmp_path / "out.jsonl", OVERWRITE) as journal:
+        journal.write({"n": 0})
     assert error.value.filename == str(journal.part) and error.value.errno == errno.ENOSPC
 
 
@@ -341,7 +415,7 @@ def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
     says(error, str(tmp_path / "a"), "--overwrite")
 
 
-# ---------------------------------------------------------------------------------------------- a resumable output
+# ----------------------------------------------------------------------------------------- a resumable output
 
 @dataclass(frozen=True)
 class Job:
@@ -363,11 +437,10 @@ def rows(path) -> list[dict]:
 def killed(tmp_path):
     """OUT of a run that died in the middle of its third line."""
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError):
-        with Journal(out, Job()) as journal:
-            journal.write({"n": 0})
-            journal.write({"n": 1, "text": "é\u2028"})
-            raise RuntimeError
+    with pytest.raises(RuntimeError), Journal(out, Job()) as journal:
+        journal.write({"n": 0})
+        journal.write({"n": 1, "text": "é\u2028"})
+        raise RuntimeError
     with open(f"{out}.part", "ab") as file:
         file.write('{"n": 2, "text": "é'.encode()[:-1])  # torn within a character
     return out
@@ -395,11 +468,10 @@ def test_a_killed_run_resumes_after_its_last_whole_line(killed):
 
 def test_resuming_twice_loses_nothing(killed):
     for n in (2, 3):
-        with pytest.raises(RuntimeError):
-            with Journal(killed, RESUME) as journal:
-                assert journal.done == n
-                journal.write({"n": n})
-                raise RuntimeError
+        with pytest.raises(RuntimeError), Journal(killed, RESUME) as journal:
+            assert journal.done == n
+            journal.write({"n": n})
+            raise RuntimeError
     with Journal(killed, RESUME) as journal:
         pass
     assert [row["n"] for row in rows(killed)] == [0, 1, 2, 3]
@@ -412,6 +484,21 @@ def test_a_changed_config_is_not_resumed(killed, changed):
         Journal(killed, replace(RESUME, **changed))
     says(error, "--" + next(iter(changed)).replace("_", "-"), f"{killed}.config.json")
     assert {p.name: p.read_bytes() for p in killed.parent.iterdir()} == before
+
+
+def test_a_field_that_may_change_is_resumed(tmp_path):
+    """It is saved all the same, and what it was is no reason to refuse."""
+    @dataclass(frozen=True)
+    class Marked(Job):
+        address: Annotated[str, "where", MAY_CHANGE] = "here"
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError), Journal(out, Marked()) as journal:
+        journal.write({"n": 0})
+        raise RuntimeError
+    assert plumbing_files.read_json(f"{out}.config.json")["address"] == "here"
+    assert Journal(out, Marked(address="there", resume=True)).done == 1
+    with pytest.raises(BadInput, match="another --seed"):
+        Journal(out, Marked(seed=1, address="there", resume=True))
 
 
 def test_an_unfinished_run_is_not_thrown_away_unasked(killed):
@@ -427,10 +514,15 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
     with Journal(out, Job()) as journal:
         journal.write({"n": 0})
-    for config, items, kind, word in ((RESUME, [{"n": 0}], Complete, ": is complete already"), (Job(), [], BadInput, ": exists already"),
-                                      (Job(seed=1, resume=True), [], BadInput, "another --seed"),
-                                      (RESUME, [{"n": 1}], BadInput, ":1: field 'n'"), (RESUME, [], BadInput, ":1: field 'id'"),
-                                      (RESUME, [{"n": 0}, {"n": 1}], BadInput, "1 more items")):  # the input is another one by now
+    for config, items, kind, word in (
+        (RESUME, [{"n": 0}], Complete, ": is complete already"),
+        (Job(), [], BadInput, ": exists already"),
+        (Job(seed=1, resume=True), [], BadInput, "another --seed"),
+        # the input is another one by now
+        (RESUME, [{"n": 1}], BadInput, ":1: field 'n'"),
+        (RESUME, [], BadInput, ":1: field 'id'"),
+        (RESUME, [{"n": 0}, {"n": 1}], BadInput, "1 more items"),
+    ):
         with pytest.raises(kind) as error:
             list(Journal(out, config).check(items))
         says(error, str(out), word, "--overwrite")
@@ -472,11 +564,10 @@ def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
 @pytest.mark.parametrize("round_size, kept", [(1, 5), (2, 4), (3, 3), (4, 4), (6, 0)])
 def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError):
-        with Journal(out, Job()) as journal:
-            for n in range(5):
-                journal.write({"n": n})
-            raise RuntimeError
+    with pytest.raises(RuntimeError), Journal(out, Job()) as journal:
+        for n in range(5):
+            journal.write({"n": n})
+        raise RuntimeError
     with Journal(out, RESUME, round_size) as journal:
         assert journal.done == kept
         journal.write({"n": "new"})
@@ -486,22 +577,26 @@ def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
 def test_lines_must_be_those_of_the_items(killed):
     """Those that are come out; the items after them are gone through too."""
     items = iter([{"n": 0}, {"n": 1}, {"n": 2}, {"n": 3}])
-    found = [(where, line) for where, line in Journal(killed, RESUME).check(items)]
-    assert found == [(f"{killed}.part:1", {"n": 0}), (f"{killed}.part:2", {"n": 1, "text": "é\u2028"})] and list(items) == []
-    for items, said in (([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"), ([{"n": 1}], ":1: field 'n'"), ([{"n": 0}], ":2: field")):
+    found = list(Journal(killed, RESUME).check(items))
+    assert found == [(f"{killed}.part:1", {"n": 0}), (f"{killed}.part:2", {"n": 1, "text": "é\u2028"})]
+    assert list(items) == []
+    for items, said in (
+        ([{"n": 0}, {"n": 1, "text": "e"}], ":2: field 'text'"),
+        ([{"n": 1}], ":1: field 'n'"),
+        ([{"n": 0}], ":2: field"),
+    ):
         with pytest.raises(BadInput) as error:
             list(Journal(killed, RESUME).check(items))
         says(error, f"{killed}.part{said}")
 
 
 def test_a_killed_overwriting_goes_on(tmp_path):
-    """The old output is still there then, and is no sign of a complete run; before the first line, --resume begins anew."""
+    """The old output is still there, and no sign of a complete run. Without a line, --resume begins anew."""
     out = tmp_path / "out.jsonl"
     out.write_text('{"old": 1}\n', encoding="utf-8")
-    with pytest.raises(RuntimeError):
-        with Journal(out, OVERWRITE) as journal:
-            journal.write({"n": 0})
-            raise RuntimeError
+    with pytest.raises(RuntimeError), Journal(out, OVERWRITE) as journal:
+        journal.write({"n": 0})
+        raise RuntimeError
     for config in (RESUME, replace(RESUME, overwrite=True)):
         assert Journal(out, config).done == 1
     with Journal(out, RESUME) as journal:
@@ -515,9 +610,12 @@ def test_a_killed_overwriting_goes_on(tmp_path):
 
 def test_lines_are_read_on_demand(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes('{"a": 0}\n\n \r\n{"a": "é "}\n[1]\n{"a": 2}'.encode())
+    path.write_bytes('{"a": 0}\n\n \r\n{"a": "é\u2028"}\n[1]\n{"a": 2}'.encode())
     lines = plumbing_files.Lines(path)
-    assert len(lines) == 4 and lines[3] == (f"{path}:6", {"a": 2}) and lines[1] == (f"{path}:4", {"a": "é "}) and lines[0][1] == {"a": 0}
+    assert len(lines) == 4
+    assert lines[3] == (f"{path}:6", {"a": 2})
+    assert lines[1] == (f"{path}:4", {"a": "é\u2028"})
+    assert lines[0][1] == {"a": 0}
     with pytest.raises(BadInput) as error:
         lines[2]
     says(error, f"{path}:5: expected an object")
@@ -526,7 +624,7 @@ def test_lines_are_read_on_demand(tmp_path):
     says(error, "no such file")
 
 
-# ---------------------------------------------------------------------------------------------- devices, interruptions
+# ------------------------------------------------------------------------------------- devices, interruptions
 
 @dataclass(frozen=True)
 class OnDevice:
@@ -534,13 +632,17 @@ class OnDevice:
     resume: Annotated[bool, "go on"] = False
 
 
-@pytest.mark.parametrize("device, said", [("gpu", "no such kind of device"), ("cuda:x", "no such kind of device"),
-                                          ("cuda", "finds no GPU")])
+@pytest.mark.parametrize("device, said", [
+    ("gpu", "no such kind of device"),
+    ("cuda:x", "no such kind of device"),
+    ("cuda", "finds no GPU"),
+])
 def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, device, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         cli.run((OnDevice, lambda config: None), argv=["--device", device])
-    assert stop.value.code == 2 and re.fullmatch(rf"error: --device {device}: .*{said}.*\n", capsys.readouterr().err)
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"error: --device {device}: .*{said}.*\n", capsys.readouterr().err)
 
 
 def test_an_interruption_says_how_to_go_on(capsys):

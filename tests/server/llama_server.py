@@ -1,10 +1,10 @@
-"""A real server of the completions protocol on CPU: llama.cpp (the package xllamacpp) with a checkpoint folder's weights in fp32.
+"""A real server of the completions protocol on CPU: llama.cpp, with a checkpoint folder's weights in fp32.
 
     pip install xllamacpp gguf
-    python tests/server/llama_server.py FOLDER PORT        # serves until it is stopped; the model's name is "model"
+    python tests/server/llama_server.py FOLDER PORT     # serves until it is stopped, under the name "model"
 
-Only for comparison with the same weights here: Llama and Qwen2 folders with plain RoPE. Prompts must come as token ids,
-since the tokenizer's rules for cutting text are not carried over.
+It is there to compare with the same weights here: for Llama and Qwen2 folders with plain RoPE. Prompts must
+come as token ids, since the tokenizer's rules for cutting text are not carried over.
 """
 import json
 import sys
@@ -16,15 +16,27 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-         "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+NAMES = {  # of tensors: in the checkpoint -> in llama.cpp
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def write_gguf(folder: Path, path: Path) -> None:
     """The checkpoint as a GGUF file in fp32: the numbers that the local path computes with."""
     config = json.loads((folder / "config.json").read_text())
-    kind, heads = config["model_type"], config["num_attention_heads"]
+    kind = config["model_type"]
+    heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_context_length(config["max_position_embeddings"])
@@ -40,11 +52,12 @@ def write_gguf(folder: Path, path: Path) -> None:
     for name, tensor in load_file(folder / "model.safetensors").items():
         stem, kind_of = name.rsplit(".", 1)
         if stem.startswith("model.layers."):
-            _, _, layer, part = stem.split(".", 3)
-            stem = f"blk.{layer}.{NAMES[part]}"
+            _, _, layer, name_in_layer = stem.split(".", 3)
+            stem = f"blk.{layer}.{NAMES[name_in_layer]}"
         else:
             stem = NAMES[stem]
-        if kind == "llama" and stem.endswith(("attn_q", "attn_k")):  # its RoPE turns neighbours there, halves here
+        if kind == "llama" and stem.endswith(("attn_q", "attn_k")):
+            # RoPE turns two neighbouring dimensions there, here one of each half
             n = heads if stem.endswith("attn_q") else kv_heads
             tensor = tensor.unflatten(0, (n, 2, -1)).transpose(1, 2).flatten(0, 2)
         writer.add_tensor(f"{stem}.{kind_of}", tensor.to(torch.float32).contiguous().numpy())
@@ -56,15 +69,19 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = {i: word for word, i in raw["model"]["vocab"].items()} | {token["id"]: token["content"] for token in raw["added_tokens"]}
+    words = {i: word for word, i in raw["model"]["vocab"].items()}
+    words |= {token["id"]: token["content"] for token in raw["added_tokens"]}
     special = {token["id"] for token in raw["added_tokens"]}
     eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in range(size)])
-    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i in words else gguf.TokenType.UNUSED
-                            for i in range(size)])
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]])
+    types = [gguf.TokenType.UNUSED] * size
+    for i in words.keys() & set(range(size)):
+        types[i] = gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+    writer.add_token_types(types)
+    merges = raw["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     writer.add_add_bos_token(False)
 
@@ -75,10 +92,15 @@ def serve(path: Path, port: int, slots: int = 4, context: int = 8192) -> None:
     params.model.path = str(path)
     params.model_alias = {"model"}
     params.hostnames = ["127.0.0.1"]
-    params.port, params.n_parallel, params.n_ctx = port, slots, slots * context
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # by default keys and values are rounded to
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # 16 bits, and sums too
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.port = port
+    params.n_parallel = slots
+    params.n_ctx = slots * context
+    # by default, keys and values are rounded to 16 bits, and with flash attention sums too
+    params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(params)
     print("serving", server.listening_address, flush=True)
     threading.Event().wait()

@@ -1,4 +1,4 @@
-"""A served model: against a server in this process that speaks each dialect and misbehaves on demand, and against a real one."""
+"""A served model: against a stand-in that speaks each dialect and misbehaves on demand, and a real server."""
 import itertools
 import json
 import math
@@ -9,24 +9,27 @@ import subprocess
 import sys
 import threading
 import zlib
+from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, start
 
 import data
-from plumbing import ranks
 import score
-from server import http as server_http
-from server import sampler as server_sampler
 from checkpoint import load_tokenizer
+from data import ServedConfig, load_sampler
+from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput
-from conftest import ROOT
-from data import ServedConfig, load_sampler
 from rprm import VERIFICATION, Case, Prompt, reward
-from server.http import Refused, Server, parse_url, side_by_side
+from server import http as server_http
+from server import sampler as server_sampler
+from server.http import Refused, Server, parse_url
+from server.jobs import Jobs, side_by_side
 
 GOOD = f"The sum is right.\n{VERIFICATION} Yes"
 BAD = f"The sum is wrong \u2713.\n{VERIFICATION} No."
@@ -46,19 +49,24 @@ def p_yes(prefix: str) -> float:
 
 
 class StandIn:
-    """A completions server. `plan` holds what the next answers to POST do wrong; `requests` what was asked.
-
-    write(prompt's text, seed): the analysis. dialect: whose answers it gives. top(prefix): log-probabilities by token text.
-    """
+    """A completions server in this process."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.dialect = tokenizer, "vllm"
-        self.plan, self.requests, self.headers = [], [], []
+        self.tokenizer = tokenizer
+        self.dialect = "vllm"  # whose answers it gives
+        self.plan = []  # what the next answers to POST do wrong; None: nothing
+        self.requests = []  # what was asked
+        self.headers = []
+        # (the prompt's text, seed) -> the analysis
         self.write = lambda prompt, seed: GOOD if seed % 2 else BAD
+        # the text before a token -> log-probabilities by the token's text
         self.top = lambda prefix: {" Yes": odds(prefix) - 3, " No": -3.0, "\n": -0.5, "!": -6.0}
         self.models: object = {"data": [{"id": "judge", "max_model_len": 4000}, {"id": "other"}]}
         self.on_post = lambda body: None
-        self.lock, self.under_way, self.most_under_way, self.forever = threading.Lock(), 0, 0, threading.Event()
+        self.lock = threading.Lock()
+        self.under_way = 0
+        self.most_under_way = 0
+        self.forever = threading.Event()
 
     def answer(self, body: dict) -> tuple[int, object]:
         """The honest answer to a request for completions."""
@@ -88,20 +96,24 @@ class StandIn:
         scale = body["temperature"] if self.dialect == "sglang" and body["temperature"] else 1
         before = [prompt + self.tokenizer.decode(ids[:t]) for t in range(len(ids))]
         tops = [{name: logprob / scale for name, logprob in self.top(prefix).items()} for prefix in before]
-        return {"index": index, "text": text, "finish_reason": "length" if cut else "stop", "logprobs": self.logprobs(ids, tops)}
+        return {"index": index, "text": text, "finish_reason": "length" if cut else "stop",
+                "logprobs": self.logprobs(ids, tops)}
 
     def logprobs(self, ids: list[int], tops: list[dict]) -> dict:
         def number(word: str) -> int:
             return self.tokenizer.encode(word)[0]
         words = [self.tokenizer.decode([i]) for i in ids]
         if self.dialect == "llama.cpp":
-            return {"content": [{"id": i, "token": w, "logprob": -1.0, "top_logprobs": [
-                {"id": number(name), "token": name, "logprob": logprob} for name, logprob in top.items()]}
-                for i, w, top in zip(ids, words, tops)]}
+            content = []
+            for i, word, top in zip(ids, words, tops, strict=True):
+                likely = [{"id": number(name), "token": name, "logprob": p} for name, p in top.items()]
+                content.append({"id": i, "token": word, "logprob": -1.0, "top_logprobs": likely})
+            return {"content": content}
         if self.dialect == "vllm":
-            return {"tokens": [f"token_id:{i}" for i in ids], "text_offset": [0] * len(ids), "token_logprobs": [-1.0] * len(ids),
-                    "top_logprobs": [{f"token_id:{number(name)}": logprob for name, logprob in top.items()} for top in tops]}
-        return {"tokens": words, "text_offset": [0] * len(ids), "token_logprobs": [-1.0] * len(ids), "top_logprobs": tops}
+            words = [f"token_id:{i}" for i in ids]
+            tops = [{f"token_id:{number(name)}": logprob for name, logprob in top.items()} for top in tops]
+        return {"tokens": words, "text_offset": [0] * len(ids), "token_logprobs": [-1.0] * len(ids),
+                "top_logprobs": tops}
 
     def analyses_asked(self) -> list[dict]:
         """The requests but those that try the server out."""
@@ -141,10 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with it.lock:  # before the answer, since the next request may come right after it
                 it.under_way -= 1
-        try:
+        with suppress(OSError):  # the other side may have gone away
             self.reply(it, body, wrong)
-        except OSError:  # the other side went away
-            pass
 
     def reply(self, it: StandIn, body: dict, wrong) -> None:
         status, value = it.answer(body)
@@ -175,7 +185,8 @@ def stand_in(tiny_folder, monkeypatch):
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     monkeypatch.setattr(server_http, "LONGEST_PAUSE", 0.0)
-    monkeypatch.setattr(server_sampler, "load_prompt", lambda *args: Prompt(WORDS, "here"))  # so that many little requests are fast
+    # short prompts, so that many little requests are fast
+    monkeypatch.setattr(server_sampler, "load_prompt", lambda *args: Prompt(WORDS, "here"))
     yield it
     it.forever.set()
     http.shutdown()
@@ -188,12 +199,17 @@ def cases(n: int) -> list[Case]:
 
 
 def sampler(it: StandIn, folder: Path, k: int = 4, force: bool = True, complete: bool = False, **changes):
-    config = ServedConfig(**{"model": "judge", "server": it.url, "tokenizer": str(folder), "retries": 3} | changes)
-    return load_sampler(config, k, force, complete)
+    settings = {"model": "judge", "server": it.url, "tokenizer": str(folder), "retries": 3} | changes
+    return load_sampler(ServedConfig(**settings), k, force, complete)
+
+
+def in_order(answers) -> list[list]:
+    """(index, analyses) pairs -> the analyses in the order of the cases."""
+    return [analyses for _, analyses in sorted(answers, key=lambda pair: pair[0])]
 
 
 def found(it: StandIn, folder: Path, asked: list[Case], **changes) -> list[list]:
-    return [analyses for _, analyses in sorted(sampler(it, folder, **changes).analyses(asked), key=lambda pair: pair[0])]
+    return in_order(sampler(it, folder, **changes).analyses(asked))
 
 
 def score_py(*argv) -> None:
@@ -217,8 +233,8 @@ def flags(stand_in, tiny_folder) -> list:
 @pytest.fixture()
 def bench(tmp_path) -> Path:
     """Six solutions of three steps."""
-    rows = [{"id": f"s{i}", "problem": f"Problem {i}.", "steps": [f"First {i}.", f"Then {i}.", f"Last {i}."], "label": -1}
-            for i in range(6)]
+    rows = [{"id": f"s{i}", "problem": f"Problem {i}.", "label": -1,
+             "steps": [f"First {i}.", f"Then {i}.", f"Last {i}."]} for i in range(6)]
     (tmp_path / "bench.json").write_text(json.dumps(rows))
     return tmp_path / "bench.json"
 
@@ -231,10 +247,10 @@ def read(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp", "bare", "few", "one seed"])
 def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
-    """Names of tokens, the most that n may be, fields refused, log-probabilities after temperature: all differ, P(Yes) does not."""
+    """Names of tokens, the most that n may be, fields refused, temperature: all differ, P(Yes) does not."""
     stand_in.dialect = dialect
     it = sampler(stand_in, tiny_folder, k=6, temperature=0.5)
-    for (index, analyses), case in zip(sorted(it.analyses(cases(5)), key=lambda pair: pair[0]), cases(5), strict=True):
+    for analyses, case in zip(in_order(it.analyses(cases(5))), cases(5), strict=True):
         prompt = stand_in.tokenizer.decode(it.prompt_ids(case))
         assert len(analyses) == 6
         for a in analyses:
@@ -245,25 +261,28 @@ def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
     readings = sum(body["max_tokens"] == 1 for body in stand_in.analyses_asked())
     assert readings == (30 if dialect == "sglang" else 0)  # only there P(Yes) needs requests of its own
     assert it.engine.per_request == {"llama.cpp": 3, "few": 2, "one seed": 1}.get(dialect, 6)
-    assert (it.engine.new_tokens > 0, it.engine.bounded, it.engine.unknown) == (True, 0, 0)
+    assert (it.engine.new_tokens > 0, it.engine.yes_no.bounded, it.engine.yes_no.unknown) == (True, 0, 0)
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
 @pytest.mark.parametrize("text", ["no verdict here", "no verdict here\n", ""])
 def test_a_missing_verdict_is_read_after_the_line(stand_in, tiny_folder, dialect, text):
-    stand_in.dialect, stand_in.write = dialect, lambda prompt, seed: text
+    stand_in.dialect = dialect
+    stand_in.write = lambda prompt, seed: text
     it = sampler(stand_in, tiny_folder, k=2)
     [(_, analyses)] = it.analyses(cases(1))
     line = VERIFICATION if not text or text.endswith("\n") else "\n" + VERIFICATION
     expected = p_yes(stand_in.tokenizer.decode(it.prompt_ids(cases(1)[0])) + text + line)
-    assert [(a.text, a.verdict, a.forced, a.p_yes) for a in analyses] == [(text, None, True, pytest.approx(expected))] * 2
+    assert len(analyses) == 2
+    for a in analyses:
+        assert (a.text, a.verdict, a.forced, a.p_yes) == (text, None, True, pytest.approx(expected))
     reads = [body for body in stand_in.analyses_asked() if body["max_tokens"] == 1]
     assert len(reads) == 2 and all((body["temperature"], body["top_p"]) == (1, 1) for body in reads)
     assert [a.p_yes for a in found(stand_in, tiny_folder, cases(1), force=False)[0]] == [None] * 4
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang"])
-def test_where_the_tokens_do_not_tell_the_place_the_verdict_is_read_again(stand_in, tiny_folder, dialect):
+def test_where_the_tokens_do_not_tell_the_verdict_it_is_read_again(stand_in, tiny_folder, dialect):
     """Tokens that the text has not: a server may list more than it shows."""
     honest, stand_in.dialect = stand_in.logprobs, dialect
     stand_in.logprobs = lambda ids, tops: honest(ids + ids[:2], tops + tops[:2])
@@ -281,13 +300,17 @@ def test_cut_off_analyses_are_told(stand_in, tiny_folder):
 def test_completed_analyses_end_with_a_verdict(stand_in, tiny_folder):
     stand_in.write = lambda prompt, seed: "no verdict here"
     [analyses] = found(stand_in, tiny_folder, cases(1), complete=True)
-    assert all(a.text.startswith(f"no verdict here\n{VERIFICATION} ") and a.forced and a.verdict is not None for a in analyses)
+    for a in analyses:
+        assert a.text.startswith(f"no verdict here\n{VERIFICATION} ") and a.forced and a.verdict is not None
 
 
 def test_an_analysis_is_not_completed_where_its_answer_is_unknown(stand_in, tiny_folder):
-    stand_in.write, stand_in.top = lambda prompt, seed: "no verdict here", lambda prefix: {"!": -0.1, "?": -4.0}
+    stand_in.write = lambda prompt, seed: "no verdict here"
+    stand_in.top = lambda prefix: {"!": -0.1, "?": -4.0}
     [analyses] = found(stand_in, tiny_folder, cases(1), complete=True)
-    assert [(a.text, a.verdict, a.p_yes, a.forced) for a in analyses] == [("no verdict here", None, None, False)] * 4
+    assert len(analyses) == 4
+    for a in analyses:
+        assert (a.text, a.verdict, a.p_yes, a.forced) == ("no verdict here", None, None, False)
 
 
 def test_direct_asks_for_no_analysis(stand_in, tiny_folder):
@@ -349,7 +372,7 @@ def test_the_context_bounds_the_analysis(stand_in, tiny_folder):
 
 
 def test_a_refused_reading_is_unknown_and_counted(stand_in, tiny_folder):
-    """What an analysis has filled the context with leaves no room to read P(Yes), where the server does not tell its context."""
+    """Where the server does not tell its context, an analysis may fill it, and P(Yes) cannot be read."""
     stand_in.write = lambda prompt, seed: "no verdict here"
     it = sampler(stand_in, tiny_folder, k=2)
     stand_in.plan = [None, (400, {"error": {"message": "exceeds the available context size"}})]
@@ -359,7 +382,7 @@ def test_a_refused_reading_is_unknown_and_counted(stand_in, tiny_folder):
 
 
 def test_a_word_beyond_the_top_is_bounded_and_counted(stand_in, tiny_folder):
-    """20 tokens shown and " Yes", which was drawn, as the 21st: " No" may be as likely as the 20th, whatever " Yes" is."""
+    """20 tokens shown and " Yes", which was drawn, as the 21st: " No" may be as likely as the 20th."""
     shown = {chr(33 + i): -1.0 - i / 10 for i in range(20)}
     stand_in.top = lambda prefix: shown | {" Yes": -4.0}
     stand_in.write = lambda prompt, seed: GOOD
@@ -376,16 +399,35 @@ def test_a_word_beyond_the_top_is_bounded_and_counted(stand_in, tiny_folder):
     stand_in.top = lambda prefix: {"!": -0.1}
     [(_, [a])] = it.analyses(cases(1))
     assert a.p_yes is None
-    assert "bounded 3" in it.engine.tally() and "at most 5.0e-01 off" in it.engine.tally() and "unknown 1" in it.engine.tally()
+    said = it.engine.tally()
+    assert "bounded 3" in said and "at most 5.0e-01 off" in said and "unknown 1" in said
 
 
 # ---------------------------------------------------------------------------------------------- misbehaviour
 
-PASSING = [(429, {"error": "slow down"}), (500, b"oops"), (503, b""), (502, b"<html>Bad gateway</html>"), "cut", "half", b"{not json",
-           b"\xff\xfe", b"[" * 100000, [], {"choices": []}, {"choices": None}, {"choices": [{"text": 7, "finish_reason": "stop"}]},
-           {"choices": [{"text": "x", "finish_reason": "abort"}]}, "no logprobs",
-           {"choices": [{"text": "x", "finish_reason": "stop", "logprobs": {"tokens": ["x"], "top_logprobs": []}}]},
-           {"choices": [{"text": "x", "finish_reason": "stop", "logprobs": {"tokens": ["x"], "top_logprobs": [{"x": "high"}]}}]}]
+def answer_with(**logprobs) -> dict:
+    return {"choices": [{"text": "x", "finish_reason": "stop", "logprobs": logprobs}]}
+
+
+PASSING = [
+    (429, {"error": "slow down"}),
+    (500, b"oops"),
+    (503, b""),
+    (502, b"<html>Bad gateway</html>"),
+    "cut",
+    "half",
+    b"{not json",
+    b"\xff\xfe",
+    b"[" * 100000,
+    [],
+    {"choices": []},
+    {"choices": None},
+    {"choices": [{"text": 7, "finish_reason": "stop"}]},
+    {"choices": [{"text": "x", "finish_reason": "abort"}]},
+    "no logprobs",
+    answer_with(tokens=["x"], top_logprobs=[]),
+    answer_with(tokens=["x"], top_logprobs=[{"x": "high"}]),
+]
 
 
 @pytest.mark.parametrize("wrong", PASSING, ids=lambda wrong: str(wrong)[:30])
@@ -398,7 +440,7 @@ def test_what_may_pass_is_tried_again(stand_in, tiny_folder, wrong):
 
 
 def test_a_slow_answer_is_given_up(stand_in, tiny_folder):
-    it = sampler(stand_in, tiny_folder, timeout=0.5, retries=100)  # on a busy machine an honest answer may be late as well
+    it = sampler(stand_in, tiny_folder, timeout=0.5, retries=100)  # honest answers may be late, too
     stand_in.plan = ["never"]
     assert len(list(it.analyses(cases(1)))) == 1
     assert set(it.engine.server.repeated) == {"timeout"}
@@ -417,15 +459,22 @@ def test_pauses_grow_and_the_server_s_wish_counts(stand_in, monkeypatch):
     monkeypatch.setattr(server_http, "LONGEST_PAUSE", 10.0)
     it = Server(stand_in.url, None, 600.0, 7, 1)
     it.pause = (pauses := []).append
-    stand_in.plan = [(503, b"")] * 5 + [(429, b"", {"Retry_After": "33"}), (429, b"", {"Retry_After": "Wed, 21 Oct"})]
-    body = {"model": "judge", "prompt": [65], "n": 1, "max_tokens": 1, "temperature": 1, "seed": 0, "logprobs": 20}
+    stand_in.plan = [(503, b"")] * 5
+    stand_in.plan += [(429, b"", {"Retry_After": "33"}), (429, b"", {"Retry_After": "Wed, 21 Oct"})]
+    body = {"model": "judge", "prompt": [65], "n": 1, "max_tokens": 1, "temperature": 1, "seed": 0,
+            "logprobs": 20}
     assert it.ask("/v1/completions", body, lambda answer: len(answer["choices"])) == 1
-    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, (1, 2, 4, 8, 10, 33, 10), strict=True)) and pauses[5] == 33
+    for pause, most in zip(pauses, (1, 2, 4, 8, 10, 33, 10), strict=True):
+        assert most / 2 <= pause <= most
+    assert pauses[5] == 33
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ((429, {"error": {"message": "slow\ndown"}}), "status 429 (slow down), 3 times in a row"), ("cut", "connection lost"),
-    (b"no", "broken answer (not JSON), 3 times in a row"), ("no logprobs", "broken answer (no log-probabilities)")])
+    ((429, {"error": {"message": "slow\ndown"}}), "status 429 (slow down), 3 times in a row"),
+    ("cut", "connection lost"),
+    (b"no", "broken answer (not JSON), 3 times in a row"),
+    ("no logprobs", "broken answer (no log-probabilities)"),
+])
 def test_patience_ends_with_one_line(stand_in, flags, bench, tmp_path, capsys, wrong, said):
     stand_in.plan = [wrong] * 100
     line = refused(capsys, score_py, *flags, "--input", bench, "--k", 1, "--out", tmp_path / "out.jsonl")
@@ -433,21 +482,17 @@ def test_patience_ends_with_one_line(stand_in, flags, bench, tmp_path, capsys, w
     assert (tmp_path / "out.jsonl.part").exists() and not (tmp_path / "out.jsonl").exists()
 
 
-def set_models(it, value):
-    it.models = value
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (lambda it: set_models(it, {"data": [{"id": "b"}, {"id": "a"}]}), "no model 'judge'; --model may be a, b"),
-    (lambda it: set_models(it, (401, {"error": "who?"})), "status 401, the server refuses the key (who?); name the variable"),
-    (lambda it: set_models(it, (302, b"")), "moved to"),
-    (lambda it: set_models(it, (429, b"full")), "status 429 (full), 3 times in a row"),
-    (lambda it: setattr(it, "logprobs", lambda ids, tops: None), "no log-probabilities, so P(Yes) is unknown"),
-    (lambda it: setattr(it, "answer", lambda body: (404, b"no page")), "status 404, no such model or path (no page)"),
-    (lambda it: setattr(it, "answer", lambda body: (400, {"detail": "texts only"})), "refuses the request (texts only)"),
+@pytest.mark.parametrize("name, value, said", [
+    ("models", {"data": [{"id": "b"}, {"id": "a"}]}, "no model 'judge'; --model may be a, b"),
+    ("models", (401, {"error": "who?"}), "status 401, the server refuses the key (who?); name the variable"),
+    ("models", (302, b""), "moved to"),
+    ("models", (429, b"full"), "status 429 (full), 3 times in a row"),
+    ("logprobs", lambda ids, tops: None, "no log-probabilities, so P(Yes) is unknown"),
+    ("answer", lambda body: (404, b"no page"), "status 404, no such model or path (no page)"),
+    ("answer", lambda body: (400, {"detail": "texts only"}), "refuses the request (texts only)"),
 ], ids=["model", "key", "moved", "full", "logprobs", "path", "ids"])
-def test_what_cannot_work_ends_at_once(stand_in, flags, bench, tmp_path, capsys, spoil, said):
-    spoil(stand_in)
+def test_what_cannot_work_ends_at_once(stand_in, flags, bench, tmp_path, capsys, name, value, said):
+    setattr(stand_in, name, value)
     assert said in refused(capsys, score_py, *flags, "--input", bench, "--out", tmp_path / "out.jsonl")
     assert list(tmp_path.iterdir()) == [bench]
 
@@ -476,20 +521,50 @@ def test_nobody_at_the_address(tiny_folder, bench, capsys):
 def test_a_refused_case_is_named(stand_in, tiny_folder):
     it = sampler(stand_in, tiny_folder)
     stand_in.plan = [(400, {"error": {"message": "maximum context length is 5"}})]
-    with pytest.raises(BadInput, match=r"problem 'Problem 0.', \d+ tokens: .*maximum context length is 5.*leave this case out"):
+    said = r"problem 'Problem 0.', \d+ tokens: .*maximum context length is 5.*leave this case out"
+    with pytest.raises(BadInput, match=said):
         list(it.analyses(cases(1)))
 
 
-# ---------------------------------------------------------------------------------------------- flags and the key
+# ------------------------------------------------------------------------------------------ flags and the key
+
+def test_without_a_server_nothing_of_it_is_imported():
+    """PyTorch brings http.client itself, so it is taken away before the scripts are imported."""
+    code = """
+import sys
+import torch, tokenizers, safetensors, numpy, tqdm, jinja2
+sys.modules.pop("http.client", None)
+import score, data
+print([name for name in sys.modules if name.split(".")[0] == "server"], "http.client" in sys.modules)
+"""
+    process = start(["-c", code])
+    printed, errors = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (0, "[] False\n"), errors
+
+
+def test_flags_that_do_not_go_together_end_with_one_line(capsys):
+    flags = ["--server", "http://h", "--model", "judge", "--problem", "P", "--step", "s"]
+    assert refused(capsys, score_py, *flags).startswith("error: --server needs --tokenizer FOLDER, with the ")
+
 
 @pytest.mark.parametrize("changes, said", [
-    ({"dtype": "bfloat16"}, "--dtype has no meaning with --server"), ({"batch_size": 3}, "--batch-size has no meaning"),
-    ({"device": "meta"}, "--device has no meaning"), ({"tokenizer": None}, "--server needs --tokenizer FOLDER"),
+    ({"dtype": "bfloat16"}, "--dtype has no meaning with --server"),
+    ({"batch_size": 3}, "--batch-size has no meaning"),
+    ({"device": "meta"}, "--device has no meaning"),
+    ({"tokenizer": None}, "--server needs --tokenizer FOLDER"),
     ({"server": None}, "--tokenizer needs --server"),
     ({"server": None, "tokenizer": None, "concurrency": 3}, "--concurrency needs --server"),
-    *(({"server": url}, "not an address") for url in ("localhost:8", "http://", "ftp://h", "http://h:port", "http://h h", "http://[::1")),
-    ({"server": f"http://user:{KEY}@h"}, "give the address alone"), ({"server": f"http://h?key={KEY}"}, "give the address alone"),
-    ({"api_key_env": KEY}, "NAME of an environment variable"), ({"api_key_env": "RPRM_ODD"}, "beyond ASCII")])
+    ({"server": "localhost:8"}, "not an address"),
+    ({"server": "http://"}, "not an address"),
+    ({"server": "ftp://h"}, "not an address"),
+    ({"server": "http://h:port"}, "not an address"),
+    ({"server": "http://h h"}, "not an address"),
+    ({"server": "http://[::1"}, "not an address"),
+    ({"server": f"http://user:{KEY}@h"}, "give the address alone"),
+    ({"server": f"http://h?key={KEY}"}, "give the address alone"),
+    ({"api_key_env": KEY}, "NAME of an environment variable"),
+    ({"api_key_env": "RPRM_ODD"}, "beyond ASCII"),
+])
 def test_flags_that_cannot_be(monkeypatch, changes, said):
     monkeypatch.setenv("RPRM_ODD", KEY + "\u2713\r\nX: y")
     with pytest.raises(BadInput) as stop:
@@ -497,17 +572,19 @@ def test_flags_that_cannot_be(monkeypatch, changes, said):
     assert said in str(stop.value) and KEY not in str(stop.value)
 
 
-@pytest.mark.parametrize("url", ["http://h:1/x", "http://h:1/x/", "http://h:1/x/v1", "http://h:1/x/v1/", "http://h:1/x/v1/completions"])
-def test_the_end_of_the_address_may_be_left_out(url):
-    assert parse_url(url).geturl() == "http://h:1/x"
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "/v1/completions"])
+def test_the_end_of_the_address_may_be_left_out(end):
+    assert parse_url(f"http://h:1/x{end}").geturl() == "http://h:1/x"
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(stand_in, flags, bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RPRM_TEST_KEY", KEY)
     flags += ["--api-key-env", "RPRM_TEST_KEY"]
     score_py(*flags, "--input", bench, "--k", 1, "--out", tmp_path / "out.jsonl")
-    assert stand_in.headers and all(headers["Authorization"] == f"Bearer {KEY}" for headers in stand_in.headers)
-    stand_in.plan = [(500, {"error": f"key {KEY} is tired"}), (401, {"error": {"message": f"Incorrect API key provided: {KEY}"}})] * 9
+    assert stand_in.headers
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in stand_in.headers)
+    refusal = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
+    stand_in.plan = [(500, {"error": f"key {KEY} is tired"}), (401, refusal)] * 9
     with pytest.raises(SystemExit):
         score_py(*flags, "--input", bench, "--k", 1, "--out", tmp_path / "out2.jsonl")
     said = capsys.readouterr()
@@ -517,7 +594,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(stand_in, flags, bench, tmp
     assert KEY not in said.out + said.err + written
 
 
-# ---------------------------------------------------------------------------------------------- many at a time
+# --------------------------------------------------------------------------------------------- many at a time
 
 def test_no_more_requests_than_allowed_and_no_fewer(stand_in, tiny_folder):
     """Every request waits until four are there: fewer would wait for ever, and a fifth is seen."""
@@ -534,29 +611,95 @@ def test_no_more_requests_than_allowed_and_no_fewer(stand_in, tiny_folder):
     assert stand_in.most_under_way == 4
 
 
-def test_none_among_the_cases_waits_for_an_answer(stand_in, tiny_folder):
-    it, answered = sampler(stand_in, tiny_folder), []
-
-    def stream():
-        for n, case in enumerate(cases(5)):
-            while len(answered) < n:
-                yield None
-            yield case
-    for index, analyses in it.analyses(stream()):
-        answered.append(index)
+def test_a_case_may_be_added_when_another_is_answered(stand_in, tiny_folder):
+    it = sampler(stand_in, tiny_folder)
+    answered = []
+    it.restart()
+    for n, case in enumerate(cases(5)):
+        assert not it.busy and it.add(case) == n
+        while it.busy:
+            answered += [ticket for ticket, analyses in it.step() if len(analyses) == 4]
     assert answered == [0, 1, 2, 3, 4] and stand_in.most_under_way == 1
-    assert list(it.analyses([None])) == []
+
+
+def test_a_sampler_has_room_for_so_many_cases_and_forgets_them(stand_in, tiny_folder):
+    """No answer comes before all are in. Cases from before `restart` are not among the answers after it."""
+    it = sampler(stand_in, tiny_folder, concurrency=2)
+    go = threading.Event()
+    stand_in.on_post = lambda body: go.wait(30)
+    room = []
+    for case in cases(2):
+        room.append(it.has_room)
+        it.add(case)
+    assert room == [True, True] and not it.has_room and it.busy
+    it.restart()
+    assert it.has_room and not it.busy
+    assert [it.add(case) for case in cases(5)[3:]] == [0, 1]
+    go.set()
+    found = dict(it.step() + it.step())
+    assert not it.busy and it.has_room
+    for ticket, case in enumerate(cases(5)[3:]):
+        prompt = stand_in.tokenizer.decode(it.prompt_ids(case))
+        for a in found[ticket]:
+            assert a.p_yes == pytest.approx(p_yes(prompt + a.text[:a.text.rindex("?") + 1]), abs=1e-9)
+
+
+def test_no_cases_no_answers(stand_in, tiny_folder):
+    assert list(sampler(stand_in, tiny_folder).analyses([])) == []
+
+
+def test_after_an_error_nothing_is_tried_again(stand_in, tiny_folder):
+    """While the first case pauses before its next try, the second ends in an error: nobody waits any more."""
+    it = sampler(stand_in, tiny_folder, concurrency=2)
+    tried = threading.Event()
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(it.engine.server.stopped.is_set())
+        tried.set()
+        it.engine.server.stopped.wait(60)
+    it.engine.server.pause = pause
+    stand_in.plan = [(500, b"")] * 2
+    it.add(cases(1)[0])
+    assert tried.wait(30)
+    it.add(Case("x " * 5000, (), "1."))
+    with pytest.raises(BadInput, match="leave this case out"):
+        it.step()
+    with pytest.raises(BadInput, match="2 times in a row"):  # although three retries are allowed
+        it.step()
+    assert pauses == [False]
 
 
 def test_results_come_as_they_are_done():
     second = threading.Event()
-    jobs = [lambda: second.wait(30), lambda: second.set() or "second"]
-    assert list(side_by_side(jobs, 2)) == [(1, "second"), (0, True)]
+    jobs = Jobs()
+    assert jobs.start(lambda: second.wait(30)) == 0
+    assert jobs.start(lambda: second.set() or "second") == 1
+    assert [jobs.next(), jobs.next()] == [(1, "second"), (0, True)] and jobs.running == 0
+
+
+def test_results_side_by_side_are_in_order(monkeypatch):
+    """The first waits for the second, and the second for the third: so three run at a time, and no fourth."""
+    start = Jobs.start
+    under_way = []
+
+    def start_and_count(jobs, function):
+        number = start(jobs, function)
+        under_way.append(jobs.running)
+        return number
+    monkeypatch.setattr(Jobs, "start", start_and_count)
+    second, third = threading.Event(), threading.Event()
+    functions = [lambda: second.wait(30) and 0, lambda: third.wait(30) and (second.set() or 1),
+                 lambda: third.set() or 2, lambda: 3]
+    assert side_by_side(functions, 3) == [0, 1, 2, 3] and under_way == [1, 2, 3, 3]
+    assert side_by_side([], 3) == []
 
 
 def test_an_error_in_a_thread_is_raised_where_it_is_waited_for():
+    def refuse():
+        raise Refused("no")
     with pytest.raises(Refused):
-        list(side_by_side([lambda: (_ for _ in ()).throw(Refused("no"))], 1))
+        side_by_side([refuse], 1)
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -570,9 +713,11 @@ def test_scores_are_in_order_and_stop_at_the_first_wrong_step(stand_in, flags, b
     lines = read(tmp_path / "out.jsonl")
     assert [line["id"] for line in lines] == [f"s{i}" for i in range(6)]
     assert [line["prediction"] for line in lines] == [-1, -1, -1, 1, -1, -1]
-    assert [len(line["samples"]) for line in lines] == [3, 3, 3, 2, 3, 3] and len(stand_in.analyses_asked()) == 17
+    assert [len(line["samples"]) for line in lines] == [3, 3, 3, 2, 3, 3]
+    assert len(stand_in.analyses_asked()) == 17
     printed = capsys.readouterr().out
-    assert "model judge; top 20 log-probabilities" in printed and "server: 0 requests tried again; P(Yes) bounded 0, unknown 0" in printed
+    assert "model judge; top 20 log-probabilities" in printed
+    assert "server: 0 requests tried again; P(Yes) bounded 0, unknown 0" in printed
 
 
 @pytest.mark.parametrize("how", [["--k", 2], ["--k", 2, "--all-steps"], ["--direct", "--k", 1]])
@@ -596,11 +741,14 @@ def command(script: str, *argv) -> list[str]:
 
 def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, tmp_path, capsys):
     """The fifth answer would take a minute, the timeout is ten: the program ends at once."""
-    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(
-        {"id": str(i), "problem": f"Problem {i}.", "previous_steps": [], "now_step": "1.", "label": True}) + "\n" for i in range(6)))
+    rows = [{"id": str(i), "problem": f"Problem {i}.", "previous_steps": [], "now_step": "1.", "label": True}
+            for i in range(6)]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "words.txt").write_text(WORDS)
-    argv = [str(a) for a in ("sample", "--server", stand_in.url, "--model", "judge", "--tokenizer", tiny_folder, "--concurrency", 1,
-                             "--prompt-file", tmp_path / "words.txt", "--cases", tmp_path / "cases.jsonl", "--out")]
+    argv = ["sample", "--server", stand_in.url, "--model", "judge", "--tokenizer", tiny_folder,
+            "--concurrency", 1, "--prompt-file", tmp_path / "words.txt", "--cases", tmp_path / "cases.jsonl",
+            "--out"]
+    argv = [str(a) for a in argv]
     fifth = threading.Event()
     stand_in.on_post = lambda body: len(stand_in.analyses_asked()) == 5 and fifth.set()
     stand_in.plan = [None] * 4 + ["never"]
@@ -609,11 +757,13 @@ def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, t
     assert fifth.wait(120)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and said.strip().splitlines()[-1].startswith("interrupted; what is written is whole")
+    assert process.returncode == 130
+    assert said.strip().splitlines()[-1].startswith("interrupted; what is written is whole")
     assert "Traceback" not in said
     assert len(read(tmp_path / "out.jsonl.part")) == 4
-    for rest in (["out.jsonl", "--resume"], ["whole.jsonl"]):
-        run((data.CasesConfig, data.cases), (data.SampleConfig, data.sample), argv=argv + [str(tmp_path / rest[0]), *rest[1:]])
+    commands = (data.CasesConfig, data.cases), (data.SampleConfig, data.sample)
+    run(*commands, argv=[*argv, str(tmp_path / "out.jsonl"), "--resume"])
+    run(*commands, argv=[*argv, str(tmp_path / "whole.jsonl")])
     assert read(tmp_path / "out.jsonl") == read(tmp_path / "whole.jsonl")
     assert "server: 0 requests tried again" in capsys.readouterr().out
 
@@ -622,60 +772,78 @@ def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, t
 
 @pytest.fixture(scope="module")
 def serve():
-    """serve(folder) -> URL of a llama.cpp server with that checkpoint; skips where the packages are absent."""
+    """serve(folder) -> URL of a llama.cpp server with that checkpoint; skips without the packages."""
     pytest.importorskip("xllamacpp", reason="no server here: pip install xllamacpp gguf")
     pytest.importorskip("gguf", reason="no server here: pip install xllamacpp gguf")
     processes = []
 
-    def start(folder: Path) -> str:
-        processes.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "server" / "llama_server.py"), str(folder), "0"],
-                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
-        return next(re.search(r"http://\S+", line)[0] for line in processes[-1].stdout if line.startswith("serving"))
-    yield start
+    def serve(folder: Path) -> str:
+        command = [sys.executable, str(ROOT / "tests" / "server" / "llama_server.py"), str(folder), "0"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        processes.append(process)
+        serving = next(line for line in process.stdout if line.startswith("serving"))
+        return re.search(r"http://\S+", serving)[0]
+    yield serve
     for process in processes:
         process.terminate()
         process.wait()
 
 
 def compare(config: score.Config, there: ServedConfig, asked: list[Case], k: int) -> tuple[int, float, float]:
-    """How many analyses have another text, and the largest difference of P(Yes) and of rewards where the texts are the same."""
-    def all_of(it) -> list[list]:
-        return [analyses for _, analyses in sorted(it.analyses(asked), key=lambda pair: pair[0])]
-    here, got = all_of(load_sampler(config, k, force=True)), all_of(load_sampler(there, k, force=True))
-    pairs = [(a, b) for xs, ys in zip(here, got, strict=True) for a, b in zip(xs, ys, strict=True)]
-    same = [(a, b) for a, b in pairs if a.text == b.text]
-    assert all((a.verdict, a.n_tokens, a.finished, a.forced) == (b.verdict, b.n_tokens, b.finished, b.forced) for a, b in same)
-    rewards = [abs(reward(xs) - reward(ys)) for xs, ys in zip(here, got) if [a.text for a in xs] == [b.text for b in ys]]
-    return len(pairs) - len(same), max(abs(a.p_yes - b.p_yes) for a, b in same), max(rewards)
+    """How many analyses have another text; among the others, the largest difference of P(Yes), of rewards."""
+    different, of_p_yes, of_rewards = 0, [], []
+    here = in_order(load_sampler(config, k, force=True).analyses(asked))
+    got = in_order(load_sampler(there, k, force=True).analyses(asked))
+    for ours, theirs in zip(here, got, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if a.text != b.text:
+                different += 1
+                continue
+            assert replace(a, p_yes=None) == replace(b, p_yes=None)
+            of_p_yes.append(abs(a.p_yes - b.p_yes))
+        if [a.text for a in ours] == [b.text for b in theirs]:
+            of_rewards.append(abs(reward(ours) - reward(theirs)))
+    return different, max(of_p_yes), max(of_rewards)
 
 
 def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
-    """The embedded model over llama.cpp in fp32: greedy analyses of its small world, whole ones (P(Yes) where the verdict is sampled)
-    and cut ones (P(Yes) after an added line). Measured: 2e-6."""
+    """The embedded model over llama.cpp in fp32: greedy analyses of its small world. Measured: 2e-6.
+
+    Whole ones, with P(Yes) where the verdict is sampled, and cut ones, with P(Yes) after an added line.
+    """
     base = ROOT / "examples" / "arithmetic" / "base"
-    asked = [Case(f"At first Mia has {a} shells. Then Tom gives {b} to Mia. Now to Ann, Mia sells 18. How many shells does Mia have now?",
-                  (f"After Tom: {a}+{b}={a + b}.",), f"With Ann: {a + b}-18={a + b - 18 + wrong}.") for a, b, wrong in
-             [(34, 27, 0), (34, 27, 1), (50, 31, 0), (62, 19, 10), (25, 25, 0), (71, 8, 0)]]
+    asked = []
+    for a, b, wrong in [(34, 27, 0), (34, 27, 1), (50, 31, 0), (62, 19, 10), (25, 25, 0), (71, 8, 0)]:
+        problem = (f"At first Mia has {a} shells. Then Tom gives {b} to Mia. Now to Ann, Mia sells 18. "
+                   "How many shells does Mia have now?")
+        previous = f"After Tom: {a}+{b}={a + b}."
+        asked.append(Case(problem, (previous,), f"With Ann: {a + b}-18={a + b - 18 + wrong}."))
     url = serve(base)
     for most in (120, 30):
         common = {"temperature": 0.0, "max_new_tokens": most}
         there = ServedConfig(model="model", server=url, tokenizer=str(base), **common)
         different, p, r = compare(score.Config(model=str(base), device="cpu", **common), there, asked, 2)
         assert (different, p <= 1e-4, r <= 1e-4) == (0, True, True), (different, p, r)
-    it = load_sampler(ServedConfig(model="model", server=url, tokenizer=str(base), max_new_tokens=120), 10, force=True)
+    there = ServedConfig(model="model", server=url, tokenizer=str(base), max_new_tokens=120)
+    it = load_sampler(there, 10, force=True)
     assert it.engine.per_request == 2 and it.engine.raw  # four slots refuse n = 10 and 5
     [(_, analyses)] = it.analyses(asked[:1])
-    assert len(analyses) == 10 and len({a.text for a in analyses}) > 1 and all(a.p_yes is not None for a in analyses)
+    assert len(analyses) == 10 and len({a.text for a in analyses}) > 1
+    assert all(a.p_yes is not None for a in analyses)
     local = load_sampler(score.Config(model=str(base), device="cpu"), 1, force=True)
-    for a in analyses:  # each sampled analysis read again here, with one full pass
-        [again] = local.engine.read_p_yes([local.prompt_ids(asked[0]) + local.tokenizer.encode(a.text[:a.text.rindex("?") + 1])]) \
-            if a.verdict is not None else [a.p_yes]
-        assert again == pytest.approx(a.p_yes, abs=1e-4)
+    for a in analyses:  # each with a verdict is read again here, with one full pass
+        if a.verdict is not None:
+            before = local.tokenizer.encode(a.text[:a.text.rindex("?") + 1])
+            [again] = local.engine.read_p_yes([local.prompt_ids(asked[0]) + before])
+            assert again == pytest.approx(a.p_yes, abs=1e-4)
 
 
 def test_a_real_server_with_a_real_model(serve, smollm2, processbench, tmp_path):
-    """SmolLM2-135M, a step of ProcessBench, greedy. A text may part from the other where two tokens are nearly as likely; then
-    its P(Yes) is another analysis's: not seen in these 16 tokens, nor in 11 steps of 128, whose P(Yes) differed by 5e-6."""
+    """SmolLM2-135M, a step of ProcessBench, greedy.
+
+    A text may part from the other where two tokens are nearly as likely, and then its P(Yes) is another
+    analysis's. That was not seen in these 16 tokens, nor in 11 steps of 128, whose P(Yes) differed by 5e-6.
+    """
     solution = processbench[0]
     asked = [Case(solution["problem"], (), solution["steps"][0])]
     (tmp_path / "words.txt").write_text(WORDS)
