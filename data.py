@@ -39,9 +39,12 @@ from rprm import load_sampler as load_local_sampler
 
 @dataclass(frozen=True)
 class CasesConfig:
-    input: Annotated[tuple[str, ...], "files of ProcessBench, PRM800K, Math-Shepherd or R-PRM's seed rows, told apart by their fields"]
+    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with rows of public formats, which their "
+                                      "fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, OpenR, TRL's stepwise "
+                                      "rows, R-PRM's seed and evaluation rows"]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
+    strict: Annotated[bool, "end at the first row with a defect, instead of dropping and counting it"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
 
@@ -49,8 +52,8 @@ def cases(config: CasesConfig) -> None:
     """solutions -> cases.jsonl: one line per labelled step."""
     print_config(config)
     refuse_existing(config.out, config.overwrite)
-    counts, seen, solutions = Counter(), set(), 0
-    rows = chain.from_iterable(read_labelled_steps(path, counts) for path in config.input)
+    counts, firsts, seen, solutions = Counter(), {}, set(), 0
+    rows = chain.from_iterable(read_labelled_steps(path, counts, config.strict, firsts) for path in config.input)
     with writing(config.out) as file:
         for row_id, found in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
             solutions += 1
@@ -65,6 +68,8 @@ def cases(config: CasesConfig) -> None:
         if not solutions:
             raise BadInput(f"{' '.join(config.input)}: has no solutions; check the file")
     print_table(f"cases from {solutions} solutions", counts)
+    for reason, first in sorted(firsts.items()):
+        print("".join(c if c.isprintable() else " " for c in f"  the first {reason}: {first}"))
 
 
 # ---------------------------------------------------------------------------------------------- samples

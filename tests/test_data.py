@@ -136,11 +136,58 @@ def test_cases_of_the_real_processbench(processbench, tmp_path, capsys):
                                               "dropped: step after the first wrong one": 514}
 
 
+SHEPHERD = {"input": "Q? Step 1: a=1. ки\nStep 2: b=2. ки", "label": "Q? Step 1: a=1. +\nStep 2: b=2. -"}
+DEFECTS = [  # (row, why it is dropped, what is said of it)
+    (bench_row("y", 7), "label out of range", "field 'label': 7 is out of range (-1 to 2)"),
+    (bench_row("z", -1) | {"steps": ["a", " "]}, "with a blank step", "field 'steps': needs at least one step"),
+    ({"input": "Q? a=1. ки", "label": "Q? a=1. +"}, "without Step 1:", "field 'input': needs a problem"),
+    ({"instruction": "a", "x\x1b[2J\ny": "b"}, "of another shape", "fields instruction, x"),
+]
+
+
+def test_rows_with_defects_are_dropped_and_counted(tmp_path, capsys):
+    """The good rows' cases are those of a file without the bad ones; the table says how many, why, and where the first stands."""
+    good = [bench_row("x", 1), SHEPHERD, bench_row("w", -1, 1)]
+    write(tmp_path / "good.jsonl", good)
+    write(tmp_path / "mixed.jsonl", [good[0], *(row for row, *_ in DEFECTS), good[1], DEFECTS[0][0], good[2]])
+    data_py("cases", "--input", tmp_path / "good.jsonl", "--out", tmp_path / "good")
+    kept = table(capsys.readouterr().out)
+    data_py("cases", "--input", tmp_path / "mixed.jsonl", "--out", tmp_path / "mixed")
+    out = capsys.readouterr().out
+    without_ids = [[{**line, "id": None} for line in read(tmp_path / name)] for name in ("good", "mixed")]
+    assert without_ids[0] == without_ids[1] and len(without_ids[0]) == 5
+    assert table(out) == kept | {f"dropped row: {reason}": 1 for _, reason, _ in DEFECTS} | {"dropped row: label out of range": 2}
+    for number, (_, reason, said) in enumerate(DEFECTS, 2):
+        assert re.search(f"^  the first dropped row: {re.escape(reason)}: {tmp_path}/mixed.jsonl:{number}: {re.escape(said)}", out, re.M)
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("row, reason, said", DEFECTS, ids=[reason for _, reason, _ in DEFECTS])
+def test_strict_makes_a_defect_an_error(tmp_path, capsys, row, reason, said):
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), row])
+    assert f"{tmp_path}/a.jsonl:2: {said}" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c", "--strict")
+    assert names(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("row, reason, said", DEFECTS, ids=[reason for _, reason, _ in DEFECTS])
+def test_an_input_without_a_good_row_is_an_error(tmp_path, capsys, row, reason, said):
+    """Also beside a good input: a wrong file must not vanish in a table."""
+    write(tmp_path / "a.jsonl", [row, row])
+    write(tmp_path / "good.jsonl", [bench_row("x", 1)])
+    message = refused(capsys, "cases", "--input", tmp_path / "good.jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    assert f"{tmp_path}/a.jsonl:1: {said}" in message and names(tmp_path) == ["a.jsonl", "good.jsonl"]
+
+
+def test_malformed_json_is_an_error_without_strict_too(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), '{"id": ', bench_row("y", 1)])
+    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+
+
 def test_a_bad_row_leaves_no_cases(tmp_path, capsys):
     """The error names file, row and field; what was there before stays as it was."""
-    write(tmp_path / "a.jsonl", [bench_row("x", 1), bench_row("y", 7)])
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), "7"])
     said = refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
-    assert f"{tmp_path}/a.jsonl:2: field 'label': 7 is out of range" in said
+    assert f"{tmp_path}/a.jsonl:2: expected an object, found 7" in said
     assert names(tmp_path) == ["a.jsonl"]
     (tmp_path / "c").write_text("old")
     assert "--overwrite" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
