@@ -19,10 +19,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from plumbing.errors import BadInput
-from plumbing.files import Lines, expect, get_field, parse_json
+from formats.containers import Rows, read_rows
+from plumbing.files import expect, get_field
 from rprm import Case
 
 Labelled = list[tuple[str, Case]]
@@ -52,27 +53,7 @@ class Defect(BadInput):
         self.reason = reason
 
 
-# ---------------------------------------------------------------------------------------------- files of rows
-
-def read_rows(path: str | Path) -> Lines | list[tuple[str, dict]]:
-    """("FILE:ROW", object) of each row of a JSON array, a single JSON object, or JSON lines.
-
-    JSON lines are read on demand. An array is read whole, which takes about six times the file's size in memory: 2 GB at 300 MB.
-    ProcessBench, whose form it is, has some MB; give larger files as JSON lines.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file; check the path")
-    with open(path, "rb") as file:
-        first = file.readline().strip()
-        while not first and (line := file.readline()):
-            first = line.strip()
-    if first.startswith(b"[") or first == b"{":  # one value over many lines
-        value = parse_json(path.read_bytes(), str(path))
-        rows = [(f"{path}: row {number}", row) for number, row in enumerate(value if isinstance(value, list) else [value], 1)]
-        return [(where, expect(row, dict, where)) for where, row in rows]
-    return Lines(path)
-
+# ---------------------------------------------------------------------------------------------- inputs
 
 def read_labelled_steps(path: str | Path, counts: Counter, strict: bool = False,
                         firsts: dict[str, str] | None = None) -> Iterator[tuple[str, Labelled]]:
@@ -104,6 +85,39 @@ def read_labelled_steps(path: str | Path, counts: Counter, strict: bool = False,
 
 def reason_of(error: BadInput) -> str:
     return error.reason if isinstance(error, Defect) else "of another shape"
+
+
+class SolutionRows(Sequence):
+    """The solutions of an input, read on demand: solutions[i] -> ("FILE:ROW", Solution). Raises BadInput.
+
+    Where the rows are R-PRM's evaluation rows, those of one origin_id make a solution, wherever they stand.
+    """
+
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.groups = None  # the numbers of each solution's rows
+        if len(rows) and _is_evaluation_row(rows[0][1]):
+            groups = {}
+            for i, (where, row) in enumerate(rows):
+                if not _is_evaluation_row(row):
+                    raise BadInput(f"{where}: is no step with an origin_id, as the rows before it are; give it in a file of its own")
+                groups.setdefault(_shown(row["origin_id"]), []).append(i)
+            self.groups = list(groups.values())
+
+    def __len__(self) -> int:
+        return len(self.rows if self.groups is None else self.groups)
+
+    def __getitem__(self, i: int) -> tuple[str, Solution]:
+        if self.groups is None:
+            where, row = self.rows[i]
+            return where, read_solution(row, where)
+        rows = [self.rows[number] for number in self.groups[i]]
+        return rows[0][0], _joined(rows)
+
+
+def read_solutions(path: str | Path) -> SolutionRows:
+    """The solutions of a file, of a folder of files, or of standard input ("-")."""
+    return SolutionRows(read_rows(path))
 
 
 def read_solution(row: dict, where: str) -> Solution:
@@ -300,6 +314,57 @@ def evaluation_row(row: dict, where: str, counts: Counter) -> Labelled:
         counts["dropped: step after the first wrong one"] += 1
         return []
     return [(str(len(previous)), Case(problem, previous, now, len(previous) != label))]
+
+
+def _is_evaluation_row(row: dict) -> bool:
+    return all(row.get(name) is not None for name in ("origin_id", "question", "now_step"))
+
+
+def _joined(rows: list[tuple[str, dict]]) -> Solution:
+    """The solution whose steps are these evaluation rows, in any order. All must agree about it."""
+    by_number = _by_number(rows)
+    steps = []
+    for number, (where, row) in enumerate(by_number, 1):
+        first_where, first = by_number[0]
+        for name in ("question", "label"):
+            if row.get(name) != first.get(name):
+                raise BadInput(f"{where}: field '{name}' is not that of {first_where}, another step of {name_of(row)!r}; "
+                               f"correct it")
+        previous = row.get("previous_steps")
+        if steps and isinstance(previous, str) and _without_spaces(previous) != _without_spaces(_numbered(steps)):
+            raise BadInput(f"{where}: field 'previous_steps' does not have the steps of the other rows of {name_of(row)!r}; "
+                           f"correct it")
+        steps.append(_without_number(row["now_step"], number, f"{where}: field 'now_step'"))
+    label = None if first.get("label") is None else _whole_number(first, "label", first_where)
+    return _solution(first, first_where, "question", "now_step", steps, label)
+
+
+def _by_number(rows: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The rows in the order of their steps, which must be all from the first to the last."""
+    found = {}
+    for where, row in rows:
+        mark = MARK.match(get_field(row, "now_step", str, where).lstrip())
+        if mark:
+            number = int(mark[1][:9])
+        else:
+            number = len(_previous_and_now(row, "previous_steps", "now_step", where)[0]) + 1
+        if number in found:
+            raise BadInput(f"{where}: field 'now_step': step {number} of {name_of(row)!r} stands in {found[number][0]} "
+                           f"already; remove one")
+        found[number] = where, row
+    for number in range(1, len(found) + 1):
+        if number not in found:
+            where, row = rows[0]
+            raise BadInput(f"{where}: field 'origin_id': step {number} of {name_of(row)!r} is missing; add its row")
+    return [found[number] for number in sorted(found)]
+
+
+def _numbered(steps: list[str]) -> str:
+    return "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, 1))
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def seed_row(row: dict, where: str, counts: Counter) -> Labelled:

@@ -5,17 +5,20 @@ import tempfile
 from array import array
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 from plumbing.errors import BadInput
 
 
+WHITE_SPACE = b" \t\r\n\f\v\xef\xbb\xbf"  # and UTF-8's byte-order mark, which may be all that a line has
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
-def parse_json(text: str | bytes, where: str) -> Any:
-    """json.loads whose every failure is a BadInput that says where."""
+def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
+    """json.loads, with its hooks, whose every failure is a BadInput that says where."""
     try:
-        value = json.loads(text.rstrip())  # a line's end would count as one more line in the error
+        value = json.loads(text.rstrip(), **hooks)  # a line's end would count as one more line in the error
         if (b"\\u" if isinstance(text, bytes) else "\\u") in text:  # a lone surrogate cannot be written out again
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -38,23 +41,28 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise BadInput(f"{path}: no such file; check the path")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if line.strip(WHITE_SPACE):
                 where = f"{path}:{number}"
                 yield where, expect(parse_json(line, where), dict, where)
 
 
 class Lines:
-    """A JSON-lines file read on demand: in memory stand only the lines' places. lines[i] -> ("FILE:LINE", object)."""
+    """A JSON-lines file read on demand: in memory stand only the lines' places. lines[i] -> ("FILE:LINE", object).
 
-    def __init__(self, path: str | Path):
+    The lines may be those of an open file instead; then `path` is but its name.
+    """
+    before_number = ":"  # what stands between the file's name and the line's number
+    hooks: dict[str, Any] = {}  # of json.loads
+
+    def __init__(self, path: str | Path, file: BinaryIO | None = None):
         self.path = Path(path)
-        if not self.path.is_file():
+        if file is None and not self.path.is_file():
             raise BadInput(f"{path}: no such file; check the path")
-        self.file = open(self.path, "rb")
+        self.file = file or open(self.path, "rb")
         self.places, self.numbers = array("q"), array("q")  # 64-bit: where each non-empty line begins, and its number
         place = 0
         for number, line in enumerate(self.file, 1):
-            if line.strip():
+            if line.strip(WHITE_SPACE):
                 self.places.append(place)
                 self.numbers.append(number)
             place += len(line)
@@ -64,8 +72,8 @@ class Lines:
 
     def __getitem__(self, i: int) -> tuple[str, dict]:
         self.file.seek(self.places[i])
-        where = f"{self.path}:{self.numbers[i]}"
-        return where, expect(parse_json(self.file.readline(), where), dict, where)
+        where = f"{self.path}{self.before_number}{self.numbers[i]}"
+        return where, expect(parse_json(self.file.readline(), where, **self.hooks), dict, where)
 
 
 NAMES = {str: "a text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
