@@ -315,12 +315,11 @@ def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> No
         verdicts.append(verdict)
         sides.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
     verdicts, sides = np.array(verdicts, dtype=bool), np.array(sides, dtype=bool)
-    keep = np.ones(len(verdicts), dtype=bool)
-    rng = np.random.default_rng(config.seed)
-    for side in (False, True) if config.balance else ():
-        yes, no = np.flatnonzero(verdicts & (sides == side)), np.flatnonzero(~verdicts & (sides == side))
-        more = max(yes, no, key=len)
-        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+    keep = balanced(verdicts, sides, config)
+    if sides.any() and not ((keep & sides).any() and (keep & ~sides).any()):
+        # Of few problems, one side may have none, or only those of one verdict: then there is but one side.
+        sides[:] = False
+        keep = balanced(verdicts, sides, config)
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
     if not (keep & ~sides).any():
         print_table("nothing kept", counts)
@@ -333,6 +332,20 @@ def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> No
                 counts[f"kept: {'validation' if sides[n] else 'train'}, {'Yes' if verdict else 'No'}"] += 1
     write_prompt(out, prompt)
     print_table(f"{out} and {held_out}", counts)
+    if config.validation and not (keep & sides).any():
+        print(f"{held_out}: is empty, as there are so few problems; training goes on without, or give a larger --validation")
+
+
+def balanced(verdicts: np.ndarray, sides: np.ndarray, config: SftConfig | PairsConfig) -> np.ndarray:
+    """Which examples to keep, so that each side has as many Yes as No: all of the rarer one. All arrays are (examples,) bool."""
+    keep = np.ones(len(verdicts), dtype=bool)
+    rng = np.random.default_rng(config.seed)
+    for side in (False, True) if config.balance else ():
+        yes = np.flatnonzero(verdicts & (sides == side))
+        no = np.flatnonzero(~verdicts & (sides == side))
+        more = max(yes, no, key=len)
+        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+    return keep
 
 
 def own_prompt(path: str | Path) -> Path:
@@ -428,6 +441,17 @@ class Examples:
     def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
         """`pack` of these examples: (trees, the numbers of over-long ones)."""
         return pack({i: self[i] for i in numbers}, micro_tokens)
+
+
+def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer) -> Examples | None:
+    """The examples of --validation; None without it, and where the file is empty, as it is when made of a few problems."""
+    if path is None:
+        return None
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        if ranks.rank() == 0:
+            print(f"{path}: is empty; training goes on without validation")
+        return None
+    return Examples(path, fields, tokenizer)
 
 
 @dataclass

@@ -9,6 +9,8 @@ import pytest
 
 import data
 import rprm
+import train_dpo
+import train_sft
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
@@ -554,6 +556,35 @@ def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
         assert (kept[True], kept[False]) == (counts[f"kept: {name}, Yes"], counts[f"kept: {name}, No"])
         assert (kept[True] == kept[False]) == ("--no-balance" not in flags)
         assert all(parse_verdict(line["chosen"]) is not parse_verdict(line["rejected"]) is not None for line in read(tmp_path / path))
+
+
+# ---------------------------------------------------------------------------------------------- small data
+
+@pytest.mark.parametrize("problems", [1, 2, 3])
+@pytest.mark.parametrize("script, command", [(train_sft, "sft"), (train_dpo, "pairs")])
+def test_a_few_cases_go_through_the_whole_pipeline(tmp_path, tiny_folder, short, capsys, script, command, problems):
+    """As the README has it, with the validation file that was written, which is empty here; it is said twice."""
+    rows = [sample_row(i, i % 2 == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(4)]
+    write(tmp_path / "s.jsonl", rows)
+    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--prompt-file", short)
+    assert read(tmp_path / "t.validation.jsonl") == [] and len(read(tmp_path / "t.jsonl")) == 4
+    assert f"{tmp_path}/t.validation.jsonl: is empty, as there are so few problems" in capsys.readouterr().out
+    script.main(script.Config(model=str(tiny_folder), train=str(tmp_path / "t.jsonl"), validation=str(tmp_path / "t.validation.jsonl"),
+                              out=str(tmp_path / "run"), device="cpu"))
+    assert f"{tmp_path}/t.validation.jsonl: is empty; training goes on without validation" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_no_share_for_validation_takes_all_there_is_to_train_on(tmp_path, command):
+    """Whatever the seed puts where: a problem alone, or one with Yes and another with No, of which either goes to validation."""
+    for problems in (1, 2):
+        write(tmp_path / "s.jsonl", [sample_row(i, i == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(2)])
+        sizes = set()
+        for seed in range(12):
+            data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--validation", 0.5, "--seed", seed, "--overwrite")
+            sizes.add((len(read(tmp_path / "t.jsonl")), len(read(tmp_path / "t.validation.jsonl"))))
+        assert sizes == {(2, 0)}
 
 
 # ---------------------------------------------------------------------------------------------- bad samples

@@ -6,7 +6,7 @@ import pytest
 
 from formats import readers
 from plumbing.errors import BadInput
-from formats.readers import Solution, read_case, read_labelled_steps, read_rows, read_solution
+from formats.readers import Solution, read_case, read_labelled_steps, read_rows, read_solution, read_solutions
 from rprm import Case, Prompt
 
 
@@ -413,6 +413,47 @@ def test_evaluation_rows(tmp_path):
 def test_a_bad_evaluation_row_names_file_line_and_field(tmp_path, row, said):
     path = write(tmp_path / "x.jsonl", evaluation(), row)
     assert (message := refused(path)).startswith(f"{path}:2: field ") and said in message
+
+
+def test_evaluation_rows_of_one_origin_are_a_solution(tmp_path):
+    """In any order and among others; each step's text is its own row's, with lines of its own that look like steps."""
+    steps = ["Plan:\nStep 1: add\nStep 2: multiply", "So 5.", "Done."]
+    texts = [f"Step {n}: {step}" for n, step in enumerate(steps, 1)]
+    rows = [evaluation("\n".join(texts[:i]) or FIRST, texts[i], 1.0) for i in range(3)]
+    other = evaluation(FIRST, "Step 1: x", -1, origin_id="b", question="Q")
+    solutions = read_solutions(write(tmp_path / "x.json", [rows[1], other, rows[0], rows[2]]))
+    assert len(solutions) == 2
+    assert list(solutions) == [(f"{tmp_path}/x.json: row 1", Solution("gsm8k-0", "1+1?", tuple(steps), 1)),
+                               (f"{tmp_path}/x.json: row 2", Solution("b", "Q", ("x",), -1))]
+    for row in rows:
+        row["label"] = None
+    assert read_solutions(write(tmp_path / "y.json", rows))[0][1].label is None
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda rows: rows.pop(1), "y.jsonl:1: field 'origin_id': step 2 of 'gsm8k-0' is missing"),
+    (lambda rows: rows.append(rows[1]), "y.jsonl:4: field 'now_step': step 2 of 'gsm8k-0' stands in"),
+    (lambda rows: rows[2].update(label=0), "y.jsonl:3: field 'label' is not that of"),
+    (lambda rows: rows[2].update(question="2+2?"), "y.jsonl:3: field 'question' is not that of"),
+    (lambda rows: rows[2].update(previous_steps="Step 1: a\nStep 2: another"), "y.jsonl:3: field 'previous_steps' does not have the steps"),
+    (lambda rows: [row.update(label=3) for row in rows], "field 'label': 3 is out of range (-1 to 2)"),
+    (lambda rows: rows[2].update(now_step="Step 3: "), "field 'now_step': needs at least one step"),
+    (lambda rows: rows.append(bench()), "y.jsonl:4: is no step with an origin_id"),
+])
+def test_steps_that_make_no_solution(tmp_path, change, said):
+    texts = ["Step 1: a", "Step 2: b", "Step 3: c"]
+    rows = [evaluation("\n".join(texts[:i]) or FIRST, texts[i], 1) for i in range(3)]
+    assert read_solutions(write(tmp_path / "x.jsonl", *rows))[0][1].steps == ("a", "b", "c")
+    change(rows)
+    with pytest.raises(BadInput) as error:
+        list(read_solutions(write(tmp_path / "y.jsonl", *rows)))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [[bench(2), bench()], []])
+def test_solutions_of_other_formats(tmp_path, rows):
+    solutions = read_solutions(write(tmp_path / "x.jsonl", *rows))
+    assert len(solutions) == len(rows) and list(solutions) == [(where, read_solution(row, where)) for where, row in solutions.rows]
 
 
 # ---------------------------------------------------------------------------------------------- TRL, OpenR, PRMBench
