@@ -31,7 +31,7 @@ from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refu
 from plumbing.journal import Journal
 from model import Tree, common_prefix
 from formats.readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, parse_verdict
+from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, normal_form, parse_verdict
 from rprm import load_sampler as load_local_sampler
 
 
@@ -233,19 +233,24 @@ def sft(config: SftConfig) -> None:
 
 
 def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[Analysis]]:
-    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why."""
+    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why.
+
+    They come in the normal form, which is what is trained on.
+    """
     found, texts = {name: [] for name in names.values()}, set()
     for a in analyses:
         right = parse_verdict(a.text) == case.label
+        text = normal_form(a.text) if has_one_verdict(a.text) else a.text
         reason = ("cut off at --max-new-tokens" if not a.finished else
                   "no verdict at the end, or several" if not has_one_verdict(a.text) else
                   "verdict not equal to the label" if right not in names else
-                  "the same analysis again" if a.text in texts else None)
+                  "the same analysis again" if text in texts else None)
         if reason:
             counts[f"dropped: {reason}"] += 1
         else:
-            texts.add(a.text)
-            found[names[right]].append(a)
+            texts.add(text)
+            counts["of these, verdict put into the normal form"] += text != a.text
+            found[names[right]].append(dataclasses.replace(a, text=text))
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Iterable, Iterator
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, load_prompt, parse_verdict, row_seed, verdict_letter, yes_no_ids
+from rprm import (VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, before_verdict, has_usual_word, load_prompt,
+                  parse_verdict, row_seed, verdict_letter, yes_no_ids)
 from server.completions import Choice, ServerEngine
 from server.http import Refused, Server, read_key, side_by_side
 
@@ -51,6 +52,10 @@ class ServerSampler(Sampler):
             found.append(Analysis(choice.text, verdict, None, len(tokens), choice.finished))
             if verdict is None:
                 unread.append(i)
+                continue
+            if not has_usual_word(choice.text):
+                before = before_verdict(choice.text)
+                to_read[i] = prompt + self.tokenizer.encode(before) + self._verification(before)
                 continue
             letter = verdict_letter(choice.text)
             place = self._place(tokens, choice.text[letter:]) if self.engine.raw else None

@@ -14,7 +14,7 @@ import train_sft
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
-from rprm import VERIFICATION, Case, Prompt, parse_verdict
+from rprm import QUESTION, VERIFICATION, Case, Prompt, has_one_verdict, normal_form, parse_verdict
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 YES, NO = f"Right.\n{VERIFICATION} Yes", f"Wrong.\n{VERIFICATION} No"
@@ -387,7 +387,7 @@ def test_values_in_any_order_come_out_in_order():
 def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     """Each reason for which an analysis is dropped, counted; kept and dropped together are the analyses."""
     write(tmp_path / "s.jsonl", [
-        sample_row(1, True, [YES, NO, "Hm.", f"{VERIFICATION} Yes\n{YES}", f"{YES}\nDone.", YES, analysis("Cut. " + YES, finished=False),
+        sample_row(1, True, [YES, NO, "Hm.", f"{VERIFICATION} Yes\n{YES}", f"{YES}\nDone {QUESTION}", YES, analysis("Cut. " + YES, finished=False),
                              f"{VERIFICATION} Yes or No", f"More. {YES}"]),
         sample_row(2, False, [NO, YES, f"Also. {NO}"]), sample_row(3, None, [YES]), sample_row(4, True, []),
     ])
@@ -403,6 +403,27 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
                       "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2,
                      "dropped: analysis of a case without a label": 1}
     assert read(tmp_path / "sft.validation.jsonl") == []
+
+
+OTHER_WORDS = [f"**{VERIFICATION}** Yes", f"{VERIFICATION} **Yes**", f"{VERIFICATION}\nYes", f"{VERIFICATION} yes", f"{VERIFICATION} \\boxed{{Yes}}",
+               f"{VERIFICATION} Yes, the step is correct.", f"<answer>\n{VERIFICATION} Yes\n</answer>", f"{VERIFICATION} Yes\nThat is all.",
+               f"<think>I must end with {VERIFICATION} No</think>{VERIFICATION} Yes"]
+
+
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_verdicts_in_other_words_are_trained_on_in_the_normal_form(tmp_path, capsys, command):
+    """Every response ends with the one line; those that did not are counted, and what is then the same is taken once."""
+    texts = [f"({i}) Right.\n{words}" for i, words in enumerate(OTHER_WORDS)]
+    wrong = [re.sub("(?<![(])[Yy]es", "No", text) for text in texts]
+    write(tmp_path / "s.jsonl", [sample_row(1, True, [*texts, *wrong, texts[0], f"(0) Right.\n{VERIFICATION} Yes"])])
+    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--no-balance", "--validation", 0, "--max-per-case", 99)
+    responses = [line[name] for line in read(tmp_path / "t.jsonl") for name in line if name in ("response", "chosen", "rejected")]
+    assert len(set(responses)) == (len(texts) if command == "sft" else 2 * len(texts))
+    assert all(has_one_verdict(text) and text == normal_form(text) and "<" not in text for text in responses)
+    counts = table(capsys.readouterr().out)
+    assert counts["of these, verdict put into the normal form"] == len(set(responses)) and counts["dropped: the same analysis again"] == 2
+    if command == "pairs":
+        assert all(line["chosen"] != line["rejected"] for line in read(tmp_path / "t.jsonl")) and len(responses) == 2 * len(texts) ** 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-balance"], ["--max-per-case", "1", "--validation", "0.5"]])
@@ -518,7 +539,7 @@ def test_even_pairs_are_drawn_by_the_seed():
 def test_pairs_are_right_against_wrong(tmp_path, capsys):
     """Chosen: verdict = label; rejected: the other verdict; both usable; each pair once; no response more often than needed."""
     write(tmp_path / "s.jsonl", [
-        sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone.", analysis(f"Cut. {NO}", finished=False)]),
+        sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone {QUESTION}", analysis(f"Cut. {NO}", finished=False)]),
         sample_row(2, False, numbered(YES, 1) + numbered(NO, 4)),
         sample_row(3, True, numbered(YES, 3)), sample_row(4, False, numbered(YES, 3)), sample_row(5, True, ["Hm."]),
         sample_row(6, None, [YES, NO]),
