@@ -421,7 +421,8 @@ def test_verdicts_in_other_words_are_trained_on_in_the_normal_form(tmp_path, cap
     assert len(set(responses)) == (len(texts) if command == "sft" else 2 * len(texts))
     assert all(has_one_verdict(text) and text == normal_form(text) and "<" not in text for text in responses)
     counts = table(capsys.readouterr().out)
-    assert counts["of these, verdict put into the normal form"] == len(set(responses)) and counts["dropped: the same analysis again"] == 2
+    others = 9 + (8 if command == "pairs" else 0)  # with No in its place, the fourth is in the normal form
+    assert counts["of these, verdict put into the normal form"] == others and counts["dropped: the same analysis again"] == 2
     if command == "pairs":
         assert all(line["chosen"] != line["rejected"] for line in read(tmp_path / "t.jsonl")) and len(responses) == 2 * len(texts) ** 2
 
