@@ -3,22 +3,20 @@
     read_rows("phase2_train.jsonl")         JSON lines
     read_rows("gsm8k.json")                 a JSON array, or a single object
     read_rows("train-00000.parquet")        parquet, where pyarrow is installed
-    read_rows("math-shepherd.jsonl.gz")     any of these, packed by gzip, bzip2 or xz
+    read_rows("math-shepherd.jsonl.gz")     any of these, packed by gzip
     read_rows("data")                       a folder: all files of rows in it, in the order of their names
     read_rows("-")                          standard input, with any of these files in it
 
 Each is a sequence: rows[i] is ("FILE:LINE", object), read when it is asked for. The first bytes of a file tell what it
 is, and not its name. Byte-order marks and CRLF are no part of a row, and what pandas writes as NaN is null.
 
-JSON lines are read where they lie. Parquet, packed files and standard input are first copied as JSON lines into a
+JSON lines are read where they lie. Parquet, gzip and standard input are first copied as JSON lines into a
 temporary file that has no name (in the folder that TMPDIR names): so memory stays flat, and every row can be reached.
 An array is read whole, which takes about six times the file's size in memory: 2 GB at 300 MB.
 """
-import bz2
 import gzip
 import io
 import json
-import lzma
 import re
 import sys
 import tempfile
@@ -34,13 +32,19 @@ from plumbing.files import Lines, expect, naming, parse_json
 STANDARD_INPUT = "-"
 CHUNK = 2 ** 20  # bytes that are copied at a time
 BATCH = 1000     # rows of a parquet file that are in memory at a time
-PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}  # by the first bytes of a file
+# the first bytes of files
+GZIP = b"\x1f\x8b"
 PARQUET = b"PAR1"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
-FOREIGN = {b"PK\x03\x04": "a zip archive; unpack it first", b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
-           b"version https://git-lfs": "no data, but a pointer of Git LFS; fetch the file itself with git lfs pull"}
-ROW_FILES = re.compile(r"\.(json|jsonl|ndjson|parquet)(\.(gz|bz2|xz))?$")
+FOREIGN = {
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+    b"BZh": "packed by bzip2; unpack it first",
+    b"\xfd7zXZ\x00": "packed by xz; unpack it first",
+    b"version https://git-lfs": "no data, but a pointer of Git LFS; fetch the file itself with git lfs pull",
+}
+ROW_FILES = re.compile(r"\.(json|jsonl|ndjson|parquet)(\.gz)?$")
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
 Rows = Sequence[tuple[str, dict]]
@@ -65,9 +69,8 @@ def _rows_of(file: BinaryIO, name: str) -> Rows:
     for magic, remedy in FOREIGN.items():
         if head.startswith(magic):
             raise BadInput(f"{name}: is {remedy}")
-    for magic, packer in PACKED.items():
-        if head.startswith(magic):
-            return _rows_of(_copied(_unpacked(packer.open(file), name)), name)
+    if head.startswith(GZIP):
+        return _rows_of(_copied(_unpacked(gzip.open(file), name)), name)
     if head.startswith(PARQUET):
         return ParquetRows(name, _copied(_parquet_lines(file, name)))
     if head.startswith(UTF16):
@@ -137,7 +140,8 @@ def _row_files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
     found = [path for path in files if ROW_FILES.search(path.name)]
     if not found:
-        raise BadInput(f"{folder}: a folder without files of rows (.json, .jsonl, .ndjson, .parquet, packed or not); check the path")
+        raise BadInput(f"{folder}: a folder without files of rows (.json, .jsonl, .ndjson, .parquet, packed by gzip or not); "
+                       f"check the path")
     splits = {split for path in found for split in SPLIT.findall(str(path.relative_to(folder)).lower())}
     if len(splits) > 1:
         raise BadInput(f"{folder}: holds several splits ({', '.join(sorted(splits))}); name the files of one, "
@@ -169,7 +173,7 @@ def _unpacked(file: BinaryIO, name: str) -> Iterator[bytes]:
     try:
         while chunk := file.read(CHUNK):
             yield chunk
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{name}: cannot be unpacked ({error}); it is broken or cut short: fetch it anew") from None
 
 
@@ -189,7 +193,8 @@ def _parquet_lines(file: BinaryIO, name: str) -> Iterator[bytes]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise BadInput(f"{name}: to read parquet, pyarrow is needed: pip install pyarrow (or convert the file to JSON lines)") from None
+        raise BadInput(f"{name}: to read parquet, pyarrow is needed: pip install pyarrow "
+                       f"(or convert the file to JSON lines)") from None
     try:
         for batch in ParquetFile(file).iter_batches(batch_size=BATCH):
             for row in batch.to_pylist():

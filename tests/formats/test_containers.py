@@ -43,11 +43,11 @@ def stdin(monkeypatch):
     (MARK + b"\r\n" + json.dumps(ROWS, indent=1).replace("\n", "\r\n").encode(), ": row "), (json.dumps(ROWS).encode("utf-16"), ": row "),
 ], ids=["lines", "mark", "CRLF", "mark and CRLF", "no last line end", "UTF-16", "UTF-16 and CRLF", "UTF-16 BE", "array", "array and mark",
         "array, mark and CRLF", "array in UTF-16"])
-@pytest.mark.parametrize("packer", [None, gzip, bz2, lzma], ids=["plain", "gzip", "bzip2", "xz"])
-def test_the_same_rows(tmp_path, stdin, content, between, packer):
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_the_same_rows(tmp_path, stdin, content, between, packed):
     """From a file with any name and from standard input."""
     path = tmp_path / "rows"
-    content = packer.compress(content) if packer else content
+    content = gzip.compress(content) if packed else content
     path.write_bytes(content)
     rows = read_rows(path)
     assert [row for _, row in rows] == ROWS and len(rows) == 5 and rows[3][1] == ROWS[3]
@@ -83,7 +83,7 @@ def test_nan_is_nothing(tmp_path):
     (b"PK\x03\x04...", "is a zip archive; unpack it first"), (b"\x28\xb5\x2f\xfd...", "packed by zstd"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of Git LFS"),
     (gzip.compress(LINES)[:-9], "cannot be unpacked"), (gzip.compress(LINES)[:40] + b"\x00" * 40, "cannot be unpacked"),
-    (bz2.compress(LINES)[:-9], "cannot be unpacked"), (lzma.compress(LINES)[:-9], "cannot be unpacked"),
+    (bz2.compress(LINES), "packed by bzip2; unpack it first"), (lzma.compress(LINES), "packed by xz; unpack it first"),
     (b"\xff\xfe\x00\xd8{", "begins as UTF-16 and is not"), (gzip.compress(b'{"a": 1}\n{"a": \n'), "rows:2: not valid JSON"),
 ])
 def test_what_cannot_be_opened_says_why(tmp_path, content, said):
