@@ -31,7 +31,7 @@ from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refu
 from plumbing.journal import Journal
 from model import Tree, common_prefix
 from formats.readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, parse_verdict
+from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, normal_form, parse_verdict
 from rprm import load_sampler as load_local_sampler
 
 
@@ -39,9 +39,12 @@ from rprm import load_sampler as load_local_sampler
 
 @dataclass(frozen=True)
 class CasesConfig:
-    input: Annotated[tuple[str, ...], "files of ProcessBench, PRM800K, Math-Shepherd or R-PRM's seed rows, told apart by their fields"]
+    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with rows of public formats, which their "
+                                      "fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, OpenR, TRL's stepwise "
+                                      "rows, R-PRM's seed and evaluation rows"]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
+    strict: Annotated[bool, "end at the first row with a defect, instead of dropping and counting it"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
 
@@ -49,8 +52,8 @@ def cases(config: CasesConfig) -> None:
     """solutions -> cases.jsonl: one line per labelled step."""
     print_config(config)
     refuse_existing(config.out, config.overwrite)
-    counts, seen, solutions = Counter(), set(), 0
-    rows = chain.from_iterable(read_labelled_steps(path, counts) for path in config.input)
+    counts, firsts, seen, solutions = Counter(), {}, set(), 0
+    rows = chain.from_iterable(read_labelled_steps(path, counts, config.strict, firsts) for path in config.input)
     with writing(config.out) as file:
         for row_id, found in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
             solutions += 1
@@ -65,6 +68,8 @@ def cases(config: CasesConfig) -> None:
         if not solutions:
             raise BadInput(f"{' '.join(config.input)}: has no solutions; check the file")
     print_table(f"cases from {solutions} solutions", counts)
+    for reason, first in sorted(firsts.items()):
+        print("".join(c if c.isprintable() else " " for c in f"  the first {reason}: {first}"))
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -233,19 +238,24 @@ def sft(config: SftConfig) -> None:
 
 
 def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[Analysis]]:
-    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why."""
+    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why.
+
+    They come in the normal form, which is what is trained on.
+    """
     found, texts = {name: [] for name in names.values()}, set()
     for a in analyses:
         right = parse_verdict(a.text) == case.label
+        text = normal_form(a.text) if has_one_verdict(a.text) else a.text
         reason = ("cut off at --max-new-tokens" if not a.finished else
                   "no verdict at the end, or several" if not has_one_verdict(a.text) else
                   "verdict not equal to the label" if right not in names else
-                  "the same analysis again" if a.text in texts else None)
+                  "the same analysis again" if text in texts else None)
         if reason:
             counts[f"dropped: {reason}"] += 1
         else:
-            texts.add(a.text)
-            found[names[right]].append(a)
+            texts.add(text)
+            counts["of these, verdict put into the normal form"] += text != a.text
+            found[names[right]].append(dataclasses.replace(a, text=text))
     return found
 
 
@@ -315,12 +325,11 @@ def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> No
         verdicts.append(verdict)
         sides.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
     verdicts, sides = np.array(verdicts, dtype=bool), np.array(sides, dtype=bool)
-    keep = np.ones(len(verdicts), dtype=bool)
-    rng = np.random.default_rng(config.seed)
-    for side in (False, True) if config.balance else ():
-        yes, no = np.flatnonzero(verdicts & (sides == side)), np.flatnonzero(~verdicts & (sides == side))
-        more = max(yes, no, key=len)
-        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+    keep = balanced(verdicts, sides, config)
+    if sides.any() and not ((keep & sides).any() and (keep & ~sides).any()):
+        # Of few problems, one side may have none, or only those of one verdict: then there is but one side.
+        sides[:] = False
+        keep = balanced(verdicts, sides, config)
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
     if not (keep & ~sides).any():
         print_table("nothing kept", counts)
@@ -333,6 +342,20 @@ def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> No
                 counts[f"kept: {'validation' if sides[n] else 'train'}, {'Yes' if verdict else 'No'}"] += 1
     write_prompt(out, prompt)
     print_table(f"{out} and {held_out}", counts)
+    if config.validation and not (keep & sides).any():
+        print(f"{held_out}: is empty, as there are so few problems; training goes on without, or give a larger --validation")
+
+
+def balanced(verdicts: np.ndarray, sides: np.ndarray, config: SftConfig | PairsConfig) -> np.ndarray:
+    """Which examples to keep, so that each side has as many Yes as No: all of the rarer one. All arrays are (examples,) bool."""
+    keep = np.ones(len(verdicts), dtype=bool)
+    rng = np.random.default_rng(config.seed)
+    for side in (False, True) if config.balance else ():
+        yes = np.flatnonzero(verdicts & (sides == side))
+        no = np.flatnonzero(~verdicts & (sides == side))
+        more = max(yes, no, key=len)
+        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+    return keep
 
 
 def own_prompt(path: str | Path) -> Path:
@@ -428,6 +451,17 @@ class Examples:
     def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
         """`pack` of these examples: (trees, the numbers of over-long ones)."""
         return pack({i: self[i] for i in numbers}, micro_tokens)
+
+
+def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer) -> Examples | None:
+    """The examples of --validation; None without it, and where the file is empty, as it is when made of a few problems."""
+    if path is None:
+        return None
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        if ranks.rank() == 0:
+            print(f"{path}: is empty; training goes on without validation")
+        return None
+    return Examples(path, fields, tokenizer)
 
 
 @dataclass

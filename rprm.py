@@ -15,7 +15,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator
+from typing import Annotated, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,13 @@ HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
 QUESTION = "Is the step correct (Yes/No)?"
 VERIFICATION = f"Verification: {QUESTION}"
-VERDICT_LINE = re.compile(r".*" + re.escape(QUESTION) + r" (Yes|No)[\s.]*")  # " Yes" and " No" are the tokens that P(Yes) compares
+# What may stand between the question and its answer (white space, markup, brackets, \\boxed{, <answer>), and the answer.
+ANSWER = re.compile(r"(?:[^\w\\<]|_|\\[a-z]+|</?[a-z]+>)*(yes|no)(?![^\W_])", re.IGNORECASE)
+# A second answer after the first: "/No", "or No", or a word that stands alone, which that of "Yes, no error" does not.
+SECOND_ANSWER = re.compile(r"\W*(?:/\W*(yes|no)\b|\bor\W+(yes|no)\b|(yes|no)\b(?!,? *\w))", re.IGNORECASE)
+THINKING_BEGINS = re.compile(r"<think(?:ing)?>|\[THINK\]")
+THINKING_ENDS = re.compile(r"</think(?:ing)?>|\[/THINK\]")
+MARKUP = " \t\r*_#`-"  # of Markdown, around the words of a line
 
 
 # ---------------------------------------------------------------------------------------------- cases and prompts
@@ -99,16 +105,80 @@ class Analysis:
     forced: bool = False  # p_yes was read after a verification line that the model had not written
 
 
+class Verdict(NamedTuple):
+    """The answer to the last verification question of a text."""
+    yes: bool
+    question: int  # where the question begins
+    letter: int    # where the answer's word begins
+
+
+def analysis_start(text: str) -> int:
+    """Where the analysis begins: after the thinking, </think>, in which a model may quote the question.
+
+    What a model that is still thinking has written is no analysis: then it begins at the text's end.
+    """
+    start = max((match.end() for match in THINKING_ENDS.finditer(text)), default=0)
+    return len(text) if THINKING_BEGINS.search(text, start) else start
+
+
+def find_verdict(text: str) -> Verdict | None:
+    """The verdict of an analysis, wherever its last question stands and whatever surrounds the answer; None if it has none.
+
+    All of these are a Yes:  ? Yes   ?** Yes   ? **Yes**   ?\\nYes   ? yes   ? \\boxed{Yes}   ? Yes, the step is correct.
+    None of these is one:    ? Yes or No   ? Yes/No   ? Yes No   ? Yesterday   ? Hm.   and a question without any answer.
+    """
+    question = text.rfind(QUESTION, analysis_start(text))
+    if question < 0:
+        return None
+    answer = ANSWER.match(text, question + len(QUESTION))
+    if answer is None:
+        return None
+    word = answer[1].lower()
+    second = SECOND_ANSWER.match(text, answer.end())
+    if second and second[second.lastindex].lower() != word:
+        return None
+    return Verdict(word == "yes", question, answer.start(1))
+
+
 def parse_verdict(text: str) -> bool | None:
-    """The verdict of the final line, which must ask the question once and answer it with Yes or No alone; else None."""
-    line = text.rstrip().rsplit("\n", 1)[-1]
-    match = VERDICT_LINE.fullmatch(line)
-    return None if match is None or line.count(QUESTION) != 1 else match[1] == "Yes"
+    """What the last answer to the verification question says; None if there is none, or if it says both."""
+    verdict = find_verdict(text)
+    return None if verdict is None else verdict.yes
 
 
 def has_one_verdict(text: str) -> bool:
-    """Exactly one verification question in the whole text, and it is the verdict at the end (the paper's filter)."""
-    return text.count(QUESTION) == 1 and parse_verdict(text) is not None
+    """Exactly one verification question in the whole analysis, and it is answered (the paper's filter)."""
+    return text.count(QUESTION, analysis_start(text)) == 1 and find_verdict(text) is not None
+
+
+def before_verdict(text: str) -> str:
+    """A text that has a verdict, up to the line of the question, or up to the words before it on the same line.
+
+    The heading "Verification:", the markup around it and an <answer> that begins there belong to the verdict.
+    """
+    question = find_verdict(text).question
+    line = text.rfind("\n", 0, question) + 1
+    words = text[line:question].rstrip(MARKUP)
+    heading = words.removesuffix(":").rstrip(MARKUP)
+    if heading.endswith("Verification"):
+        words = heading.removesuffix("Verification").rstrip(MARKUP)
+    words = words.removesuffix("<answer>").rstrip(MARKUP)
+    before = text[:line]
+    if words.strip(MARKUP + ">"):
+        return f"{before}{words}\n"
+    return before.rstrip().removesuffix("<answer>") if before.rstrip().endswith("<answer>") else before
+
+
+def normal_form(text: str) -> str:
+    """An analysis that has a verdict, as it is trained on: without thinking, and with the verdict as its last line.
+
+        <think>Hm.</think>\\n\\nRight.\\n**Verification: Is the step correct (Yes/No)?** yes!\\nDone.
+        Right.\\nVerification: Is the step correct (Yes/No)? Yes
+    """
+    start = analysis_start(text)
+    analysis = before_verdict(text)[start:]
+    line = f"{VERIFICATION} {'Yes' if find_verdict(text).yes else 'No'}"
+    return (analysis.lstrip() if start else analysis) + line
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
@@ -121,15 +191,24 @@ def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
 
 def verdict_letter(text: str) -> int:
     """Where the final verdict word begins in a text that has one."""
-    return VERDICT_LINE.fullmatch(text.rstrip().rsplit("\n", 1)[-1]).start(1) + text.rstrip().rfind("\n") + 1
+    return find_verdict(text).letter
+
+
+def has_usual_word(text: str) -> bool:
+    """Is the word of a text's verdict written as " Yes" or " No", with the space, which are the tokens that P(Yes) compares?"""
+    return text[:verdict_letter(text)].endswith(" ") and text.startswith(("Yes", "No"), verdict_letter(text))
 
 
 def _verdict_place(ids: list[int], text: str, tokenizer: ChatTokenizer) -> int:
     """Which token holds the first letter of the final verdict word in `text` = decode(ids)."""
-    letter = verdict_letter(text)
-    for place in reversed(range(len(ids))):
-        if len(tokenizer.decode(ids[:place])) <= letter:
-            return place
+    return _tokens_within(ids, verdict_letter(text), tokenizer)
+
+
+def _tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
+    """How many of the first tokens lie wholly within the first `length` characters of their text."""
+    for n in reversed(range(len(ids) + 1)):
+        if len(tokenizer.decode(ids[:n])) <= length:
+            return n
     return 0
 
 
@@ -153,6 +232,12 @@ class Sampler:
         while sampler.busy:
             for ticket, analyses in sampler.step():     # the cases that are complete
                 ...
+
+    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine takes down while
+    it decodes. Where the verdict was written in other words ("**Yes", "yes", "\\boxed{Yes}"), that pair says nothing at
+    this position. Then P(Yes) is read in a second pass, after the analysis with the verification line in place of its
+    verdict. So one pair of tokens is compared in all analyses, under all tokenizers; a sum over the forms of a word would
+    compare other sets of tokens from analysis to analysis.
 
     engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell what was computed.
     """
@@ -227,15 +312,29 @@ class Sampler:
         return self._complete(case, prompt, found) if self.sampling.complete else found
 
     def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `_added` has put in its stead."""
+        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words` has put in its stead."""
         found = []
-        for c in continuations:
+        elsewhere: dict[int, list[int]] = {}  # index of the analysis -> the ids after which a second pass reads P(Yes)
+        for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
             verdict = parse_verdict(text)
-            p_yes = c.read if verdict is None else c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
+            p_yes = None
+            if verdict is None:
+                p_yes = c.read
+            elif has_usual_word(text):
+                p_yes = c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
+            else:
+                elsewhere[i] = prompt + self._up_to_verdict(c.ids, text)
             forced = verdict is None and p_yes is not None
             found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished, forced))
+        for i, p_yes in zip(elsewhere, self.engine.read_p_yes(list(elsewhere.values())), strict=True):
+            found[i] = replace(found[i], p_yes=p_yes)
         return found
+
+    def _up_to_verdict(self, ids: list[int], text: str) -> list[int]:
+        """An analysis cut before its verdict, with the verification line in its place: ids up to where the answer would come."""
+        kept = ids[:_tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
+        return kept + self._verification(self.tokenizer.decode(kept))
 
     def added_words(self, ids: list[int]) -> list[int]:
         """What is put after an analysis for P(Yes) to be read: the verification line where a verdict is missing, if it is to be forced."""

@@ -24,7 +24,7 @@ from plumbing.errors import BadInput
 from plumbing.files import get_field, write_json
 from plumbing.journal import Journal
 from data import ServedConfig, in_order, load_sampler, read_analyses, round_size, rounds
-from formats.readers import Solution, read_rows, read_solution
+from formats.readers import Solution, read_solution, read_solutions
 from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
 
 
@@ -33,7 +33,8 @@ class Config(ServedConfig):
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(DEFAULT_MODEL)
     problem: Annotated[str | None, "one solution: the problem's text"] = None
     step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
-    input: Annotated[tuple[str, ...], "files in ProcessBench's format (one object: that solution alone)"] = ()
+    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with solutions: ProcessBench, PRMBench, "
+                                      "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows"] = ()
     out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
     k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)] = (10,)
     threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
@@ -99,10 +100,11 @@ class Solutions:
             raise BadInput("--resume goes on with a file of scores; name it with --out")
         stems = [Path(path).stem for path in config.input]
         self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.input)]
-        self.files = [read_rows(path) for path in config.input]
+        self.files = [read_solutions(path) for path in config.input]
         if config.step:
             self.sources = ["command line"]
-            self.files = [[("command line", {"id": "0", "problem": config.problem, "steps": list(config.step)})]]
+            given = {"id": "0", "problem": config.problem, "steps": list(config.step)}
+            self.files = [[("command line", read_solution(given, "command line"))]]
         if empty := [path for path, rows in zip(config.input, self.files) if not len(rows)]:
             raise BadInput(f"{empty[0]}: has no solutions; check the file")
         self.ends = list(accumulate(min(len(rows), config.limit or len(rows)) for rows in self.files))
@@ -112,8 +114,8 @@ class Solutions:
 
     def __getitem__(self, i: int) -> tuple[str, Solution]:
         n = bisect(self.ends, i)
-        where, row = self.files[n][i - (self.ends[n - 1] if n else 0)]
-        return self.sources[n], read_solution(row, where)
+        _, solution = self.files[n][i - (self.ends[n - 1] if n else 0)]
+        return self.sources[n], solution
 
 
 # ---------------------------------------------------------------------------------------------- judging

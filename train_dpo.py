@@ -24,7 +24,7 @@ from plumbing.cli import run
 from plumbing.errors import BadInput
 from plumbing.threads import choose_threads
 from plumbing.files import naming
-from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt
+from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt, validation_examples
 from model import Decoder
 from rprm import dpo_loss, response_logprobs
 from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     if not config.plain:
         fast.speed_up(model)
     train = Examples(config.train, PAIR_FIELDS, tokenizer)
-    validation = Examples(config.validation, PAIR_FIELDS, tokenizer) if config.validation else None
+    validation = validation_examples(config.validation, PAIR_FIELDS, tokenizer)
     steps, numbers = epoch_batches(len(train), config)
     first, _ = train.pack(numbers(0), config.micro_tokens)
     print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))

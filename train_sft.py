@@ -18,7 +18,7 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput
 from plumbing.threads import choose_threads
-from data import SFT_FIELDS, Examples, deal, travelling_prompt
+from data import SFT_FIELDS, Examples, deal, travelling_prompt, validation_examples
 from model import Decoder
 from rprm import response_logprobs, sft_loss
 from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
@@ -44,7 +44,7 @@ def main(config: Config) -> None:
         fast.speed_up(model)
     tokenizer = load_tokenizer(folder)
     train = Examples(config.train, SFT_FIELDS, tokenizer)
-    validation = Examples(config.validation, SFT_FIELDS, tokenizer) if config.validation else None
+    validation = validation_examples(config.validation, SFT_FIELDS, tokenizer)
     steps, numbers = epoch_batches(len(train), config)
     first, _ = train.pack(numbers(0), config.micro_tokens)
     print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))

@@ -19,7 +19,7 @@ from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_
 import fast
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
-from formats.readers import read_rows, read_solution
+from formats.readers import read_solutions
 from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
 
 
@@ -59,7 +59,7 @@ def measure(config: Config) -> list[Row]:
 
 
 def cases_of(config: Config) -> list[Case]:
-    found = [read_solution(row, where) for where, row in read_rows(config.data)][:config.solutions]
+    found = [solution for _, solution in read_solutions(config.data)][:config.solutions]
     return [Case(s.problem, s.steps[:t], s.steps[t]) for s in found for t in range(len(s.steps))]
 
 

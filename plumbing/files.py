@@ -12,16 +12,20 @@ import tempfile
 from array import array
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, ClassVar, Iterator
 
 from plumbing.errors import BadInput
 
+
+WHITE_SPACE = b" \t\r\n\f\v\xef\xbb\xbf"  # and UTF-8's byte-order mark, which may be all that a line has
+
+
 # ---------------------------------------------------------------------------------------------- reading
 
-def parse_json(text: str | bytes, where: str) -> Any:
-    """json.loads whose every failure is a BadInput that says where."""
+def parse_json(text: str | bytes, where: str, **hooks: Any) -> Any:
+    """json.loads, with its hooks, whose every failure is a BadInput that says where."""
     try:
-        value = json.loads(text.rstrip())  # the line's end would count as a second line in the error
+        value = json.loads(text.rstrip(), **hooks)  # the line's end would count as a second line in the error
         escape = b"\\u" if isinstance(text, bytes) else "\\u"
         if escape in text:  # perhaps a lone surrogate, which cannot be written out again
             json.dumps(value, ensure_ascii=False).encode()
@@ -41,7 +45,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     path = existing(path)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if line.strip(WHITE_SPACE):
                 where = f"{path}:{number}"
                 yield where, expect(parse_json(line, where), dict, where)
 
@@ -57,17 +61,19 @@ def existing(path: str | Path) -> Path:
 class Lines:
     """A JSON-lines file that is read on demand: lines[i] -> ("FILE:LINE", object) of the i-th non-empty line.
 
-    Memory holds two numbers for each line, and none of its content.
+    Memory holds two numbers for each line, and none of its content. The lines may be those of an open `file`; `path` is then its name.
     """
+    before_number = ":"  # what stands between the file's name and the line's number
+    hooks: ClassVar[dict[str, Any]] = {}  # of json.loads
 
-    def __init__(self, path: str | Path):
-        self.path = existing(path)
-        self.file = open(self.path, "rb")  # noqa: SIM115, as it stays open
+    def __init__(self, path: str | Path, file: BinaryIO | None = None):
+        self.path = Path(path)
+        self.file = file or open(existing(path), "rb")  # noqa: SIM115, as it stays open
         self.offsets = array("q")  # the byte at which each non-empty line begins
         self.numbers = array("q")  # its number in the file, from 1
         offset = 0
         for number, line in enumerate(self.file, 1):
-            if line.strip():
+            if line.strip(WHITE_SPACE):
                 self.offsets.append(offset)
                 self.numbers.append(number)
             offset += len(line)
@@ -77,8 +83,8 @@ class Lines:
 
     def __getitem__(self, i: int) -> tuple[str, dict]:
         self.file.seek(self.offsets[i])
-        where = f"{self.path}:{self.numbers[i]}"
-        return where, expect(parse_json(self.file.readline(), where), dict, where)
+        where = f"{self.path}{self.before_number}{self.numbers[i]}"
+        return where, expect(parse_json(self.file.readline(), where, **self.hooks), dict, where)
 
 
 NAMES = {

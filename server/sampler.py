@@ -15,19 +15,8 @@ from typing import Iterable, Iterator
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import (
-    VERIFICATION,
-    Analysis,
-    Case,
-    Prompt,
-    Sampler,
-    Sampling,
-    load_prompt,
-    parse_verdict,
-    row_seed,
-    verdict_letter,
-    yes_no_ids,
-)
+from rprm import (VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, before_verdict, has_usual_word, load_prompt,
+                  parse_verdict, row_seed, verdict_letter, yes_no_ids)
 from server.completions import Choice, ServerEngine, Token, YesNo
 from server.http import Refused, Server, read_key
 from server.jobs import Jobs
@@ -117,7 +106,10 @@ class ServerSampler(Sampler):
             tokens = self._own_tokens(choice)
             verdict = parse_verdict(choice.text)
             p_yes = None
-            if verdict is not None:
+            if verdict is not None and not has_usual_word(choice.text):
+                before = before_verdict(choice.text)
+                unread[i] = prompt + self.tokenizer.encode(before) + self._verification(before)
+            elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
                 if at is None:

@@ -9,10 +9,12 @@ import pytest
 
 import data
 import rprm
+import train_dpo
+import train_sft
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
-from rprm import VERIFICATION, Case, Prompt, parse_verdict
+from rprm import QUESTION, VERIFICATION, Case, Prompt, has_one_verdict, normal_form, parse_verdict
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 YES, NO = f"Right.\n{VERIFICATION} Yes", f"Wrong.\n{VERIFICATION} No"
@@ -136,11 +138,58 @@ def test_cases_of_the_real_processbench(processbench, tmp_path, capsys):
                                               "dropped: step after the first wrong one": 514}
 
 
+SHEPHERD = {"input": "Q? Step 1: a=1. ки\nStep 2: b=2. ки", "label": "Q? Step 1: a=1. +\nStep 2: b=2. -"}
+DEFECTS = [  # (row, why it is dropped, what is said of it)
+    (bench_row("y", 7), "label out of range", "field 'label': 7 is out of range (-1 to 2)"),
+    (bench_row("z", -1) | {"steps": ["a", " "]}, "with a blank step", "field 'steps': needs at least one step"),
+    ({"input": "Q? a=1. ки", "label": "Q? a=1. +"}, "without Step 1:", "field 'input': needs a problem"),
+    ({"instruction": "a", "x\x1b[2J\ny": "b"}, "of another shape", "fields instruction, x"),
+]
+
+
+def test_rows_with_defects_are_dropped_and_counted(tmp_path, capsys):
+    """The good rows' cases are those of a file without the bad ones; the table says how many, why, and where the first stands."""
+    good = [bench_row("x", 1), SHEPHERD, bench_row("w", -1, 1)]
+    write(tmp_path / "good.jsonl", good)
+    write(tmp_path / "mixed.jsonl", [good[0], *(row for row, *_ in DEFECTS), good[1], DEFECTS[0][0], good[2]])
+    data_py("cases", "--input", tmp_path / "good.jsonl", "--out", tmp_path / "good")
+    kept = table(capsys.readouterr().out)
+    data_py("cases", "--input", tmp_path / "mixed.jsonl", "--out", tmp_path / "mixed")
+    out = capsys.readouterr().out
+    without_ids = [[{**line, "id": None} for line in read(tmp_path / name)] for name in ("good", "mixed")]
+    assert without_ids[0] == without_ids[1] and len(without_ids[0]) == 5
+    assert table(out) == kept | {f"dropped row: {reason}": 1 for _, reason, _ in DEFECTS} | {"dropped row: label out of range": 2}
+    for number, (_, reason, said) in enumerate(DEFECTS, 2):
+        assert re.search(f"^  the first dropped row: {re.escape(reason)}: {tmp_path}/mixed.jsonl:{number}: {re.escape(said)}", out, re.M)
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("row, reason, said", DEFECTS, ids=[reason for _, reason, _ in DEFECTS])
+def test_strict_makes_a_defect_an_error(tmp_path, capsys, row, reason, said):
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), row])
+    assert f"{tmp_path}/a.jsonl:2: {said}" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c", "--strict")
+    assert names(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("row, reason, said", DEFECTS, ids=[reason for _, reason, _ in DEFECTS])
+def test_an_input_without_a_good_row_is_an_error(tmp_path, capsys, row, reason, said):
+    """Also beside a good input: a wrong file must not vanish in a table."""
+    write(tmp_path / "a.jsonl", [row, row])
+    write(tmp_path / "good.jsonl", [bench_row("x", 1)])
+    message = refused(capsys, "cases", "--input", tmp_path / "good.jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    assert f"{tmp_path}/a.jsonl:1: {said}" in message and names(tmp_path) == ["a.jsonl", "good.jsonl"]
+
+
+def test_malformed_json_is_an_error_without_strict_too(tmp_path, capsys):
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), '{"id": ', bench_row("y", 1)])
+    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+
+
 def test_a_bad_row_leaves_no_cases(tmp_path, capsys):
     """The error names file, row and field; what was there before stays as it was."""
-    write(tmp_path / "a.jsonl", [bench_row("x", 1), bench_row("y", 7)])
+    write(tmp_path / "a.jsonl", [bench_row("x", 1), "7"])
     said = refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
-    assert f"{tmp_path}/a.jsonl:2: field 'label': 7 is out of range" in said
+    assert f"{tmp_path}/a.jsonl:2: expected an object, found 7" in said
     assert names(tmp_path) == ["a.jsonl"]
     (tmp_path / "c").write_text("old")
     assert "--overwrite" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
@@ -338,7 +387,7 @@ def test_values_in_any_order_come_out_in_order():
 def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     """Each reason for which an analysis is dropped, counted; kept and dropped together are the analyses."""
     write(tmp_path / "s.jsonl", [
-        sample_row(1, True, [YES, NO, "Hm.", f"{VERIFICATION} Yes\n{YES}", f"{YES}\nDone.", YES, analysis("Cut. " + YES, finished=False),
+        sample_row(1, True, [YES, NO, "Hm.", f"{VERIFICATION} Yes\n{YES}", f"{YES}\nDone {QUESTION}", YES, analysis("Cut. " + YES, finished=False),
                              f"{VERIFICATION} Yes or No", f"More. {YES}"]),
         sample_row(2, False, [NO, YES, f"Also. {NO}"]), sample_row(3, None, [YES]), sample_row(4, True, []),
     ])
@@ -354,6 +403,28 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
                       "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2,
                      "dropped: analysis of a case without a label": 1}
     assert read(tmp_path / "sft.validation.jsonl") == []
+
+
+OTHER_WORDS = [f"**{VERIFICATION}** Yes", f"{VERIFICATION} **Yes**", f"{VERIFICATION}\nYes", f"{VERIFICATION} yes", f"{VERIFICATION} \\boxed{{Yes}}",
+               f"{VERIFICATION} Yes, the step is correct.", f"<answer>\n{VERIFICATION} Yes\n</answer>", f"{VERIFICATION} Yes\nThat is all.",
+               f"<think>I must end with {VERIFICATION} No</think>{VERIFICATION} Yes"]
+
+
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_verdicts_in_other_words_are_trained_on_in_the_normal_form(tmp_path, capsys, command):
+    """Every response ends with the one line; those that did not are counted, and what is then the same is taken once."""
+    texts = [f"({i}) Right.\n{words}" for i, words in enumerate(OTHER_WORDS)]
+    wrong = [re.sub("(?<![(])[Yy]es", "No", text) for text in texts]
+    write(tmp_path / "s.jsonl", [sample_row(1, True, [*texts, *wrong, texts[0], f"(0) Right.\n{VERIFICATION} Yes"])])
+    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--no-balance", "--validation", 0, "--max-per-case", 99)
+    responses = [line[name] for line in read(tmp_path / "t.jsonl") for name in line if name in ("response", "chosen", "rejected")]
+    assert len(set(responses)) == (len(texts) if command == "sft" else 2 * len(texts))
+    assert all(has_one_verdict(text) and text == normal_form(text) and "<" not in text for text in responses)
+    counts = table(capsys.readouterr().out)
+    others = 9 + (8 if command == "pairs" else 0)  # with No in its place, the fourth is in the normal form
+    assert counts["of these, verdict put into the normal form"] == others and counts["dropped: the same analysis again"] == 2
+    if command == "pairs":
+        assert all(line["chosen"] != line["rejected"] for line in read(tmp_path / "t.jsonl")) and len(responses) == 2 * len(texts) ** 2
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-balance"], ["--max-per-case", "1", "--validation", "0.5"]])
@@ -469,7 +540,7 @@ def test_even_pairs_are_drawn_by_the_seed():
 def test_pairs_are_right_against_wrong(tmp_path, capsys):
     """Chosen: verdict = label; rejected: the other verdict; both usable; each pair once; no response more often than needed."""
     write(tmp_path / "s.jsonl", [
-        sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone.", analysis(f"Cut. {NO}", finished=False)]),
+        sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone {QUESTION}", analysis(f"Cut. {NO}", finished=False)]),
         sample_row(2, False, numbered(YES, 1) + numbered(NO, 4)),
         sample_row(3, True, numbered(YES, 3)), sample_row(4, False, numbered(YES, 3)), sample_row(5, True, ["Hm."]),
         sample_row(6, None, [YES, NO]),
@@ -507,6 +578,35 @@ def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
         assert (kept[True], kept[False]) == (counts[f"kept: {name}, Yes"], counts[f"kept: {name}, No"])
         assert (kept[True] == kept[False]) == ("--no-balance" not in flags)
         assert all(parse_verdict(line["chosen"]) is not parse_verdict(line["rejected"]) is not None for line in read(tmp_path / path))
+
+
+# ---------------------------------------------------------------------------------------------- small data
+
+@pytest.mark.parametrize("problems", [1, 2, 3])
+@pytest.mark.parametrize("script, command", [(train_sft, "sft"), (train_dpo, "pairs")])
+def test_a_few_cases_go_through_the_whole_pipeline(tmp_path, tiny_folder, short, capsys, script, command, problems):
+    """As the README has it, with the validation file that was written, which is empty here; it is said twice."""
+    rows = [sample_row(i, i % 2 == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(4)]
+    write(tmp_path / "s.jsonl", rows)
+    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--prompt-file", short)
+    assert read(tmp_path / "t.validation.jsonl") == [] and len(read(tmp_path / "t.jsonl")) == 4
+    assert f"{tmp_path}/t.validation.jsonl: is empty, as there are so few problems" in capsys.readouterr().out
+    script.main(script.Config(model=str(tiny_folder), train=str(tmp_path / "t.jsonl"), validation=str(tmp_path / "t.validation.jsonl"),
+                              out=str(tmp_path / "run"), device="cpu"))
+    assert f"{tmp_path}/t.validation.jsonl: is empty; training goes on without validation" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_no_share_for_validation_takes_all_there_is_to_train_on(tmp_path, command):
+    """Whatever the seed puts where: a problem alone, or one with Yes and another with No, of which either goes to validation."""
+    for problems in (1, 2):
+        write(tmp_path / "s.jsonl", [sample_row(i, i == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(2)])
+        sizes = set()
+        for seed in range(12):
+            data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--validation", 0.5, "--seed", seed, "--overwrite")
+            sizes.add((len(read(tmp_path / "t.jsonl")), len(read(tmp_path / "t.validation.jsonl"))))
+        assert sizes == {(2, 0)}
 
 
 # ---------------------------------------------------------------------------------------------- bad samples

@@ -4,6 +4,7 @@ A mutation works on the bytes (cut, flip, repeat, insert), on the JSON value (dr
 or on the text of a template. The seeds are fixed; a failing test prints the input.
 """
 import copy
+import gzip
 import itertools
 import json
 import random
@@ -23,7 +24,8 @@ from plumbing.errors import BadInput
 from plumbing.files import read_jsonl
 from conftest import CHATML, make_config, random_tensors
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, read_analyses
-from formats.readers import read_case, read_labelled_steps, read_rows, read_solution
+from formats.containers import read_rows
+from formats.readers import read_case, read_labelled_steps, read_solutions
 from rprm import VERIFICATION, Case, Sampler, Sampling, load_prompt, yes_no_ids
 
 N = 1000
@@ -38,6 +40,14 @@ SHEPHERD = {"input": "Tom has 3. Step 1: 3 + 4 = 7 ки\nStep 2: 7 + 1 = 9 ки"
             "label": "Tom has 3. Step 1: 3 + 4 = 7 +\nStep 2: 7 + 1 = 9 -", "task": "GSM8K"}
 SEED_ROW = {"id": "a", "query": "Tom has 3.", "previous-steps": "Step 1: 3 + 4 = 7\nStep 2: so 7", "now-step": "Step 3: 8",
             "expert-judge": "Negative"}
+EVALUATION = {"id": 7, "origin_id": "gsm8k-0", "question": "Tom has 3.", "previous_steps": "Step 1: 3 + 4 = 7", "now_step": "Step 2: So 8.",
+              "label": 1}
+STEPWISE = {"prompt": "Tom has 3.", "completions": ["Step 1: 3 + 4 = 7", "Step 2: so 8"], "labels": [True, False]}
+OPENR = {"question": "Tom has 3.", "process": "Step 1: 3 + 4 = 7\n\n\n\n\nStep 2: so 8\n\n\n\n\n", "label": ["+", "-"]}
+PRMBENCH = {"modified_question": "Tom has 3.", "modified_process": ["3 + 4 = 7", "so 8"], "error_steps": [2], "classification": "circular",
+            "idx": "p1_0"}
+FORMATS = {"processbench": PROCESSBENCH, "prm800k": PRM800K, "shepherd": SHEPHERD, "seed_row": SEED_ROW, "evaluation": EVALUATION,
+           "stepwise": STEPWISE, "openr": OPENR, "prmbench": PRMBENCH}
 CASE = {"id": "c-0", "problem": "Tom has 3.", "previous_steps": ["He buys 4."], "now_step": "So 8.", "label": False}
 SAMPLES = {"id": "c-0", "case": CASE, "analyses": [
     {"text": f"Hm.\n{VERIFICATION} No", "verdict": False, "p_yes": 0.25, "n_tokens": 12, "finished": True, "forced": False},
@@ -157,30 +167,47 @@ def fuzz(inputs, use, n: int = N) -> None:
 
 # ---------------------------------------------------------------------------------------------- rows
 
-@pytest.mark.parametrize("row", [PROCESSBENCH, PRM800K, SHEPHERD, SEED_ROW], ids=["processbench", "prm800k", "shepherd", "seed_row"])
-def test_solutions(tmp_path, row):
-    """As JSON lines, and every third file as an array."""
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_solutions(tmp_path, name, strict):
+    """As JSON lines, and every third file as an array. With `strict`, each row is read or refused; else dropped rows are counted."""
     path, turn = tmp_path / "rows.json", itertools.count()
 
     def use(content: bytes):
         path.write_bytes(content if next(turn) % 3 else b"[" + content.strip().replace(b"\n", b",") + b"]")
-        for _, found in read_labelled_steps(path, Counter()):
-            for name, case in found:
-                assert isinstance(name, str) and isinstance(case.label, bool) and case.now_step.strip() and case.problem.strip()
-                assert all(isinstance(step, str) for step in case.previous_steps)
+        counts, firsts = Counter(), {}
+        for row_id, found in read_labelled_steps(path, counts, strict, firsts):
+            for step, case in found:
+                assert isinstance(row_id, str) and isinstance(step, str)
+                assert isinstance(case.label, bool) and case.now_step.strip() and case.problem.strip()
+                assert all(isinstance(step, str) and step.strip() for step in case.previous_steps)
                 json.dumps(case.__dict__, ensure_ascii=False).encode()  # can be written
-    fuzz(mutated_lines("solutions", [row, row]), use)
+        assert set(firsts) == {reason for reason in counts if reason.startswith("dropped row")} and not (strict and firsts)
+    fuzz(mutated_lines("solutions", [FORMATS[name]] * 2), use)
 
 
-def test_solutions_to_score(tmp_path):
+@pytest.mark.parametrize("name", ["processbench", "evaluation"])
+def test_solutions_to_score(tmp_path, name):
     path = tmp_path / "rows.json"
 
     def use(content: bytes):
         path.write_bytes(content)
-        for where, row in read_rows(path):
-            solution = read_solution(row, where)
+        for where, solution in read_solutions(path):
+            assert isinstance(where, str) and isinstance(solution.id, str) and solution.problem.strip()
             assert solution.steps and (solution.label is None or -1 <= solution.label < len(solution.steps))
-    fuzz(mutated_lines("score", [PROCESSBENCH]), use)
+    first = EVALUATION | {"previous_steps": "", "now_step": "Step 1: 3 + 4 = 7"}
+    fuzz(mutated_lines("score", [PROCESSBENCH] if name == "processbench" else [EVALUATION, first]), use)
+
+
+def test_packed_rows(tmp_path):
+    path, rng = tmp_path / "rows", random.Random("packed")
+    whole = gzip.compress((json.dumps(PROCESSBENCH) + "\n").encode() * 20)
+
+    def use(content: bytes):
+        path.write_bytes(content)
+        for where, row in read_rows(path):
+            assert isinstance(where, str) and isinstance(row, dict)
+    fuzz((mutate_bytes(rng, whole) if rng.random() < 0.7 else whole for _ in range(N)), use)
 
 
 def test_cases(tmp_path):

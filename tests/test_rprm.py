@@ -143,24 +143,68 @@ def test_the_projects_own_prompts(name):
     (f"It is right.\nSo:\n{VERIFICATION} Yes\n", True), (f"So: {VERIFICATION} No", False), (f"{QUESTION} Yes", True),
     (f"No, no.\r\n{VERIFICATION} Yes\r\n", True), (f"{VERIFICATION} Yes\n{VERIFICATION} No", False),
     (f"{VERIFICATION} No\nOr rather:\n{VERIFICATION} Yes", True),
-    ("", None), ("Yes", None), ("It is right.", None), (VERIFICATION, None), (f"{VERIFICATION} ", None), (f"{VERIFICATION}\nYes", None),
-    (f"{VERIFICATION} Yes or No", None), (f"{VERIFICATION} Yes/No", None), (f"{VERIFICATION} Yes No", None),
-    (f"{VERIFICATION} Yes, it is", None), (f"{VERIFICATION} Yes\nThat is all.", None), (f"{VERIFICATION} Yesterday", None),
-    (f"{VERIFICATION} Nope", None), (f"{VERIFICATION} yes", None), (f"{VERIFICATION} NO", None), (f"{VERIFICATION} **Yes**", None),
-    (f"**{VERIFICATION}** Yes", None), (f"{VERIFICATION}Yes", None), (f"{VERIFICATION}  Yes", None), (f"{VERIFICATION} Maybe", None),
-    (f"{VERIFICATION} Yes {VERIFICATION} No", None), (f"{VERIFICATION} {VERIFICATION} Yes", None),
+    ("", None), ("Yes", None), ("It is right.", None), (VERIFICATION, None), (f"{VERIFICATION} ", None),
+    # other words for the same
+    (f"{VERIFICATION}\nYes", True), (f"{VERIFICATION} yes", True), (f"{VERIFICATION} NO", False), (f"{VERIFICATION}Yes", True),
+    (f"{VERIFICATION}  Yes", True), (f"{VERIFICATION} **Yes**", True), (f"**{VERIFICATION}** Yes", True), (f"**{VERIFICATION} No**", False),
+    (f"{VERIFICATION} _No_", False), (f"{VERIFICATION} `No`", False), (f"{VERIFICATION} \"Yes.\"", True), (f"{VERIFICATION}: Yes", True),
+    (f"{VERIFICATION} \\boxed{{Yes}}", True), (f"{VERIFICATION} $\\boxed{{\\text{{No}}}}$", False),
+    (f"{VERIFICATION} <answer>No</answer>", False), (f"{VERIFICATION} - No", False),
+    # something after it
+    (f"{VERIFICATION} Yes, it is", True), (f"{VERIFICATION} Yes, the step is correct.", True), (f"{VERIFICATION} Yes\nThat is all.", True),
+    (f"<answer>\n{VERIFICATION} No\n</answer>", False), (f"{VERIFICATION} Yes, no errors were found.", True),
+    (f"{VERIFICATION} Yes\nNo error was found.", True), (f"{VERIFICATION} No, yes would be wrong.", False), (f"{VERIFICATION} \\boxed{{Yes}}\nYes", True),
+    # no answer, or two
+    (f"{VERIFICATION} Yes or No", None), (f"{VERIFICATION} Yes/No", None), (f"{VERIFICATION} Yes No", None), (f"{VERIFICATION} [Yes/No]", None),
+    (f"{VERIFICATION} Yes\nNo", None), (f"{VERIFICATION} No, or yes.", None), (f"{VERIFICATION} Yes. No.", None),
+    (f"{VERIFICATION} Yesterday", None), (f"{VERIFICATION} Nope", None), (f"{VERIFICATION} Maybe", None), (f"{VERIFICATION} It is. Yes", None),
+    # the last question counts
+    (f"{VERIFICATION} Yes {VERIFICATION} No", False), (f"{VERIFICATION} {VERIFICATION} Yes", True), (f"{VERIFICATION} Yes\n{VERIFICATION}", None),
     ("Verification: Is the step correct? Yes", None), ("Verification: Is the step correct (Yes or No)? Yes", None),
+    # thinking
+    (f"<think>I must end with {VERIFICATION} Yes</think>\nWrong.\n{VERIFICATION} No", False), (f"Hm: {VERIFICATION} Yes</think>Hm.", None),
+    (f"<think>\n{VERIFICATION} Yes", None), (f"<think>a</think>b<think>{VERIFICATION} Yes", None), (f"[THINK]{VERIFICATION} No[/THINK]{QUESTION} Yes", True),
+    (f"<think>a</think><think>{VERIFICATION} Yes</think>{VERIFICATION} No", False),
 ])
-def test_the_verdict_is_that_of_the_final_line(text, verdict):
+def test_the_verdict_is_the_last_answer_to_the_question(text, verdict):
     assert parse_verdict(text) is verdict
+    if verdict is not None:
+        assert text[rprm.verdict_letter(text):].lower().startswith("yes" if verdict else "no")
 
 
 def test_exactly_one_verdict():
-    """The filter for training data: the question once in all, at the end, with its answer."""
-    assert has_one_verdict(f"Right.\n{VERIFICATION} Yes") and has_one_verdict(f"{VERIFICATION} No.\n")
-    for text in (f"{VERIFICATION} Yes\n{VERIFICATION} Yes", f"{QUESTION} Hm.\n{VERIFICATION} Yes", f"{VERIFICATION} Yes\nDone.",
-                 f"{VERIFICATION} Yes or No", VERIFICATION, "", "Yes"):
+    """The filter for training data: the question once in the analysis, answered. Thinking is not in it."""
+    for text in (f"Right.\n{VERIFICATION} Yes", f"{VERIFICATION} No.\n", f"**{VERIFICATION}** Yes\nDone.",
+                 f"<think>{QUESTION} I write: {VERIFICATION} No</think>\n\nRight.\n{VERIFICATION} Yes"):
+        assert has_one_verdict(text)
+    for text in (f"{VERIFICATION} Yes\n{VERIFICATION} Yes", f"{QUESTION} Hm.\n{VERIFICATION} Yes", f"<think>{VERIFICATION} Yes",
+                 f"{VERIFICATION} Yes or No", VERIFICATION, "", "Yes", f"{VERIFICATION} Yes</think>Yes"):
         assert not has_one_verdict(text)
+
+
+LINE = f"{VERIFICATION} Yes"
+
+
+@pytest.mark.parametrize("text, normal", [
+    (LINE, LINE), (f"Right.\n{LINE}", f"Right.\n{LINE}"), (f"Right.\n\n{LINE}", f"Right.\n\n{LINE}"), (f"Right.\n{LINE}.\n\n", f"Right.\n{LINE}"),
+    (f"So: {LINE}", f"So:\n{LINE}"), (f"So: {QUESTION} yes", f"So:\n{LINE}"), (f"{QUESTION} Yes", LINE), (f"Is 3 *\n{LINE}", f"Is 3 *\n{LINE}"),
+    (f"**Right.**\n\n**{VERIFICATION}** Yes", f"**Right.**\n\n{LINE}"), (f"Right.\n## Verification: **{QUESTION}** **Yes**!", f"Right.\n{LINE}"),
+    (f"Right.\n- **Verification:** {QUESTION}\n\nYes, it is.\nBye.", f"Right.\n{LINE}"), (f"Right.\n> {VERIFICATION} \\boxed{{Yes}}", f"Right.\n{LINE}"),
+    (f"Right.\n<answer>\n{LINE}\n</answer>", f"Right.\n{LINE}"), (f"Right.\n<answer>{LINE}</answer>", f"Right.\n{LINE}"),
+    (f"<think>{QUESTION} No</think>\n\nRight.\n{LINE}", f"Right.\n{LINE}"), (f"Hm.</think>\n{VERIFICATION} YES", LINE),
+    (f"\n Right.\n{LINE}", f"\n Right.\n{LINE}"), (f"Right.\r\n{LINE}\r\n", f"Right.\r\n{LINE}"),
+])
+def test_the_normal_form(text, normal):
+    """It is its own normal form, with the same verdict, in its last line."""
+    assert rprm.normal_form(text) == normal == rprm.normal_form(normal)
+    assert parse_verdict(normal) is True and has_one_verdict(normal) and normal.endswith(LINE)
+
+
+def test_a_verdict_is_found_in_no_time():
+    """Long runs of what may stand around an answer."""
+    for filler in (" ", "\n", "*", "\\a", "\\" + "a" * 50, "<a>", "yes", "no ", "<think>", "</think>", "_"):
+        text = f"{VERIFICATION}{filler * 20000}"
+        parse_verdict(text), parse_verdict(f"{text} Yes{filler * 20000}"), parse_verdict(f"{filler * 20000}{LINE}")
 
 
 def test_yes_and_no_are_single_tokens_after_the_question(make_sampler):
@@ -170,7 +214,7 @@ def test_yes_and_no_are_single_tokens_after_the_question(make_sampler):
 
 # ---------------------------------------------------------------------------------------------- where P(Yes) is read
 
-TAILS = {" Yes": True, " No": False, " Yes.\n": True, " No. \n\n": False}
+TAILS = {" Yes": True, " No": False, " Yes.\n": True, " No. \n\n": False, " Yes, the step is correct.": True, " No\n</answer>": False}
 
 
 @pytest.mark.parametrize("before", ["", "The sum is right.\n", "12 + 7 = 19. Naïve, but 对的 😀.\n\nYes, yes.\n",
@@ -189,6 +233,36 @@ def test_p_yes_is_read_at_the_verdict(make_sampler, monkeypatch, before):
     assert abs(elsewhere - expected) > 1e-3  # the neighbouring position would have been seen
 
 
+@pytest.mark.parametrize("before, tail", [
+    ("It is right.\n**", "** Yes"), ("It is right.\n", "\n\n No"), ("It is right. 😀 ", " ( Yes )"),
+])
+def test_p_yes_is_read_where_the_word_stands_in_its_usual_token(make_sampler, monkeypatch, before, tail):
+    """After other words than usual, but as the token " Yes" or " No": P(Yes) is that of this very position."""
+    sampler = make_sampler(k=1, max_new_tokens=400)
+    text = before + VERIFICATION + tail
+    scripted(monkeypatch, sampler.tokenizer, {PENS: [text]})
+    [[a]] = analyses_of(sampler, [PENS])
+    word = text.rfind(" Yes") if "Yes" in tail else text.rfind(" No")
+    expected = p_yes_after(sampler, sampler.prompt_ids(PENS) + sampler.tokenizer.encode(text[:word]))
+    assert a.p_yes == pytest.approx(expected, abs=1e-5) and a.verdict is ("Yes" in tail) and not a.forced
+
+
+@pytest.mark.parametrize("before, heading, tail", [
+    ("It is right.\n", "", " **Yes**"), ("It is right.\n\n", "**", "** **No**\nDone."), ("It is right.\n", "", "\nYes"), ("", "", " no"),
+    ("It is right. 😀\n", "## ", " \\boxed{No}"), ("<think>It is.</think>\n", "- ", "Yes"),
+])
+def test_p_yes_of_other_words_is_read_after_the_normal_line(make_sampler, monkeypatch, before, heading, tail):
+    """ "**Yes" is no token that P(Yes) compares: it is read after the analysis with the verification line in its place."""
+    sampler = make_sampler(k=2, max_new_tokens=400)
+    scripted(monkeypatch, sampler.tokenizer, {PENS: [before + heading + VERIFICATION + tail, f"{before}{VERIFICATION} Yes"]})
+    for force in (True, False):
+        sampler.sampling = dataclasses.replace(sampler.sampling, force=force)
+        [[a, normal]] = analyses_of(sampler, [PENS])
+        expected = p_yes_after(sampler, sampler.prompt_ids(PENS) + sampler.tokenizer.encode(before + VERIFICATION))
+        assert a.p_yes == pytest.approx(expected, abs=1e-5) == normal.p_yes and not a.forced
+        assert a.verdict is ("yes" in tail.lower()) and a.text == before + heading + VERIFICATION + tail
+
+
 def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
     """The model may write " Yes" as several tokens: what counts is the one with the first letter."""
     tokenizer = make_sampler().tokenizer
@@ -199,7 +273,7 @@ def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
 
 
 @pytest.mark.parametrize("text", ["The sum is right.", "", "The sum is right.\n", f"{VERIFICATION} Yes or No",
-                                  f"{VERIFICATION} Yes. Done.", "😀"])
+                                  f"{VERIFICATION} Well. Done.", "😀"])
 def test_a_forced_reading_equals_a_full_pass(make_sampler, monkeypatch, text):
     """An analysis without a verdict: P(Yes) after the verification line on a line of its own; the text stays as it is."""
     sampler = make_sampler(k=2, max_new_tokens=200)

@@ -292,6 +292,21 @@ def test_where_the_tokens_do_not_tell_the_verdict_it_is_read_again(stand_in, tin
     assert a.p_yes == pytest.approx(p_yes(before)) and not a.forced
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+@pytest.mark.parametrize("before, words, after", [
+    ("Right.\n", "**", "** Yes, it is."), ("Right.\n", "", "\n\n No"), ("Right.\n", "**", "** **Yes**"), ("Right.\n", "", "\nno"), ("", "## ", " yes")])
+def test_verdicts_in_other_words(stand_in, tiny_folder, dialect, before, words, after):
+    """P(Yes) where the usual word was written; else after the analysis with the verification line in its place."""
+    stand_in.dialect, stand_in.write = dialect, lambda prompt, seed: before + words + VERIFICATION + after
+    it = sampler(stand_in, tiny_folder, k=2)
+    [(_, analyses)] = it.analyses(cases(1))
+    usual = re.match(r"\W+(?= (Yes|No))", after)
+    read = before + words + VERIFICATION + usual[0] if usual else before + VERIFICATION
+    expected = pytest.approx(p_yes(stand_in.tokenizer.decode(it.prompt_ids(cases(1)[0])) + read))
+    verdict = "yes" in after.lower()
+    assert [(a.verdict, a.forced, a.p_yes) for a in analyses] == [(verdict, False, expected)] * 2
+
+
 def test_cut_off_analyses_are_told(stand_in, tiny_folder):
     [analyses] = found(stand_in, tiny_folder, cases(1), max_new_tokens=3)
     assert [(a.finished, a.n_tokens, a.forced) for a in analyses] == [(False, 3, True)] * 4
