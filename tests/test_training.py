@@ -27,7 +27,7 @@ from bench.kill import content
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
-from conftest import ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
+from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from plumbing.run import TrainConfig, epoch_batches, learning_rate
 
@@ -674,7 +674,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
     process = start(["train_sft.py", *flags])
     wait_for_lines(tmp_path / "out/metrics.jsonl", 1, process)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in errors.splitlines()[-1]
     [kept] = (tmp_path / "out/checkpoints").iterdir()
     assert int(kept.name.removeprefix("step-")) == len(metrics(tmp_path / "out"))

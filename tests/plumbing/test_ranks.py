@@ -30,7 +30,7 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from plumbing.journal import Journal
-from conftest import start, wait_for_lines
+from conftest import HANG, start, wait_for_lines
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
 import fast
 from model import Tree
@@ -137,7 +137,7 @@ def ran(tmp_path_factory, make_folder):
         plan.append((name, jobs[name][1] | {"out": str(out), "resume": True}))
     (folder / "plan.json").write_text(json.dumps({"plan": plan, "measure": [str(folder / "held"), sft_to("measured")]}))
     process = start((*TORCHRUN, __file__, folder / "plan.json"))
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors
     do("sft", sft_to("two_to_one") | {"resume": True})
     for number, handler in before.items():
@@ -396,7 +396,7 @@ def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path, 
     process = start((*TORCHRUN, *command(jobs["sft"][1], tmp_path / "out")))
     wait_for_lines(tmp_path / "out/metrics.jsonl", 5, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert process.returncode not in (0, None)
     done = len(metrics(tmp_path / "out"))
     job = jobs["sft"][1] | {"out": str(tmp_path / "out"), "epochs": 200, "checkpoint_activations": False, "resume": True}
@@ -424,7 +424,7 @@ def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path):
     pair = pair_of_ranks(command(jobs["sft"][1], tmp_path / "out"))
     wait_for_lines(tmp_path / "out/metrics.jsonl", 3, pair[0])
     pair[1].kill()
-    _, errors = pair[0].communicate(timeout=60)
+    _, errors = pair[0].communicate(timeout=HANG)
     assert pair[0].returncode == 3, errors
     assert "rank 0 has lost another rank" in errors and "--resume" in errors and "Traceback" not in errors
     pair[1].communicate()
@@ -433,6 +433,7 @@ def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path):
 @pytest.mark.parametrize("script", ["train", "sample"])
 def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
     """SIGSTOP to the second of two ranks: the first ends after --rank-timeout, with one line; what is saved is whole.
+    (In less, a busy machine may not have both started, or come from one step to the next.)
 
     Training waits in the next collective. Of a sampling the first rank does all of its share, and then waits.
     """
@@ -444,16 +445,16 @@ def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
         cases = [json.loads(text) | {"problem": f"{i}"} for i, text in enumerate(given * 30)]
         job = jobs["sample"][1] | {"cases": write(tmp_path / "cases.jsonl", cases), "out": tmp_path / "out.jsonl"}
         line, log = ["data.py", "sample", *flags_of(job)], tmp_path / "out.jsonl.2-of-2.part"
-    pair = pair_of_ranks([*line, "--rank-timeout", 3])
+    pair = pair_of_ranks([*line, "--rank-timeout", 15])
     wait_for_lines(log, 2, pair[1])
     os.kill(pair[1].pid, signal.SIGSTOP)
-    _, errors = pair[0].communicate(timeout=90)
+    _, errors = pair[0].communicate(timeout=HANG)
     pair[1].kill()
     pair[1].communicate()
     assert pair[0].returncode == 3, errors
     assert re.search(r"^error: rank 0 has lost another rank \(.*--resume to go on$", errors, re.M) and "Traceback" not in errors
     if script == "sample":
-        assert "rank 1 has shown no sign of work for 3 seconds" in errors
+        assert "rank 1 has shown no sign of work for 15 seconds" in errors
         assert (tmp_path / "out.jsonl.1-of-2.part").read_bytes().count(b"\n") == 105
 
 
