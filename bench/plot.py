@@ -39,13 +39,13 @@ def main(config: Config) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, e.g. "| SFT, 16 examples | examples/s | 0.37 | – | 0.0791 | **4.7×** | 4× | TRL | de65633 |"."""
-    lines = ["| work | unit | ours | plain | peer | ours / peer | wanted | the peer | commit |", "|---|---|---|---|---|---|---|---|---|"]
+    """The rows in Markdown, e.g. "| SFT, 16 examples | 0.37 examples/s | – | 0.0791 | **4.7×** | 4× | de65633 |"."""
+    lines = ["| work | ours | plain | peer | ours / peer | wanted | commit |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         plain = "–" if row["plain"] is None else number(row["plain"])
         wanted = "–" if row["wanted"] is None else f"{row['wanted']}×"
-        lines.append(f"| {row['work']} | {row['unit']} | {number(row['ours'])} | {plain} | {number(row['peer'])} | "
-                     f"**{row['ratio']:.1f}×** | {wanted} | {row['peer_is']} | {row['commit']} |")
+        lines.append(f"| {row['work']} | {number(row['ours'])} {row['unit']} | {plain} | {number(row['peer'])} | "
+                     f"**{row['ratio']:.1f}×** | {wanted} | {row['commit']} |")
     return "\n".join(lines)
 
 
