@@ -68,7 +68,10 @@ def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
 
 
 def kill_and_resume(command: list, path: Path, moments: list[int]) -> str:
-    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output."""
+    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output.
+
+    A third of the work must lie behind the last moment, so that on a busy machine too the process is met before it ends.
+    """
     command = [*command, "--resume"]
     for lines in moments:
         process = start(command)
