@@ -1,10 +1,10 @@
 """The plot and the table of ratios in bench/README.md, from the committed results.
 
-    python bench/plot.py          # after a change of bench/ratios.json, which holds what `bench/run.py` printed
+    python bench/plot.py     # after a change of bench/ratios.json, which holds what bench/run.py printed
 
-A row of ratios.json has the work, its unit, our rate, the plain path's (null: not measured), the peer's, the ratio of ours to the peer's
-before either was rounded, and the ratio that was wanted (null: none was). The plot goes to ratios.svg, the table between the markers of
-README.md.
+A row of ratios.json has the work, its unit, our rate, the plain path's (null: not measured), the peer's, the
+ratio of ours to the peer's before either was rounded, and the ratio that was wanted (null: none was). The plot
+goes to ratios.svg, the table between the markers of README.md.
 """
 import json
 import sys
@@ -39,13 +39,16 @@ def main(config: Config) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, e.g. "| SFT, 16 examples | 0.37 examples/s | – | 0.0791 | **4.7×** | 4× | de65633 |"."""
-    lines = ["| work | ours | plain | peer | ours / peer | wanted | commit |", "|---|---|---|---|---|---|---|"]
+    """The rows in Markdown, e.g. "| SFT | 0.37 examples/s | – | 0.0791 | **4.7×** | 4× | de65633 |"."""
+    lines = ["| work | ours | plain | peer | ours / peer | wanted | commit |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         plain = "–" if row["plain"] is None else number(row["plain"])
         wanted = "–" if row["wanted"] is None else f"{row['wanted']}×"
-        lines.append(f"| {row['work']} | {number(row['ours'])} {row['unit']} | {plain} | {number(row['peer'])} | "
-                     f"**{row['ratio']:.1f}×** | {wanted} | {row['commit']} |")
+        ours = f"{number(row['ours'])} {row['unit']}"
+        ratio = f"**{row['ratio']:.1f}×**"
+        cells = [row["work"], ours, plain, number(row["peer"]), ratio, wanted, row["commit"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The pages: every command line has flags that exist, every link leads somewhere, every figure of speed is the one in ratios.json."""
+"""The pages: command lines have flags that exist, links lead somewhere, figures are those of ratios.json."""
 import functools
 import json
 import re
@@ -86,7 +86,8 @@ def test_every_command_line_of_a_page_is_accepted(monkeypatch, page):
 
 
 def test_a_command_line_with_an_unknown_flag_is_noticed(monkeypatch):
-    found = commands("    python score.py --model judge --input a.json \\\n        --kk 1 --out o   # a comment\n")
+    page = "    python score.py --model judge --input a.json \\\n        --kk 1 --out o   # a comment\n"
+    found = commands(page)
     assert found == [("score.py", ["--model", "judge", "--input", "a.json", "--kk", "1", "--out", "o"])]
     with pytest.raises(SystemExit):
         parse(monkeypatch, *found[0])
@@ -128,5 +129,7 @@ def test_the_plot_is_drawn(tmp_path):
     page = tmp_path / "README.md"
     page.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
     plot.main(plot.Config(page=str(page), out=str(tmp_path / "plot.svg")))
-    assert page.read_text().startswith(f"before\n{plot.BEGIN}\n| work |") and page.read_text().endswith("\nafter\n")
+    text = page.read_text()
+    assert text.startswith(f"before\n{plot.BEGIN}\n| work |")
+    assert text.endswith(f"|\n{plot.END}\nafter\n")
     assert (tmp_path / "plot.svg").read_text().count("<svg") == 1

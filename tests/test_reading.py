@@ -13,13 +13,13 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def test_the_page_prints_what_it_says(monkeypatch):
-    """Texts and whole numbers to the letter, other numbers to one in their last digit, as another processor may round otherwise."""
+    """Texts and whole numbers to the letter; others to one in their last digit, as processors round."""
     monkeypatch.chdir(ROOT)
     namespace = {}
     page = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(page))
     assert len(blocks) == page.count("```python")
-    assert sum(1 for block in blocks if block[2]) == page.count("```text")  # what is printed stands right behind its code
+    assert sum(1 for block in blocks if block[2]) == page.count("```text")  # right behind their code
     for block in blocks:
         lines_before = page.count("\n", 0, block.start(1))  # so that an error names the page's line
         printed = io.StringIO()
