@@ -45,6 +45,15 @@ FAMILIES = {  # what each adds to SIZES in its config.json
 }
 
 
+SLOW_FIXTURES = {"smollm2", "serve", "ran"}  # a real model, a real server, runs of two ranks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

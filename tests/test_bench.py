@@ -27,6 +27,7 @@ from model import Decoder, Tree, head_chunk
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     small = "--scale 0.05 --micro-tokens 256 --trees 2 --steps 1 --prompts 3 --k 2 --solutions 2 --repeats 1".split()
     line = [sys.executable, ROOT / "bench/gpu.py", "--shape", "tiny", "--device", "cpu", *small, "--out", tmp_path / "gpu.json"]
@@ -80,6 +81,7 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_memory_table_at_7b(monkeypatch, checkpointed):
     """Every tensor of two steps of SFT in the shape of Qwen2.5-7B, 8,192 tokens, bf16 products: fake ones, which have sizes and no content.

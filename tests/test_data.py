@@ -190,6 +190,7 @@ def test_sample_is_the_method_itself(sampling, tiny_folder):
         assert [a["text"] for a in line["analyses"]] == [a.text for a in found]
 
 
+@pytest.mark.slow
 def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, short, tmp_path):
     """SIGKILL to the process at three random moments, rounds of 8 cases."""
     write(tmp_path / "cases.jsonl", [case_row(i) for i in range(60)])
@@ -203,6 +204,7 @@ def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, s
                                                  for end in ("jsonl", "jsonl.config.json", "prompt.txt")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags_too", [[], ["--complete"]], ids=["plain", "complete"])
 def test_a_killed_sampling_resumes_to_the_same_file(sampling, capsys, flags_too, monkeypatch):
     """Killed before the first line, between two, in the midst of one and before the last rename: the same bytes, P(Yes) included.

@@ -26,6 +26,7 @@ from data import PAIR_FIELDS, SFT_FIELDS, Examples, read_analyses
 from formats.readers import read_case, read_labelled_steps, read_rows, read_solution
 from rprm import VERIFICATION, Case, Sampler, Sampling, load_prompt, yes_no_ids
 
+pytestmark = pytest.mark.slow
 N = 1000
 SECONDS = 120  # of this process alone: none may hang, a family of a thousand takes a few
 

@@ -218,6 +218,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("dtype, layers", [(torch.float32, 3), (torch.bfloat16, 6)])
 def test_loading_peaks_little_above_the_weights(folder, dtype, layers):

@@ -575,6 +575,7 @@ def test_scores_are_in_order_and_stop_at_the_first_wrong_step(stand_in, flags, b
     assert "model judge; top 20 log-probabilities" in printed and "server: 0 requests tried again; P(Yes) bounded 0, unknown 0" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--k", 2], ["--k", 2, "--all-steps"], ["--direct", "--k", 1]])
 def test_a_failed_run_resumes_to_the_same_file(stand_in, flags, bench, tmp_path, how):
     score_py(*flags, "--input", bench, "--out", tmp_path / "whole.jsonl", *how)
@@ -594,6 +595,7 @@ def command(script: str, *argv) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, argv)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, tmp_path, capsys):
     """The fifth answer never comes, and the timeout is longer than this test waits: the program waits for neither."""
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(
