@@ -229,6 +229,7 @@ def read(path: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- dialects
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp", "bare", "few", "one seed"])
 def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
     """Names of tokens, the most that n may be, fields refused, log-probabilities after temperature: all differ, P(Yes) does not."""
