@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
+HANG = 1200  # seconds after which a process is taken to hang: none comes near them, on however busy a machine
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and on a busy machine two wait for each other
 
@@ -44,6 +45,15 @@ FAMILIES = {  # what each adds to SIZES in its config.json
 }
 
 
+SLOW_FIXTURES = {"smollm2", "serve", "ran"}  # a real model, a real server, runs of two ranks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -60,14 +70,17 @@ def start(command: list, **environment: str) -> subprocess.Popen:
 
 def wait_for_lines(path: Path, lines: int, process: subprocess.Popen) -> None:
     """Until the process has written so many lines; an error where it ends before."""
-    deadline = time.time() + 120
+    deadline = time.monotonic() + HANG
     while not path.exists() or path.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
 
 
 def kill_and_resume(command: list, path: Path, moments: list[int]) -> str:
-    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output."""
+    """Run a script with --resume and SIGKILL it when `path` has so many lines, again at the next moment, then let it end -> its output.
+
+    A third of the work must lie behind the last moment, so that on a busy machine too the process is met before it ends.
+    """
     command = [*command, "--resume"]
     for lines in moments:
         process = start(command)
@@ -76,7 +89,7 @@ def kill_and_resume(command: list, path: Path, moments: list[int]) -> str:
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it was done before"
     process = start(command)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors
     return printed
 

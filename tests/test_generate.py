@@ -222,6 +222,7 @@ def test_transformers_probability_of_yes(engine_of, model, tiny_folder):
 
 # ---------------------------------------------------------------------------------------------- company
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_the_batch(engine_of, model):
     """Batch sizes 1, 3 and 16, other company and another order give a prompt the same tokens."""
     requests = requests_of(shared_prompts(16), 3)
@@ -241,6 +242,7 @@ def test_fewer_samples_are_the_first_of_more(engine_of, model):
     assert_same(one, [row[:1] for row in ten])
 
 
+@pytest.mark.slow
 def test_rows_are_retired_and_refilled(engine_of, model):
     """Many prompts through few rows equal one big batch, also where one prompt's samples alone are more than max_rows."""
     requests = requests_of(shared_prompts(14), 3)
@@ -306,6 +308,7 @@ def test_prompts_of_one_group_share_what_they_share(engine_of, model):
     assert engine.prefill_tokens == len({tuple(p[:n]) for p in prompts for n in range(1, len(p) + 1)}) == 60 + 31 + 3 + 2 + 31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("max_rows", [5, 160])
 def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatch, max_rows, kind):
@@ -330,6 +333,7 @@ def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatc
 
 # ---------------------------------------------------------------------------------------------- ends
 
+@pytest.mark.slow
 def test_any_end_of_text_id_ends_a_row(engine_of, model):
     """The sampled end is not among the tokens, but has a P(Yes); every id of the list is met as an end."""
     found = run(engine_of(model, temperature=1, max_new_tokens=80), requests_of(shared_prompts(17), 8))
@@ -379,6 +383,7 @@ def test_read_p_yes_equals_a_full_pass(engine_of, model, monkeypatch, prefill_to
 
 # ---------------------------------------------------------------------------------------------- the fast engine is the plain one
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_the_fast_engine_samples_what_the_plain_one_does(make_folder, seed):
     """Over random models, prompts and requests: the same tokens and ends, P(Yes) to 1e-6, added words too.

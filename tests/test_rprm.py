@@ -421,6 +421,7 @@ def test_the_reward_is_the_mean_p_yes():
     assert reward([analysis(None)] * 3) is None and reward([]) is None
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, make_sampler):
     """The last one that fits, with room for the verification line and an answer, is taken; one token less room is not."""
     sampler = Sampler(load_model(tiny_folder), load_tokenizer(tiny_folder), Prompt(SHORT, "test"), Sampling(k=1))
@@ -452,6 +453,7 @@ def check_shown(out: str, k: int) -> float:
     return float(value)
 
 
+@pytest.mark.slow
 def test_the_script_shows_the_method(tiny_folder, short_prompt):
     """As a user runs it, from another folder: analyses, verdicts, the average and the reward."""
     done = subprocess.run([sys.executable, str(ROOT / "rprm.py"), "--model", str(tiny_folder), "--prompt-file", str(short_prompt),

@@ -82,6 +82,7 @@ def test_difficulty_sets_the_traps():
             assert problem.question_first == bool(difficulty) and all(e.told_by_other == bool(difficulty) for e in problem.exchanges)
 
 
+@pytest.mark.slow
 def test_files_are_disjoint_balanced_and_repeatable(tmp_path):
     world.main(world.Config(out=str(tmp_path / "a"), train=60, validation=20, test=20, pretrain=4))
     world.main(world.Config(out=str(tmp_path / "b"), train=60, validation=20, test=20, pretrain=4))
@@ -95,6 +96,7 @@ def test_files_are_disjoint_balanced_and_repeatable(tmp_path):
     assert len(set(problems)) == 100
 
 
+@pytest.mark.slow
 def test_the_embedded_base_knows_the_form_and_judges_poorly():
     tokenizer = Tokenizer.from_file(str(WORLD / "base" / "tokenizer.json"))
     assert all(tokenizer.token_to_id(str(n)) is not None for n in range(10, 100))

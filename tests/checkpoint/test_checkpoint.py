@@ -82,6 +82,7 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------------------------------------- saving
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, 100_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("family, tied", [(family, tied) for family in FAMILIES for tied in (True, False)])
 def test_a_saved_checkpoint_is_the_same_to_transformers(make_folder, tmp_path, family, tied, shard_bytes):
@@ -218,6 +219,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("dtype, layers", [(torch.float32, 3), (torch.bfloat16, 6)])
 def test_loading_peaks_little_above_the_weights(folder, dtype, layers):

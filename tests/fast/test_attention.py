@@ -118,6 +118,7 @@ def flex_on_cpu(monkeypatch):
     monkeypatch.setattr(flex_module, "compiled_flex_attention", lambda: flex.flex_attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed, past", [(0, 0), (1, 0), (2, 0), (3, 1), (4, 129), (5, 300)])
 def test_flex_attention_gives_what_blocks_give(flex_on_cpu, seed, past):
     """Outputs and gradients, of the past too, in fp64; 4 heads share 2 of keys and values."""

@@ -20,6 +20,7 @@ def model(tiny_folder):
     return load_model(tiny_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 10, 255, 256, 257])
 @pytest.mark.parametrize("own", [1, 255, 256, 257])
 def test_a_prompt_may_end_at_the_edge_of_a_block(tiny_folder, model, shared, own):
@@ -45,6 +46,7 @@ def test_no_more_rows_than_max_rows(model, monkeypatch):
     assert max(seen) in (6, 7)  # two prompts of three rows, and perhaps the last row of one before them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature, max_rows", [(0, 160), (0.15, 160), (0.15, 20), (0.5, 160)])
 def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperature, max_rows):
     """As many rows pass the model as there are different beginnings to go on from: the continuations of a prompt are a tree."""
@@ -100,6 +102,7 @@ def test_a_later_prompt_cuts_the_prefix_while_earlier_ones_are_decoded(model, mo
 
 # ---------------------------------------------------------------------------------------------- recorded steps, as on a GPU
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [4, 64])
 @pytest.mark.parametrize("k, max_rows, temperature, top_p", [(1, 5, 0.5, 0.95), (3, 7, 1, 1), (3, 30, 0.95, 0.95), (8, 1000, 0, 0.95)])
 def test_recorded_steps_sample_what_plain_ones_do(model, recording, monkeypatch, window, k, max_rows, temperature, top_p):
@@ -122,6 +125,7 @@ def test_recorded_steps_go_on_when_the_prefix_shrinks(model, recording, monkeypa
     assert len(FakeGraph.made) > 2
 
 
+@pytest.mark.slow
 def test_few_recordings_are_made(model, recording, monkeypatch):
     """Rows that end one by one do not each cost a recording: they wait until a sixteenth of the rows have."""
     requests, retired, taken = requests_of(shared_prompts(40), 4), [], []

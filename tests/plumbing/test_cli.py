@@ -160,6 +160,7 @@ cli.run((Config, main))
 '''
 
 
+@pytest.mark.slow
 def test_a_script_ends_with_one_line_and_exit_code_2(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import start, wait_for_lines
+from conftest import HANG, start, wait_for_lines
 from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, a fixture
 
 import data
@@ -158,7 +158,7 @@ def ran(tmp_path_factory, make_folder):
     to_measure = [str(folder / "held"), sft_to("measured")]
     (folder / "plan.json").write_text(json.dumps({"plan": plan, "measure": to_measure}))
     process = start((*TORCHRUN, __file__, folder / "plan.json"))
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0, errors
     do("sft", sft_to("two_to_one") | {"resume": True})
     for number, handler in before.items():
@@ -443,7 +443,7 @@ def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path):
     process = start((*TORCHRUN, *command(jobs["sft"][1], tmp_path / "out")))
     wait_for_lines(tmp_path / "out/metrics.jsonl", 5, process)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert process.returncode not in (0, None)
     done = len(metrics(tmp_path / "out"))
     job = jobs["sft"][1] | {"out": str(tmp_path / "out"), "epochs": 200, "checkpoint_activations": False,
@@ -494,7 +494,7 @@ def test_without_torchrun_a_killed_rank_is_noticed_by_the_other(ran, tmp_path, s
     pair = pair_of_ranks(line)
     wait_for_lines(log, 3, pair[1])
     pair[1].kill()
-    _, errors = pair[0].communicate(timeout=90)
+    _, errors = pair[0].communicate(timeout=HANG)
     pair[1].communicate()
     assert_lost(pair[0], errors)
     assert "no sign of work" not in errors
@@ -511,7 +511,7 @@ def test_a_rank_that_hangs_is_given_up(ran, tmp_path, script):
     pair = pair_of_ranks([*line, "--rank-timeout", 10])
     wait_for_lines(log, 2, pair[1])
     os.kill(pair[1].pid, signal.SIGSTOP)
-    _, errors = pair[0].communicate(timeout=120)
+    _, errors = pair[0].communicate(timeout=HANG)
     pair[1].kill()
     pair[1].communicate()
     assert_lost(pair[0], errors)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, start
+from conftest import HANG, ROOT, start
 
 import data
 import score
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(json.dumps(value).encode()[:50])
         elif wrong == "never":
-            it.forever.wait(60)
+            it.forever.wait()
         elif wrong == "no logprobs":
             self.send(200, {"choices": [choice | {"logprobs": None} for choice in value["choices"]]})
         elif isinstance(wrong, tuple):
@@ -245,6 +245,7 @@ def read(path: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- dialects
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp", "bare", "few", "one seed"])
 def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
     """Names of tokens, the most that n may be, fields refused, temperature: all differ, P(Yes) does not."""
@@ -553,7 +554,7 @@ import score, data
 print([name for name in sys.modules if name.split(".")[0] == "server"], "http.client" in sys.modules)
 """
     process = start(["-c", code])
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=HANG)
     assert (process.returncode, printed) == (0, "[] False\n"), errors
 
 
@@ -619,7 +620,7 @@ def test_no_more_requests_than_allowed_and_no_fewer(stand_in, tiny_folder):
 
     def wait(body):
         if body["max_tokens"] == 1:
-            four.wait(30)
+            four.wait(HANG)
             stand_in.forever.wait(0.02)  # so that a fifth would be seen
     stand_in.on_post = wait
     assert len(list(it.analyses(cases(3)))) == 3
@@ -735,6 +736,7 @@ def test_scores_are_in_order_and_stop_at_the_first_wrong_step(stand_in, flags, b
     assert "server: 0 requests tried again; P(Yes) bounded 0, unknown 0" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["--k", 2], ["--k", 2, "--all-steps"], ["--direct", "--k", 1]])
 def test_a_failed_run_resumes_to_the_same_file(stand_in, flags, bench, tmp_path, how):
     score_py(*flags, "--input", bench, "--out", tmp_path / "whole.jsonl", *how)
@@ -754,6 +756,7 @@ def command(script: str, *argv) -> list[str]:
     return [sys.executable, str(ROOT / script), *map(str, argv)]
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, tmp_path, capsys):
     """The fifth answer would take a minute, the timeout is ten: the program ends at once."""
     rows = [{"id": str(i), "problem": f"Problem {i}.", "previous_steps": [], "now_step": "1.", "label": True}
@@ -767,11 +770,13 @@ def test_ctrl_c_waits_for_no_answer_and_the_run_goes_on(stand_in, tiny_folder, t
     fifth = threading.Event()
     stand_in.on_post = lambda body: len(stand_in.analyses_asked()) == 5 and fifth.set()
     stand_in.plan = [None] * 4 + ["never"]
+    # a shell starts a job in the background with SIGINT ignored, and it would hand that on
     process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), *argv, str(tmp_path / "out.jsonl")],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert fifth.wait(120)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert fifth.wait(HANG)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert said.strip().splitlines()[-1].startswith("interrupted; what is written is whole")
     assert "Traceback" not in said
