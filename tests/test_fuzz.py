@@ -27,7 +27,7 @@ from formats.readers import read_case, read_labelled_steps, read_rows, read_solu
 from rprm import VERIFICATION, Case, Sampler, Sampling, load_prompt, yes_no_ids
 
 N = 1000
-SECONDS = 60  # none may hang: a family of a thousand takes a few seconds
+SECONDS = 60  # none may hang: each takes milliseconds
 
 PROCESSBENCH = {"id": "gsm8k-0", "problem": "Tom has 3 apples.", "steps": ["He has 3.", "He buys 4: 3 + 4 = 8."], "label": 1}
 PRM800K = {"question": {"problem": "1 + 1?"}, "is_quality_control_question": False, "label": {"finish_reason": "solution", "steps": [
@@ -136,8 +136,9 @@ def fuzz(inputs, use, n: int = N) -> None:
     None may hang, or need more memory than twice its size and 2 MB (tracemalloc sees Python's and numpy's, and is slow: every
     tenth input is watched).
     """
-    counts, start = Counter(), time.monotonic()
+    counts = Counter()
     for i, content in enumerate(inputs):
+        start = time.monotonic()
         if i % 10 == 0:
             tracemalloc.start()
         try:
@@ -328,7 +329,7 @@ def test_chat_templates(folder):
         (folder / "chat_template.jinja").write_bytes(content)
         tokenizer = load_tokenizer(folder)
         assert "Tom" in tokenizer.decode(tokenizer.chat("Tom"))
-    fuzz((spoilt() for _ in range(N)), use)
+    fuzz((spoilt() for _ in range(400)), use, 400)  # each is rendered in a process of its own
 
 
 def test_prompt_files(tmp_path):
