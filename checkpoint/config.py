@@ -8,108 +8,179 @@ from model import ModelConfig
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json
 
+SIZE_LIMIT = 2 ** 24
 MATRIX_LIMIT = 2 ** 36  # elements; the largest matrices of published models have 2 ** 31
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LAYER_LIMIT = 1000
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
+
+# -------------------------------------------------------------------------------- reading
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read config.json in either dialect. Raises BadInput that names the field for anything not implemented."""
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
+    """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented."""
+    folder = Path(folder)
+    if not folder.is_dir():
         raise BadInput(f"{folder}: no such checkpoint folder; "
-                       f"give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
-    return parse_config(expect(read_json(path), dict, str(path)), str(path))
+                       "give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
+    path = folder / "config.json"
+    raw = expect(read_json(path), dict, str(path))
+    return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig from the dict of a config.json; `where` names it in errors."""
-    model_type = get_field(raw, "model_type", str, where)
-    if model_type not in ARCHITECTURES:
-        raise BadInput(f"{where}: field 'model_type': {model_type!r} is not implemented; use one of {', '.join(ARCHITECTURES)}")
-
-    def size(name: str, default: int | None = None, limit: int = 2 ** 24) -> int:
-        value = raw.get(name)
-        value = default if value is None and default else get_field(raw, name, int, where)
-        if not 1 <= value <= limit:
-            raise BadInput(f"{where}: field '{name}': {value} is out of range (1 to {limit}); correct it")
-        return value
-
-    heads, hidden = size("num_attention_heads"), size("hidden_size")
-    kv_heads = size("num_key_value_heads", heads)
-    head_dim = size("head_dim", max(hidden // heads, 1))
-    if head_dim % 2:
-        raise BadInput(f"{where}: field 'head_dim': {head_dim} is odd, and rotary embeddings turn pairs; correct it")
-    if heads % kv_heads:
-        raise BadInput(f"{where}: field 'num_key_value_heads': {heads} heads of size {head_dim} cannot be shared by {kv_heads}; correct it")
-    widest = max((heads + 2 * kv_heads) * head_dim, 2 * size("intermediate_size"), size("vocab_size"))
-    if widest * hidden > MATRIX_LIMIT:
-        raise BadInput(f"{where}: a matrix of {widest} by {hidden} cannot be; correct the sizes")
-    theta, scaling = _rope(raw, where)
+    model_type = read_model_type(raw, where)
+    hidden_size = read_size(raw, "hidden_size", where)
+    heads = read_size(raw, "num_attention_heads", where)
+    theta, scaling = read_rope(raw, where)
     config = ModelConfig(
-        model_type=model_type, vocab_size=size("vocab_size"), hidden_size=hidden,
-        intermediate_size=size("intermediate_size"), num_hidden_layers=size("num_hidden_layers", limit=1000),
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, where), rope_theta=theta, rope_scaling=scaling,
-        tie_word_embeddings=expect(raw.get("tie_word_embeddings", False), bool, f"{where}: field 'tie_word_embeddings'"),
-        max_position_embeddings=size("max_position_embeddings", 32768),
-        qkv_bias=model_type == "qwen2", qk_norm=model_type == "qwen3",
-        initializer_range=_number(raw, "initializer_range", 0.02, where))
-    _refuse_unimplemented(raw, config, where)
+        model_type=model_type,
+        vocab_size=read_size(raw, "vocab_size", where),
+        hidden_size=hidden_size,
+        intermediate_size=read_size(raw, "intermediate_size", where),
+        num_hidden_layers=read_size(raw, "num_hidden_layers", where, limit=LAYER_LIMIT),
+        num_attention_heads=heads,
+        num_key_value_heads=read_size(raw, "num_key_value_heads", where, default=heads),
+        head_dim=read_size(raw, "head_dim", where, default=max(hidden_size // heads, 1)),
+        rms_norm_eps=read_number(raw, "rms_norm_eps", where, default=1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=read_flag(raw, "tie_word_embeddings", where),
+        max_position_embeddings=read_size(raw, "max_position_embeddings", where, default=32768),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        initializer_range=read_number(raw, "initializer_range", where, default=0.02),
+    )
+    refuse_sizes_that_do_not_fit(config, where)
+    refuse_unimplemented(raw, config, where)
     return config
 
 
-def _number(raw: dict, name: str, default: float, where: str) -> float:
+def read_model_type(raw: dict, where: str) -> str:
+    model_type = get_field(raw, "model_type", str, where)
+    if model_type not in ARCHITECTURES:
+        raise BadInput(f"{where}: field 'model_type': {model_type!r} is not implemented; "
+                       f"use one of {', '.join(ARCHITECTURES)}")
+    return model_type
+
+
+def read_flag(raw: dict, name: str, where: str) -> bool:
+    """raw[name], true or false; false where it is absent."""
+    return expect(raw.get(name, False), bool, f"{where}: field '{name}'")
+
+
+def read_size(raw: dict, name: str, where: str, default: int | None = None, limit: int = SIZE_LIMIT) -> int:
+    """raw[name], a whole number from 1 to `limit`; `default` where it is absent or null."""
+    if default is not None and raw.get(name) is None:
+        return default
+    value = get_field(raw, name, int, where)
+    if not 1 <= value <= limit:
+        raise BadInput(f"{where}: field '{name}': {value} is out of range (1 to {limit}); correct it")
+    return value
+
+
+def read_number(raw: dict, name: str, where: str, default: float | None = None) -> float:
+    """raw[name], a positive number; `default` where it is absent."""
     value = raw.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise BadInput(f"{where}: field '{name}': expected a positive number, found {str(value)[:40]!r}; correct it")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1e30:  # nor nan
+        raise BadInput(f"{where}: field '{name}': expected a positive number, found {str(value)[:40]!r}; "
+                       "correct it")
     return float(value)
 
 
-def _rope(raw: dict, where: str) -> tuple[float, dict | None]:
-    """(theta, Llama-3 scaling or None) from `rope_theta` + `rope_scaling`, or from Transformers 5's `rope_parameters`."""
-    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # where both stand, Transformers takes the older
-    rope = expect(raw.get(field) or {}, dict, f"{where}: field '{field}'")
-    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0, where)
+def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
+    """(theta, scaling or None), from `rope_theta` + `rope_scaling` or Transformers 5's `rope_parameters`.
+
+    Where both stand, Transformers takes the older, and so do we.
+    """
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    where_rope = f"{where}: field '{field}'"
+    rope = expect(raw.get(field) or {}, dict, where_rope)
+    theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", where, default=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise BadInput(f"{where}: field '{field}': rope type {str(kind)[:40]!r} is not implemented (only default and llama3); "
-                       f"use another checkpoint")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {"rope_type": "llama3"} | {name: _number(rope, name, -1, f"{where}: field '{field}'") for name in names}
-    scaling["original_max_position_embeddings"] = int(scaling["original_max_position_embeddings"])  # Transformers warns of a float
+        raise BadInput(f"{where_rope}: rope type {str(kind)[:40]!r} is not implemented "
+                       "(only default and llama3); use another checkpoint")
+    scaling = {"rope_type": "llama3"}
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        scaling[name] = read_number(rope, name, where_rope)
     if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise BadInput(f"{where}: field '{field}': high_freq_factor must be above low_freq_factor; correct it")
+        raise BadInput(f"{where_rope}: high_freq_factor must be above low_freq_factor; correct it")
+    length = scaling["original_max_position_embeddings"]
+    scaling["original_max_position_embeddings"] = int(length)  # Transformers warns of a float
     return theta, scaling
 
 
-def _refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
+# -------------------------------------------------------------------------------- refusing
+
+def refuse_sizes_that_do_not_fit(config: ModelConfig, where: str) -> None:
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if head_dim % 2:
+        raise BadInput(f"{where}: field 'head_dim': {head_dim} is odd, and rotary embeddings turn pairs; "
+                       "correct it")
+    if heads % kv_heads:
+        raise BadInput(f"{where}: field 'num_key_value_heads': {heads} heads of size {head_dim} cannot be "
+                       f"shared by {kv_heads}; correct it")
+    # of the largest matrix
+    rows = max((heads + 2 * kv_heads) * head_dim, 2 * config.intermediate_size, config.vocab_size)
+    if rows * config.hidden_size > MATRIX_LIMIT:
+        raise BadInput(f"{where}: a matrix of {rows} by {config.hidden_size} cannot be; correct the sizes")
+
+
+def refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
+    """BadInput for a field that asks for another decoder than ours."""
     window = raw.get("sliding_window", 4096)  # Transformers' default where the field is absent
-    windowed = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
-    kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
-    asked = {
+    has_window = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
+    window_is_wide = isinstance(window, int) and window >= config.max_position_embeddings
+    asks_for = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(raw.get("attention_bias")) and config.model_type != "qwen2",
         "mlp_bias": bool(raw.get("mlp_bias")),
-        "sliding_window": windowed and not (isinstance(window, int) and window >= config.max_position_embeddings),
-        "layer_types": any(kind != "full_attention" and (windowed or kind != "sliding_attention") for kind in kinds),
+        "sliding_window": has_window and not window_is_wide,
+        "layer_types": asks_for_other_layers(raw, has_window, where),
         "num_experts": bool(raw.get("num_experts")),
         "num_local_experts": bool(raw.get("num_local_experts")),
         "partial_rotary_factor": raw.get("partial_rotary_factor") not in (None, 1, 1.0),
         "quantization_config": bool(raw.get("quantization_config")),
     }
-    for name, refused in asked.items():
-        if refused:
-            raise BadInput(f"{where}: field '{name}': {json.dumps(raw.get(name))[:60]} is not implemented; use a checkpoint without it")
+    for name, asked in asks_for.items():
+        if asked:
+            value = json.dumps(raw.get(name))[:60]
+            raise BadInput(f"{where}: field '{name}': {value} is not implemented; "
+                           "use a checkpoint without it")
+
+
+def asks_for_other_layers(raw: dict, has_window: bool, where: str) -> bool:
+    """Whether `layer_types` names a layer without full attention. With no window, a sliding one is full too."""
+    full = ["full_attention"] if has_window else ["full_attention", "sliding_attention"]
+    kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
+    return any(kind not in full for kind in kinds)
+
+
+# -------------------------------------------------------------------------------- writing
+
+SAVED_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "tie_word_embeddings", "max_position_embeddings", "initializer_range")
 
 
 def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_ids: list[int]) -> dict:
     """The config.json of a saved checkpoint, in the dialect that Transformers 4 and 5 and vLLM read."""
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings",
-             "max_position_embeddings", "initializer_range")
-    return ({"architectures": [ARCHITECTURES[config.model_type]]} | {name: getattr(config, name) for name in names}
-            | {"hidden_act": "silu", "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
-            | ({"sliding_window": None} if config.model_type == "mistral" else {}))
+    raw = {"architectures": [ARCHITECTURES[config.model_type]]}
+    for name in SAVED_FIELDS:
+        raw[name] = getattr(config, name)
+    raw["hidden_act"] = "silu"
+    raw["eos_token_id"] = eos_ids
+    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if config.model_type == "mistral":
+        raw["sliding_window"] = None  # where it is absent, Transformers takes 4096
+    return raw

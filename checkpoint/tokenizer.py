@@ -9,13 +9,17 @@ from checkpoint.template import render
 from plumbing.errors import BadInput
 from plumbing.files import expect, read_json
 
+# what of a checkpoint belongs to its tokenizer; generation_config.json, as it names the ends of an answer
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+
 
 @dataclass
 class ChatTokenizer:
     """tokenizer.json with the checkpoint's chat template around one user message.
 
-    A text from a user or a model is tokenised as text: a special token spelled out in it ("<|im_end|>") becomes the
-    characters, never the token, so it can neither end a turn nor open one.
+    A text from a user or a model is tokenised as text: a special token spelled out in it ("<|im_end|>")
+    becomes the characters, never the token, so it can neither end a turn nor open one.
     """
     backend: Tokenizer
     before: list[int]  # the template's tokens before the user's message, up to the last special one
@@ -56,8 +60,8 @@ class ChatTokenizer:
 
 @contextmanager
 def _calling_the_library(path: Path | str):
-    """A tokenizer.json that the tokenizers library cannot use is a BadInput, whether the library raises or panics: its
-    panics are BaseExceptions."""
+    """A tokenizer.json that the tokenizers library cannot use is a BadInput, whether the library raises or
+    panics: its panics are BaseExceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -1,38 +1,45 @@
-"""The weights: safetensors, streamed in tensor by tensor, and written so that Transformers and vLLM open them."""
+"""The weights: safetensors, streamed in tensor by tensor, and saved as Transformers and vLLM read them.
+
+The decoder stacks some tensors of a checkpoint in one parameter, one above the other (`STACKED`). So a tensor
+of a checkpoint is a run of rows of a parameter (`Rows`), and loading and saving copy rows.
+"""
 import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import config_to_json, load_config
-from checkpoint.tokenizer import load_tokenizer
+from checkpoint.prompt import PROMPT_FILE
+from checkpoint.tokenizer import TOKENIZER_FILES, load_tokenizer
 from model import Decoder, ModelConfig
 from plumbing import ranks
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json, write_json
 
 SHARD_BYTES = 5_000_000_000
-READ_BYTES = 16_000_000  # a file is mapped piece by piece, so that loading peaks little above the weights themselves
+READ_BYTES = 16_000_000  # of a file are mapped at a time, so that loading peaks little above the weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-PROMPT_FILE = "verification_prompt.txt"  # the words a checkpoint was trained with travel with it
 
-# our parameter -> the Hugging Face tensors that stand in it, one above the other
-NAMES = {
+
+# -------------------------------------------------------------------------------- what stands where
+
+# our parameter -> the Hugging Face tensors that are stacked in it
+STACKED = {
     "embed.weight": ("model.embed_tokens.weight",),
     "norm.weight": ("model.norm.weight",),
     "head.weight": ("lm_head.weight",),
 }
-LAYER_NAMES = {
+# the same within a layer
+STACKED_IN_LAYER = {
     "attention_norm.weight": ("input_layernorm.weight",),
     "attention.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "attention.qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
@@ -45,38 +52,56 @@ LAYER_NAMES = {
 }
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter's name -> the Hugging Face tensors stacked in it, for every parameter that this config has."""
-    with torch.device("meta"):
-        parameters = dict(Decoder(config).named_parameters())
-    names = dict(NAMES)
-    for i in range(config.num_hidden_layers):
-        names |= {f"layers.{i}.{ours}": tuple(f"model.layers.{i}.{t}" for t in theirs) for ours, theirs in LAYER_NAMES.items()}
-    return {name: names[name] for name in parameters}
+class Rows(NamedTuple):
+    """Where a Hugging Face tensor lies: `shape[0]` rows of our parameter, from row `first` on."""
+    parameter: str
+    first: int
+    shape: tuple[int, ...]
 
 
-def part_shapes(config: ModelConfig, name: str, shape: torch.Size) -> list[tuple[int, ...]]:
-    """The shapes of the Hugging Face tensors that are stacked in parameter `name` of `shape`."""
-    if ".qkv." in name:
-        rows = [n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)]
-    elif ".gate_up." in name:
-        rows = [config.intermediate_size] * 2
-    else:
-        rows = [shape[0]]
-    return [(n, *shape[1:]) for n in rows]
+def layout(config: ModelConfig) -> dict[str, Rows]:
+    """Hugging Face name -> its rows, for every tensor of a checkpoint with this config.
 
-
-def layout(config: ModelConfig) -> dict[str, tuple[str, int, tuple[int, ...]]]:
-    """Hugging Face name -> (our parameter's name, its first row there, shape), for every tensor of a checkpoint."""
+    Example: model.layers.0.self_attn.k_proj.weight -> (layers.0.attention.qkv.weight, 64, (32, 64)).
+    """
     with torch.device("meta"):
         parameters = dict(Decoder(config).named_parameters())
     found = {}
-    for ours, theirs in tensor_names(config).items():
-        row = 0
-        for name, shape in zip(theirs, part_shapes(config, ours, parameters[ours].shape)):
-            found[name] = (ours, row, shape)
-            row += shape[0]
+    for parameter, tensor in parameters.items():
+        first = 0
+        names = stacked_in(parameter)
+        for name, rows in zip(names, stacked_rows(config, parameter, len(tensor)), strict=True):
+            found[name] = Rows(parameter, first, (rows, *tensor.shape[1:]))
+            first += rows
     return found
+
+
+def stacked_in(parameter: str) -> list[str]:
+    """The tensors in a parameter: layers.3.mlp.down.weight -> [model.layers.3.mlp.down_proj.weight]."""
+    in_layer = re.fullmatch(r"layers\.(\d+)\.(.+)", parameter)
+    if in_layer is None:
+        return list(STACKED[parameter])
+    layer, name = in_layer.groups()
+    return [f"model.layers.{layer}.{theirs}" for theirs in STACKED_IN_LAYER[name]]
+
+
+def stacked_rows(config: ModelConfig, parameter: str, rows: int) -> list[int]:
+    """How many of a parameter's rows each of the tensors stacked in it has."""
+    if ".qkv." in parameter:
+        q = config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
+        return [q, kv, kv]
+    if ".gate_up." in parameter:
+        return [config.intermediate_size, config.intermediate_size]
+    return [rows]
+
+
+# -------------------------------------------------------------------------------- loading
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+    path: Path
+    shape: tuple[int, ...]
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -88,114 +113,210 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: t
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
     config = load_config(folder)
-    files = _weight_files(Path(folder))
-    with torch.device("meta"):
-        model = Decoder(config).to(dtype)
     wanted = layout(config)
-    found = {name: (path, shape) for path in files for name, shape in _tensor_shapes(path).items()}
-    _check_tensors(folder, wanted, found, config)
-    if sharded:
-        ranks.shard(model, device)
-        model.to_empty(device=device)
-    else:  # to_empty would import sympy, which takes a second
-        empty = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-        model.load_state_dict(empty, assign=True)
+    stored = stored_tensors(Path(folder))
+    check_tensors(folder, wanted, stored, config)
+    model = empty_model(config, dtype, device, sharded)
     parameters = dict(model.named_parameters())
-    for name, (ours, row, shape) in wanted.items():
-        own, first = ranks.own_rows(parameters[ours])
-        start, stop = max(row, first), min(row + shape[0], first + len(own))
-        if start < stop:
-            _read_tensor(found[name][0], name, start - row, own[start - first:stop - first])
+    for name, rows in wanted.items():
+        read_rows(stored[name].path, name, rows, parameters[rows.parameter])
     return model
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str,
+                sharded: bool) -> Decoder:
+    """A decoder whose parameters have memory, but no values yet."""
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    if sharded:
+        ranks.shard(model, device)
+        return model.to_empty(device=device)
+    empty = {}  # without to_empty, which would import sympy: that takes a second
+    for name, parameter in model.named_parameters():
+        empty[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+    model.load_state_dict(empty, assign=True)
+    return model
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder's files, by name."""
+    found = {}
+    for path in weight_files(folder):
+        with reading_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118, as the file is no dict
+                shape = tuple(file.get_slice(name).get_shape())
+                found[name] = Stored(path, shape)
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: those of the index, or the single one."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         table = get_field(expect(read_json(index), dict, str(index)), "weight_map", dict, str(index))
         names = sorted({expect(name, str, f"{index}: field 'weight_map'") for name in table.values()})
-    else:
-        names = ["model.safetensors"]
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise BadInput(f"{folder / name}: no such file; the folder needs its safetensors weights (download them again)")
+        is_within = Path(name).name == name
+        if not is_within or not (folder / name).is_file():
+            raise BadInput(f"{folder / name}: no such file; the folder needs its safetensors weights "
+                           "(download them again)")
     return [folder / name for name in names]
 
 
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with _reading_tensors(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-
-
 @contextmanager
-def _reading_tensors(path: Path):
+def reading_tensors(path: Path):
     """A safetensors file, whose every failure is a BadInput."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise BadInput(f"{path}: not a whole safetensors file ({str(error)[:200]}); download it again") from None
+        raise BadInput(f"{path}: not a whole safetensors file ({str(error)[:200]}); "
+                       "download it again") from None
 
 
-def _check_tensors(folder, wanted: dict, found: dict, config: ModelConfig) -> None:
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq")]
-    misshapen = [f"{name} {list(found[name][1])}, not {list(wanted[name][2])}" for name in wanted
-                 if name in found and found[name][1] != wanted[name][2]]
-    problems = [f"{len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-                for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
+def check_tensors(folder: str | Path, wanted: dict[str, Rows], stored: dict[str, Stored],
+                  config: ModelConfig) -> None:
+    """BadInput where the files' tensors are not those of the config."""
+    missing = [name for name in wanted if name not in stored]
+    unexpected = [name for name in stored if name not in wanted and not has_no_use(name, config)]
+    misshapen = []
+    for name, rows in wanted.items():
+        if name in stored and stored[name].shape != rows.shape:
+            misshapen.append(f"{name} {list(stored[name].shape)}, not {list(rows.shape)}")
+    problems = []
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
+        if names:
+            more = ", ..." if len(names) > 8 else ""
+            problems.append(f"{len(names)} {what}: {', '.join(names[:8])}{more}")
     if problems:
         raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); "
-                       f"take config and weights from the same checkpoint")
+                       "take config and weights from the same checkpoint")
 
 
-def _read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
-    """Copy a tensor's rows from `first` on into `out`, a few at a time: each piece's file mapping is released before the next."""
-    row_bytes = out[0].numel() * 4
-    step = max(1, READ_BYTES // row_bytes)
+def has_no_use(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is one that the decoder does not need: a tied head, a table of angles."""
+    return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq")
+
+
+def read_rows(path: Path, name: str, rows: Rows, parameter: torch.Tensor) -> None:
+    """Copy a tensor of a file into its rows of a parameter, as far as they lie on this rank."""
+    own, own_first = ranks.own_rows(parameter)
+    start = max(rows.first, own_first)
+    stop = min(rows.first + rows.shape[0], own_first + len(own))
+    if start < stop:
+        out = own[start - own_first:stop - own_first]
+        read_tensor(path, name, start - rows.first, out)
+
+
+def read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
+    """Copy a tensor's rows from `first` on into `out`, a few at a time.
+
+    The file is opened for each piece, so that what was mapped for the one before is released.
+    """
+    step = max(1, READ_BYTES // (out[0].numel() * 4))
     for start in range(0, len(out), step):
-        with _reading_tensors(path) as file:
-            piece = file.get_slice(name)[first + start:first + min(start + step, len(out))]
+        stop = min(start + step, len(out))
+        with reading_tensors(path) as file:
+            piece = file.get_slice(name)[first + start:first + stop]
             if not piece.is_floating_point():
-                raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; use an unquantised checkpoint")
-            out[start:start + step].copy_(piece)
+                raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; "
+                               "use an unquantised checkpoint")
+            out[start:stop].copy_(piece)
 
+
+# -------------------------------------------------------------------------------- saving
 
 def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Path, prompt: str | None = None,
                     dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a Hugging Face folder: weights, config, the tokenizer's files as they are, and the verification prompt.
+    """Write a Hugging Face folder: weights, config, the tokenizer's files and the verification prompt.
 
-    Written aside and renamed: an existing folder is replaced only by a whole one. Where the model is cut over the ranks, all
-    of them must call this: its tensors are gathered one by one, and rank 0 writes them.
+    Where the model is cut over the ranks, all of them must call this: its tensors are gathered one by one,
+    and rank 0 writes them.
     """
     tensors = whole_tensors(model, dtype)
     if ranks.rank():
         for _ in tensors:
             pass
         return
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with replacing(Path(folder)) as aside:
         for name in TOKENIZER_FILES:
             if (Path(tokenizer_from) / name).is_file():
                 shutil.copyfile(Path(tokenizer_from) / name, aside / name)
         if prompt is not None:
             (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
-        write_json(aside / "config.json", config_to_json(model.config, dtype, load_tokenizer(tokenizer_from).eos_ids))
-        _save_weights(aside, tensors, model.config, dtype, shard_bytes)
+        eos_ids = load_tokenizer(tokenizer_from).eos_ids
+        write_json(aside / "config.json", config_to_json(model.config, dtype, eos_ids))
+        save_weights(aside, tensors, model.config, dtype, shard_bytes)
+
+
+@contextmanager
+def replacing(folder: Path):
+    """A folder that is written aside and renamed when whole; after an error the old one is as it was.
+
+    It takes two renames: at any moment one of the two folders is whole. What a killed run left is removed.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():  # two renames: at any moment one of the two is whole
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)  # also what a killed run left between the two
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the model as Hugging Face names and cuts it, one after the other, on the CPU."""
+    parameters = ranks.parameters(model)
+    gathered = None  # the parameter whose rows are all here
+    for name, rows in layout(model.config).items():
+        if gathered != rows.parameter:
+            gathered = rows.parameter
+            whole = ranks.whole(parameters[gathered].detach())
+        tensor = whole[rows.first:rows.first + rows.shape[0]]
+        yield name, tensor.to(dtype).contiguous().cpu()
+
+
+def save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig,
+                 dtype: torch.dtype, shard_bytes: int) -> None:
+    """Write the tensors, which come in the order of `layout`, into one file or into several and an index."""
+    sizes = {name: math.prod(rows.shape) * dtype.itemsize for name, rows in layout(config).items()}
+    shards = divide(sizes, shard_bytes)
+    files = shard_names(len(shards))
+    for file, shard in zip(files, shards, strict=True):
+        save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {}
+        for file, shard in zip(files, shards, strict=True):
+            weight_map |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def divide(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names, in their order, in lists whose sizes add up to the limit at most. A larger one is alone."""
+    shards = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if used + size > limit and shards[-1]:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -206,33 +327,5 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, 
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-
-
-def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the model as Hugging Face names and cuts it, one after the other, on the CPU."""
-    parameters, gathered = ranks.parameters(model), None
-    for name, (ours, row, shape) in layout(model.config).items():
-        if gathered != ours:
-            gathered, tensor = ours, ranks.whole(parameters[ours].detach())
-        yield name, tensor[row:row + shape[0]].to(dtype).contiguous().cpu()
-
-
-def _save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig, dtype: torch.dtype,
-                  shard_bytes: int) -> None:
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, _, shape) in layout(config).items()}  # in the order of `tensors`
-    shards, room = [[]], shard_bytes
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    n = len(shards)
-    files = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-    for file, shard in zip(files, shards):
-        save_file(dict(islice(tensors, len(shard))), folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}})
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(path)) from None

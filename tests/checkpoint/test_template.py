@@ -1,10 +1,17 @@
 """Chat templates that would take for ever or fill the memory are refused; others render as in plain jinja2."""
+import os
+import resource
+import signal
+import threading
+
 import pytest
+import torch
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from checkpoint import template
-from checkpoint.template import BUDGET, LONGEST, render
+from checkpoint.template import LONGEST, render
 
 GIVEN = dict(messages=[{"role": "user", "content": "Hello"}], add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
 
@@ -20,7 +27,7 @@ BOMBS = [
     GROWING.replace("STEP", "{% set ns.x = ns.x | replace('a', 'aa') %}"),
     GROWING.replace("STEP", "{% set ns.x = ns.x.replace('a', 'aa') %}"),
     GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] | join %}"), GROWING.replace("STEP", "{% set ns.x = (ns.x, ns.x) | string %}"),
-    "{{ 'a' * 10 ** 10 }}", "{{ 10 ** 10 * 'a' }}", "{{ [1] * 10 ** 10 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'a' | center(10 ** 10) }}",
+    "{{ 'a' * 10 ** 10 }}", "{{ 10 ** 10 * 'a' }}", "{{ [1] * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}", "{{ 'a' | center(10 ** 10) }}",
     "{{ 'a'.center(10 ** 10) }}",
     "{{ 'a'.zfill(10 ** 10) }}", "{{ '\t'.expandtabs(10 ** 10) }}", "{{ '%9999999999d' % 1 }}", "{{ '%*d' % (10 ** 10, 1) }}",
     "{{ '%9999999999s' | format('a') }}",
@@ -36,9 +43,10 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("source", BOMBS, ids=[source[:40] for source in BOMBS])
-def test_a_bomb_is_refused(source):
+def test_a_bomb_is_refused(source, monkeypatch):
     """A test of any one of these that is not bounded never ends, or ends this process: so none is run without the bound."""
-    with pytest.raises((TemplateError, RecursionError)):
+    monkeypatch.setattr(template, "SECONDS", 0.3)
+    with pytest.raises(TemplateError):
         render(source, **GIVEN)
 
 
@@ -64,16 +72,87 @@ def test_the_bound_changes_nothing_else(source):
 
 
 def test_a_long_system_prompt_is_within_the_bound(monkeypatch):
-    """20,000 characters of source, joined, trimmed and shown a few times, are within a tenth of the budget."""
+    """20,000 characters of source, joined, trimmed and shown a few times, take less than a tenth of the time and memory."""
     text = "You solve problems. " * 1000
     source = "{% set system %}" + text + "{% endset %}"
     source += "{% for m in messages %}{{ '<|im_start|>system\n' + system | trim + '<|im_end|>' ~ m.content }}{% endfor %}"
-    assert render(source, **GIVEN).count("You solve") == 1000
-    monkeypatch.setattr(template, "BUDGET", BUDGET // 10)
+    monkeypatch.setattr(template, "SECONDS", template.SECONDS / 10)
+    monkeypatch.setattr(template, "MEMORY", template.MEMORY // 10)
     assert render(source, **GIVEN).count("You solve") == 1000
 
 
-def test_a_source_too_long_to_compile_is_refused():
+def test_a_text_that_is_too_long_is_refused():
     assert render("x" * LONGEST, **GIVEN) == "x" * LONGEST
     with pytest.raises(TemplateError, match=f"{LONGEST + 1} characters"):
         render("x" * (LONGEST + 1), **GIVEN)
+
+
+# -------------------------------------------------------------------------------- the child process
+
+def test_time_and_memory_are_the_childs(monkeypatch):
+    """This process ends neither with the child's time nor with its memory, and keeps no process and no file."""
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(template, "SECONDS", 0.1)
+    for source, said in (("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "0.1 s or 500 MB"),
+                         ("{{ 'a' * 600000000 }}", "MemoryError"), ("{{ nothing.at.all }}", "undefined"), ("{% if %}", "expression")):
+        with pytest.raises(TemplateError, match=said):
+            render(source, **GIVEN)
+        assert len(os.listdir("/proc/self/fd")) == files
+        with pytest.raises(ChildProcessError):  # none is left to wait for
+            os.waitpid(-1, os.WNOHANG)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0) and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert len("a" * 600_000_000) == 600_000_000
+
+
+@pytest.mark.parametrize("written", [b"", b"+half of the te"])
+def test_a_child_that_dies_gives_no_text(monkeypatch, written):
+    """Half of a text is not taken for the whole of it."""
+    def die(writer, source, variables):
+        os.write(writer, written)
+        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(template, "answer_and_exit", die)
+    with pytest.raises(TemplateError, match="more than"):
+        render("x", **GIVEN)
+
+
+def test_an_interrupt_in_the_child_is_an_answer_too(monkeypatch):
+    """Were it not, two processes would go on with the same work from here."""
+    def interrupt(source, variables):
+        raise KeyboardInterrupt
+    here = os.getpid()
+    monkeypatch.setattr(template, "render_here", interrupt)
+    with pytest.raises(TemplateError, match="KeyboardInterrupt"):
+        render("x", **GIVEN)
+    assert os.getpid() == here
+
+
+def test_a_template_renders_beside_threads():
+    """PyTorch's threads, and one of Python's that holds a lock most of the time."""
+    def work():
+        while not done.is_set():
+            with lock:
+                torch.ones(100, 100) @ torch.ones(100, 100)
+    lock, done = threading.Lock(), threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            assert render("{{ messages[0].content }}", **GIVEN) == "Hello"
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_without_fork_a_template_renders_in_this_process(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    assert render("{{ messages[0].content }}", **GIVEN) == "Hello"
+    with pytest.raises(TemplateError, match="no users"):
+        render("{{ raise_exception('no users') }}", **GIVEN)
+    with pytest.raises(SecurityError):
+        render("{{ ''.__class__.__mro__ }}", **GIVEN)
+
+
+def test_any_text_comes_back_as_it_is():
+    text = "é ½ 中文 🙂 \x00 \ud800 + - \n\n"
+    assert render("{{ messages[0].content }}", messages=[{"content": text}]) == text
+    assert render("", **GIVEN) == ""
