@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
-from plumbing.cli import MAY_CHANGE, print_config, run
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
 from model import Tree, common_prefix
 from formats.readers import read_case, read_labelled_steps
-from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, normal_form, parse_verdict
+from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
+from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, load_prompt
 from rprm import load_sampler as load_local_sampler
 
 
@@ -78,6 +79,7 @@ def cases(config: CasesConfig) -> None:
 class ServedConfig(SamplerConfig):
     """The flags of everything that samples from a checkpoint here or from a model behind a server."""
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
+    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
     rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work",
                             (1, 10 ** 9), MAY_CHANGE] = 1800.0
     server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead",
@@ -110,7 +112,7 @@ class ServedConfig(SamplerConfig):
 def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
     """The sampler of a checkpoint folder, or with --server that of the model there."""
     if config.server is None:
-        return load_local_sampler(config, k, force, complete, direct)
+        return load_local_sampler(config, k, force, complete, direct, config.batch_size)
     from server import load_served  # here, as nothing else needs it
     return load_served(config, k, force, complete, direct)
 

@@ -13,9 +13,10 @@ Run it to see the method at work on one case (--problem and --step, or a built-i
 import hashlib
 import re
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,24 +24,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fast
-from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer
-from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
-from plumbing.errors import BadInput
-from plumbing.threads import choose_threads
+from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer, read_prompt
+from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
+from plumbing.cli import print_config, run
+from plumbing.errors import BadInput
+from plumbing.threads import choose_threads
 
 HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
-QUESTION = "Is the step correct (Yes/No)?"
-VERIFICATION = f"Verification: {QUESTION}"
-# What may stand between the question and its answer (white space, markup, brackets, \\boxed{, <answer>), and the answer.
-ANSWER = re.compile(r"(?:[^\w\\<]|_|\\[a-z]+|</?[a-z]+>)*(yes|no)(?![^\W_])", re.IGNORECASE)
-# A second answer after the first: "/No", "or No", or a word that stands alone, which that of "Yes, no error" does not.
-SECOND_ANSWER = re.compile(r"\W*(?:/\W*(yes|no)\b|\bor\W+(yes|no)\b|(yes|no)\b(?!,? *\w))", re.IGNORECASE)
-THINKING_BEGINS = re.compile(r"<think(?:ing)?>|\[THINK\]")
-THINKING_ENDS = re.compile(r"</think(?:ing)?>|\[/THINK\]")
-MARKUP = " \t\r*_#`-"  # of Markdown, around the words of a line
 
 
 # ---------------------------------------------------------------------------------------------- cases and prompts
@@ -55,26 +48,32 @@ class Case:
 
 
 class Prompt:
-    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in that order."""
+    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in that order.
+
+    >>> prompt = Prompt("{problem} | {previous_steps} | {now_step}", "an example")
+    >>> prompt.fill(Case("1 + 1 + 1?", ("1 + 1 = 2.",), "2 + 1 = 4."))
+    '1 + 1 + 1? | Step 1: 1 + 1 = 2. | Step 2: 2 + 1 = 4.'
+    """
 
     def __init__(self, text: str, where: str):
-        self.text = text = text.strip()
-        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", text)  # text, name, text, name, ..., text
+        """where: the name of the text's file, for errors."""
+        self.text = text.strip()
+        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", self.text)  # text, name, text, name, ..., text
         names = self.pieces[1::2]
         if names == ["", "", ""]:
-            self.pieces[1::2] = names = ["problem", "previous_steps", "now_step"]
+            names = ["problem", "previous_steps", "now_step"]
+            self.pieces[1::2] = names
         if sorted(names) != ["now_step", "previous_steps", "problem"]:
-            raise BadInput(f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each (or three bare {{}}), "
-                           f"found {names}; correct it")
+            raise BadInput(f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each "
+                           f"(or three bare {{}}), found {names}; correct it")
 
     def fill(self, case: Case) -> str:
         """The user's message for a case. One pass, so that braces in a problem stay what they are."""
-        n = len(case.previous_steps)
+        previous = [f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1)]
         values = {
             "problem": case.problem.strip(),
-            "previous_steps": "\n".join(f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1))
-                              or "There are no previous steps.",
-            "now_step": f"Step {n + 1}: {case.now_step.strip()}",
+            "previous_steps": "\n".join(previous) or "There are no previous steps.",
+            "now_step": f"Step {len(previous) + 1}: {case.now_step.strip()}",
         }
         filled = [values[piece] if i % 2 else piece for i, piece in enumerate(self.pieces)]
         return "".join(filled).strip()
@@ -82,14 +81,8 @@ class Prompt:
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
     """The prompt of --prompt-file; else the one that travels with the checkpoint or the data; else the project's own."""
-    own = HERE / "prompts" / ("direct.txt" if direct else "verify.txt")
-    path = Path(prompt_file) if prompt_file else travelled if travelled and travelled.is_file() else own
-    try:
-        return Prompt(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such prompt file; check the path") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    text, where = read_prompt(prompt_file, travelled, direct)
+    return Prompt(text, where)
 
 
 # ---------------------------------------------------------------------------------------------- analyses
@@ -105,106 +98,18 @@ class Analysis:
     forced: bool = False  # p_yes was read after a verification line that the model had not written
 
 
-class Verdict(NamedTuple):
-    """The answer to the last verification question of a text."""
-    yes: bool
-    question: int  # where the question begins
-    letter: int    # where the answer's word begins
-
-
-def analysis_start(text: str) -> int:
-    """Where the analysis begins: after the thinking, </think>, in which a model may quote the question.
-
-    What a model that is still thinking has written is no analysis: then it begins at the text's end.
-    """
-    start = max((match.end() for match in THINKING_ENDS.finditer(text)), default=0)
-    return len(text) if THINKING_BEGINS.search(text, start) else start
-
-
-def find_verdict(text: str) -> Verdict | None:
-    """The verdict of an analysis, wherever its last question stands and whatever surrounds the answer; None if it has none.
-
-    All of these are a Yes:  ? Yes   ?** Yes   ? **Yes**   ?\\nYes   ? yes   ? \\boxed{Yes}   ? Yes, the step is correct.
-    None of these is one:    ? Yes or No   ? Yes/No   ? Yes No   ? Yesterday   ? Hm.   and a question without any answer.
-    """
-    question = text.rfind(QUESTION, analysis_start(text))
-    if question < 0:
-        return None
-    answer = ANSWER.match(text, question + len(QUESTION))
-    if answer is None:
-        return None
-    word = answer[1].lower()
-    second = SECOND_ANSWER.match(text, answer.end())
-    if second and second[second.lastindex].lower() != word:
-        return None
-    return Verdict(word == "yes", question, answer.start(1))
-
-
-def parse_verdict(text: str) -> bool | None:
-    """What the last answer to the verification question says; None if there is none, or if it says both."""
-    verdict = find_verdict(text)
-    return None if verdict is None else verdict.yes
-
-
-def has_one_verdict(text: str) -> bool:
-    """Exactly one verification question in the whole analysis, and it is answered (the paper's filter)."""
-    return text.count(QUESTION, analysis_start(text)) == 1 and find_verdict(text) is not None
-
-
-def before_verdict(text: str) -> str:
-    """A text that has a verdict, up to the line of the question, or up to the words before it on the same line.
-
-    The heading "Verification:", the markup around it and an <answer> that begins there belong to the verdict.
-    """
-    question = find_verdict(text).question
-    line = text.rfind("\n", 0, question) + 1
-    words = text[line:question].rstrip(MARKUP)
-    heading = words.removesuffix(":").rstrip(MARKUP)
-    if heading.endswith("Verification"):
-        words = heading.removesuffix("Verification").rstrip(MARKUP)
-    words = words.removesuffix("<answer>").rstrip(MARKUP)
-    before = text[:line]
-    if words.strip(MARKUP + ">"):
-        return f"{before}{words}\n"
-    return before.rstrip().removesuffix("<answer>") if before.rstrip().endswith("<answer>") else before
-
-
-def normal_form(text: str) -> str:
-    """An analysis that has a verdict, as it is trained on: without thinking, and with the verdict as its last line.
-
-        <think>Hm.</think>\\n\\nRight.\\n**Verification: Is the step correct (Yes/No)?** yes!\\nDone.
-        Right.\\nVerification: Is the step correct (Yes/No)? Yes
-    """
-    start = analysis_start(text)
-    analysis = before_verdict(text)[start:]
-    line = f"{VERIFICATION} {'Yes' if find_verdict(text).yes else 'No'}"
-    return (analysis.lstrip() if start else analysis) + line
-
-
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
     """The token ids of " Yes" and " No" after the verification question. BadInput if they are no single tokens."""
-    question, yes, no = (tokenizer.encode(VERIFICATION + word) for word in ("", " Yes", " No"))
+    question = tokenizer.encode(VERIFICATION)
+    yes = tokenizer.encode(VERIFICATION + " Yes")
+    no = tokenizer.encode(VERIFICATION + " No")
     if yes[:-1] != question or no[:-1] != question or yes[-1] == no[-1]:
-        raise BadInput("tokenizer.json: ' Yes' and ' No' are not single tokens after the verification line; use another tokenizer")
+        raise BadInput("tokenizer.json: ' Yes' and ' No' are not single tokens after the verification line; "
+                       "use another tokenizer")
     return yes[-1], no[-1]
 
 
-def verdict_letter(text: str) -> int:
-    """Where the final verdict word begins in a text that has one."""
-    return find_verdict(text).letter
-
-
-def has_usual_word(text: str) -> bool:
-    """Is the word of a text's verdict written as " Yes" or " No", with the space, which are the tokens that P(Yes) compares?"""
-    return text[:verdict_letter(text)].endswith(" ") and text.startswith(("Yes", "No"), verdict_letter(text))
-
-
-def _verdict_place(ids: list[int], text: str, tokenizer: ChatTokenizer) -> int:
-    """Which token holds the first letter of the final verdict word in `text` = decode(ids)."""
-    return _tokens_within(ids, verdict_letter(text), tokenizer)
-
-
-def _tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
+def tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
     """How many of the first tokens lie wholly within the first `length` characters of their text."""
     for n in reversed(range(len(ids) + 1)):
         if len(tokenizer.decode(ids[:n])) <= length:
@@ -222,7 +127,7 @@ class Sampling:
     seed: int = 0
     batch_size: int = 16  # cases side by side
     force: bool = True    # give an analysis without a verdict the verification line and read P(Yes) there
-    complete: bool = False  # moreover write that line and a drawn answer into the analysis (for a teacher that forgets the form)
+    complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
 class Sampler:
@@ -261,8 +166,9 @@ class Sampler:
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))
         if len(ids) + self.room >= self.context:
-            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more are needed, but the "
-                           f"model's context is {self.context}; leave this case out or use a model with a longer context")
+            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
+                           f"are needed, but the model's context is {self.context}; "
+                           f"leave this case out or use a model with a longer context")
         return ids
 
     def restart(self) -> None:
@@ -312,7 +218,7 @@ class Sampler:
         return self._complete(case, prompt, found) if self.sampling.complete else found
 
     def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words` has put in its stead."""
+        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words` put there."""
         found = []
         elsewhere: dict[int, list[int]] = {}  # index of the analysis -> the ids after which a second pass reads P(Yes)
         for i, c in enumerate(continuations):
@@ -322,7 +228,8 @@ class Sampler:
             if verdict is None:
                 p_yes = c.read
             elif has_usual_word(text):
-                p_yes = c.p_yes[_verdict_place(c.ids, text, self.tokenizer)]
+                verdict_token = tokens_within(c.ids, find_verdict(text).letter, self.tokenizer)
+                p_yes = c.p_yes[verdict_token]
             else:
                 elsewhere[i] = prompt + self._up_to_verdict(c.ids, text)
             forced = verdict is None and p_yes is not None
@@ -332,23 +239,27 @@ class Sampler:
         return found
 
     def _up_to_verdict(self, ids: list[int], text: str) -> list[int]:
-        """An analysis cut before its verdict, with the verification line in its place: ids up to where the answer would come."""
-        kept = ids[:_tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
+        """An analysis cut before its verdict, then the verification line: ids up to where the answer would come."""
+        kept = ids[:tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
         return kept + self._verification(self.tokenizer.decode(kept))
 
     def added_words(self, ids: list[int]) -> list[int]:
-        """What is put after an analysis for P(Yes) to be read: the verification line where a verdict is missing, if it is to be forced."""
-        if not self.sampling.force or self.sampling.complete:  # the latter cuts the analysis back first
+        """What the engine puts after an analysis: the verification line, if a verdict is missing and is to be forced."""
+        if not self.sampling.force or self.sampling.complete:  # `complete` cuts the analysis back first
             return []
         text = self.tokenizer.decode(ids)
-        return self._verification(text) if parse_verdict(text) is None else []
+        if parse_verdict(text) is not None:
+            return []
+        return self._verification(text)
 
     def _complete(self, case: Case, prompt: list[int], found: list[Analysis]) -> list[Analysis]:
-        """Analyses without a verdict, cut back to their last whole sentence, with the line and an answer drawn from P(Yes)."""
+        """Analyses without a verdict get the line and an answer drawn from P(Yes); those cut off end with a sentence."""
         texts = {}  # index of the analysis -> what is left of it
         for i, a in enumerate(found):
-            if a.verdict is None:
-                texts[i] = a.text.rstrip() if a.finished else re.sub(r"(.*[.!?])?.*", r"\1", a.text, count=1, flags=re.S)
+            if a.verdict is None and a.finished:
+                texts[i] = a.text.rstrip()
+            elif a.verdict is None:
+                texts[i] = re.sub(r"(.*[.!?])?.*", r"\1", a.text, count=1, flags=re.S)
         asked = [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts.values()]
         for i, p_yes in zip(texts, self.engine.read_p_yes(asked), strict=True):
             if p_yes is None:  # only a server may not know it
@@ -362,42 +273,44 @@ class Sampler:
 
     def _verification(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
-        return self.tokenizer.encode(VERIFICATION if not text or text.endswith("\n") else "\n" + VERIFICATION)
+        on_own_line = not text or text.endswith("\n")
+        return self.tokenizer.encode(VERIFICATION if on_own_line else "\n" + VERIFICATION)
 
     def direct(self, cases: list[Case]) -> list[Analysis]:
         """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
-        texts = [self.prompt_ids(case) + self._verification("") for case in cases]
-        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(texts)]
+        sequences = [self.prompt_ids(case) + self._verification("") for case in cases]
+        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(sequences)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """The flags of everything that samples."""
+    """The flags of sampling from a checkpoint."""
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
     top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
     seed: Annotated[int, "seed of the sampling"] = 0
-    prompt_file: Annotated[str | None, "the words around the case (default: the checkpoint's own, else prompts/verify.txt)"] = None
+    prompt_file: Annotated[str | None, "the words around the case "
+                                       "(default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
     device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
-    plain: Annotated[bool, "sample with generate.py and model.py as they read, without fast/: the same numbers, later"] = False
+    plain: Annotated[bool, "run generate.py and model.py as they read, without fast/: the same numbers, later"] = False
 
 
-def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
+def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
+                 batch_size: int = 1) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
     prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, direct)
+    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete)
     if not config.plain:
         fast.keep_freed_memory()
     model = load_model(config.model, DTYPES[config.dtype], config.device)
+    tokenizer = load_tokenizer(config.model)
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
-    engine_class = Engine
-    if not config.plain:
-        fast.speed_up(model)
-        engine_class = fast.engine_for(model)
-    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force, complete)
-    return Sampler(model, load_tokenizer(config.model), prompt, sampling, engine_class)
+    if config.plain:
+        return Sampler(model, tokenizer, prompt, sampling)
+    fast.speed_up(model)
+    return Sampler(model, tokenizer, prompt, sampling, fast.engine_for(model))
 
 
 def row_seed(seed: int, case: Case, k: int) -> int:
@@ -417,27 +330,31 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
 def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> torch.Tensor:
     """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
 
-    starts: where each sequence's response begins (at least 1). Each response token is predicted at the token before it, and only
-    those pass the LM head, `chunk` at a time (default: head_chunk); the backward pass makes their logits again.
+    starts: where each sequence's response begins (at least 1). Each response token is predicted at the token before it.
+    Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass makes their logits again.
     """
     device = tree.ids.device
-    predictors = np.concatenate([path[start - 1:-1] for path, start in zip(tree.paths, starts, strict=True)])
-    responses = np.concatenate([path[start:] for path, start in zip(tree.paths, starts, strict=True)])
-    sequence = np.repeat(np.arange(len(starts)), [len(path) - start for path, start in zip(tree.paths, starts, strict=True)])
-    hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))           # (T, C)
-    hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))           # (N, C)
-    target = tree.ids[torch.from_numpy(responses).to(device)]                          # (N,)
+    spans = list(zip(tree.paths, starts, strict=True))
+    predictors = np.concatenate([path[start - 1:-1] for path, start in spans])
+    responses = np.concatenate([path[start:] for path, start in spans])
+    sequence = np.repeat(np.arange(len(spans)), [len(path) - start for path, start in spans])
+
+    hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))  # (T, C)
+    hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
+    target = tree.ids[torch.from_numpy(responses).to(device)]                 # (N,)
+    logprobs = []
     chunk = chunk or head_chunk(device)
-    pieces = [checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False)
-              for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True)]
-    logprobs = torch.cat(pieces)  # (N,)
-    return logprobs.new_zeros(len(starts)).index_add(0, torch.from_numpy(sequence).to(device), logprobs)
+    for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
+        logprobs.append(checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False))
+    logprobs = torch.cat(logprobs)  # (N,)
+    return logprobs.new_zeros(len(spans)).index_add(0, torch.from_numpy(sequence).to(device), logprobs)
 
 
 def token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """log p(target) at each position: hidden (N, C), target (N,) -> (N,) at least fp32."""
     logits = at_least_fp32(model.logits(hidden))  # (N, V)
-    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=-1)  # F.cross_entropy is less exact on CPU (bench/LOG.md)
+    of_target = logits.gather(1, target[:, None])[:, 0]
+    return of_target - logits.logsumexp(dim=-1)  # F.cross_entropy is less exact on CPU (bench/LOG.md)
 
 
 def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -463,8 +380,11 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
     if ipo:
         losses = (margin - 1 / (2 * beta)) ** 2
     else:
-        losses = -F.logsigmoid(beta * margin) * (1 - label_smoothing) - F.logsigmoid(-beta * margin) * label_smoothing
-    return losses - nll * chosen / chosen_lengths, chosen_rewards, rejected_rewards
+        right_way = -F.logsigmoid(beta * margin)
+        wrong_way = -F.logsigmoid(-beta * margin)
+        losses = right_way * (1 - label_smoothing) + wrong_way * label_smoothing
+    losses = losses - nll * chosen / chosen_lengths
+    return losses, chosen_rewards, rejected_rewards
 
 
 # ---------------------------------------------------------------------------------------------- one case, shown
@@ -479,36 +399,60 @@ class Config(SamplerConfig):
     force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
 
 
-BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia sells to Ann 18. How many shells does Mia have now?",
-                ("After Tom: 34+27=61.",), "After Ann: 61-18=53.")
+BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia sells to Ann 18. "
+                "How many shells does Mia have now?", ("After Tom: 34+27=61.",), "After Ann: 61-18=53.")
 
 
 def main(config: Config) -> None:
     print_config(config)
-    if (config.problem is None) != (not config.step):
-        raise BadInput("--problem and --step go together: give both, or neither for the built-in case")
-    if not all(text.strip() for text in (config.problem or "-", *config.step)):
-        raise BadInput("--problem and --step must not be empty: write the text, or leave both out for the built-in case")
-    case = Case(config.problem, config.step[:-1], config.step[-1]) if config.step else BUILT_IN
+    case = case_of(config.problem, config.step)
     sampler = load_sampler(config, config.k, config.force)
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start
-    print(f"model:   {config.model}\nproblem: {case.problem}")
-    for i, step in enumerate((*case.previous_steps, case.now_step), 1):
-        print(f"{'judge ' if i == len(case.previous_steps) + 1 else 'given '}  Step {i}: {step}")
-    for i, a in enumerate(analyses, 1):
-        print(f"\n--- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens"
-              + ("" if a.finished else ", cut off at --max-new-tokens"))
-        print(a.text)
+    print(f"model:   {config.model}")
+    show_case(case)
+    for i, analysis in enumerate(analyses, 1):
+        show_analysis(i, analysis)
+    show_reward(analyses)
+    n = sampler.engine.new_tokens
+    print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")
+
+
+def case_of(problem: str | None, steps: tuple[str, ...]) -> Case:
+    """The case of --problem and --step, or the built-in one."""
+    if (problem is None) != (not steps):
+        raise BadInput("--problem and --step go together: give both, or neither for the built-in case")
+    if problem is None:
+        return BUILT_IN
+    if not all(text.strip() for text in (problem, *steps)):
+        raise BadInput("--problem and --step must not be empty: write the text, or leave both out for the built-in case")
+    return Case(problem, steps[:-1], steps[-1])
+
+
+def show_case(case: Case) -> None:
+    print(f"problem: {case.problem}")
+    for i, step in enumerate(case.previous_steps, 1):
+        print(f"given   Step {i}: {step}")
+    print(f"judge   Step {len(case.previous_steps) + 1}: {case.now_step}")
+
+
+def show_analysis(number: int, a: Analysis) -> None:
+    cut_off = "" if a.finished else ", cut off at --max-new-tokens"
+    print(f"\n--- analysis {number}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{cut_off}")
+    print(a.text)
+
+
+def show_reward(analyses: list[Analysis]) -> None:
+    """The sum, term by term."""
+    forced = sum(a.forced for a in analyses)
+    print(f"\nforced: {forced} of {len(analyses)} analyses had no verdict and were read after an added line")
     value = reward(analyses)
-    counted = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
-    print(f"\nforced: {sum(a.forced for a in analyses)} of {config.k} analyses had no verdict and were read after an added line")
     if value is None:
         print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
-    else:
-        print(f"reward: ({' + '.join(counted)}) / {len(counted)} = {value:.4f}")
-    print(f"time:   {seconds:.2f} s, {sampler.engine.new_tokens} tokens sampled, {sampler.engine.new_tokens / seconds:.0f} tokens/s")
+        return
+    terms = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
+    print(f"reward: ({' + '.join(terms)}) / {len(terms)} = {value:.4f}")
 
 
 def show_verdict(analysis: Analysis) -> str:

@@ -20,7 +20,8 @@ import fast
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
 from formats.readers import read_solutions
-from rprm import VERIFICATION, Case, Sampler, Sampling, reward, yes_no_ids
+from formats.verdicts import VERIFICATION
+from rprm import Case, Sampler, Sampling, reward, yes_no_ids
 
 
 @dataclass(frozen=True, kw_only=True)

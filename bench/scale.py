@@ -26,7 +26,8 @@ from bench.common import ROOT, peak_mb, report, run_side
 from checkpoint import load_tokenizer
 from plumbing.cli import print_config, run
 from plumbing.files import json_line, writing
-from rprm import VERIFICATION, Analysis, Case, load_prompt
+from formats.verdicts import VERIFICATION
+from rprm import Analysis, Case, load_prompt
 
 STAGES = ("cases", "score", "sample", "resume", "sft", "pairs", "train_sft", "train_dpo")
 WORDS = "the sum of apples and pens in each box is half what Tom had before he gave 12 to Mia so we get 34 + 7 = 41".split()

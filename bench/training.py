@@ -31,7 +31,8 @@ from plumbing.errors import BadInput
 from plumbing.files import json_line
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
 from model import Decoder
-from rprm import VERIFICATION, response_logprobs
+from formats.verdicts import VERIFICATION
+from rprm import response_logprobs
 from plumbing.run import Run
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}

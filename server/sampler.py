@@ -15,8 +15,8 @@ from typing import Iterable, Iterator
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import (VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, before_verdict, has_usual_word, load_prompt,
-                  parse_verdict, row_seed, verdict_letter, yes_no_ids)
+from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
+from rprm import Analysis, Case, Prompt, Sampler, Sampling, load_prompt, row_seed, yes_no_ids
 from server.completions import Choice, ServerEngine, Token, YesNo
 from server.http import Refused, Server, read_key
 from server.jobs import Jobs

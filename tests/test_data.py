@@ -14,7 +14,8 @@ import train_sft
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
-from rprm import QUESTION, VERIFICATION, Case, Prompt, has_one_verdict, normal_form, parse_verdict
+from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, normal_form, parse_verdict
+from rprm import Case, Prompt
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 YES, NO = f"Right.\n{VERIFICATION} Yes", f"Wrong.\n{VERIFICATION} No"

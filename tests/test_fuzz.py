@@ -26,7 +26,8 @@ from conftest import CHATML, make_config, random_tensors
 from data import PAIR_FIELDS, SFT_FIELDS, Examples, read_analyses
 from formats.containers import read_rows
 from formats.readers import read_case, read_labelled_steps, read_solutions
-from rprm import VERIFICATION, Case, Sampler, Sampling, load_prompt, yes_no_ids
+from formats.verdicts import VERIFICATION
+from rprm import Case, Sampler, Sampling, load_prompt, yes_no_ids
 
 pytestmark = pytest.mark.slow
 N = 1000

@@ -21,8 +21,9 @@ from plumbing.cli import run
 from plumbing.errors import BadInput
 from conftest import IM_END, IM_START, ROOT
 from model import Tree, tree_attention
-from rprm import (QUESTION, VERIFICATION, Analysis, Case, Prompt, Sampler, Sampling, has_one_verdict, load_prompt,
-                  parse_verdict, reward, row_seed, yes_no_ids)
+from formats import verdicts
+from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, parse_verdict
+from rprm import Analysis, Case, Prompt, Sampler, Sampling, load_prompt, reward, row_seed, yes_no_ids
 
 SHORT = "Judge.\nProblem: {problem}\nPrevious Steps: {previous_steps}\nNow Step: {now_step}"
 TOM = Case("Tom has 12 apples and buys 7 more.", (), "12 + 7 = 19 apples.", True)
@@ -169,7 +170,7 @@ def test_the_projects_own_prompts(name):
 def test_the_verdict_is_the_last_answer_to_the_question(text, verdict):
     assert parse_verdict(text) is verdict
     if verdict is not None:
-        assert text[rprm.verdict_letter(text):].lower().startswith("yes" if verdict else "no")
+        assert text[verdicts.verdict_letter(text):].lower().startswith("yes" if verdict else "no")
 
 
 def test_exactly_one_verdict():
@@ -269,7 +270,7 @@ def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
     question = tokenizer.encode(VERIFICATION)
     for pieces, place in (([" ", "Y", "e", "s"], 1), ([" Yes", "."], 0), ([" ", "N", "o", ".", "\n"], 1)):
         ids = question + [i for piece in pieces for i in tokenizer.encode(piece)]
-        assert rprm._verdict_place(ids, tokenizer.decode(ids), tokenizer) == len(question) + place
+        assert rprm.tokens_within(ids, verdicts.find_verdict(tokenizer.decode(ids)).letter, tokenizer) == len(question) + place
 
 
 @pytest.mark.parametrize("text", ["The sum is right.", "", "The sum is right.\n", f"{VERIFICATION} Yes or No",

@@ -21,7 +21,8 @@ from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
 from model import Tree, tree_attention
-from rprm import VERIFICATION, Analysis, Case, load_prompt, load_sampler, reward
+from formats.verdicts import VERIFICATION
+from rprm import Analysis, Case, load_prompt, load_sampler, reward
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 

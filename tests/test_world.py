@@ -13,7 +13,8 @@ sys.path.insert(0, str(WORLD))
 import claims
 import report
 import world
-from rprm import Case, SamplerConfig, load_sampler, parse_verdict
+from formats.verdicts import parse_verdict
+from rprm import Case, SamplerConfig, load_sampler
 
 
 def drawn(count, correct, kinds=world.KINDS_OF_ERROR, seed=0):

@@ -25,7 +25,8 @@ from data import ServedConfig, load_sampler
 from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput
-from rprm import VERIFICATION, Case, Prompt, reward
+from formats.verdicts import VERIFICATION
+from rprm import Case, Prompt, reward
 from server import http as server_http
 from server import sampler as server_sampler
 from server.http import Refused, Server, parse_url
