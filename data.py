@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import math
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -414,14 +415,17 @@ PAIR_FIELDS = (("prompt", "chosen", "rejected"), ("instruction", "chosen", "reje
 
 
 class Examples:
-    """A JSON-lines file of training examples, tokenised on demand: in memory stand only the lines' places.
+    """A JSON-lines file of training examples, tokenised on demand: memory holds the lines' positions in the file alone.
 
     examples[i] -> (prompt ids, [response ids, ...]): one response for SFT, chosen and rejected for pairs. A {"text"}
     line is all response. Every line is checked at the start. Raises BadInput with file, line and field.
     """
 
     def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer):
-        self.path, self.fields, self.tokenizer, self.lines = Path(path), fields, tokenizer, Lines(path)
+        self.path = Path(path)
+        self.fields = fields
+        self.tokenizer = tokenizer
+        self.lines = Lines(path)
         for i in range(len(self)):
             self._texts(i)
         if not len(self):
@@ -442,11 +446,12 @@ class Examples:
 
     def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
         prompt, *responses = self._texts(i)
-        if not responses:
-            ids = self.tokenizer.encode_marked(prompt)
-            ids += [] if ids and ids[-1] in self.tokenizer.eos_ids else self.tokenizer.eos_ids[:1]
-            return ids[:1], [ids[1:]]  # the first token has nothing to be predicted from
-        return self.tokenizer.chat(prompt), [self.tokenizer.response(r) for r in responses]
+        if responses:
+            return self.tokenizer.chat(prompt), [self.tokenizer.response(text) for text in responses]
+        ids = self.tokenizer.encode_marked(prompt)
+        if not ids or ids[-1] not in self.tokenizer.eos_ids:
+            ids += self.tokenizer.eos_ids[:1]
+        return ids[:1], [ids[1:]]  # nothing stands before the first token that it could be predicted from
 
     def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
         """`pack` of these examples: (trees, the numbers of over-long ones)."""
@@ -466,67 +471,91 @@ def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], t
 
 @dataclass
 class MicroBatch:
-    """Examples in one tree. The sequences, prompt + response, are one per example, or two: chosen and rejected."""
-    tree: Tree
-    starts: list[int]      # where each sequence's response begins
-    examples: list[int]    # the numbers of the examples, in the order of their sequences
-    lengths: list[int]     # tokens of each response
+    """Examples in one tree, which pass the model together.
 
-
-def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
-    """Examples (number -> prompt ids and response ids) as few trees of at most `micro_tokens` -> (trees, over-long ones).
-
-    In lexicographic order neighbours share the most. The trees are of like size, as the largest decides on the memory: they are
-    filled up to the lowest limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+    An example of SFT is one sequence of the tree, prompt and response; a pair is two, with chosen and with rejected.
     """
-    long, order, last = [], [], np.zeros(0, dtype=np.int64)
-    alone, own = {}, {}  # tokens of an example in a tree by itself, and behind the one before it
+    tree: Tree
+    starts: list[int]    # of each sequence: the position at which its response begins
+    examples: list[int]  # the examples' numbers, in the order of their sequences
+    lengths: list[int]   # of each sequence: the tokens of its response
+
+
+Unit = tuple[list[int], list[list[int]]]  # an example's prompt ids, and the ids of each of its responses
+
+
+def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
+    """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as their order allows.
+
+    Returns the trees and the numbers of the over-long examples, which no tree can hold.
+
+    The examples are put in lexicographic order, since neighbours then share the longest prefixes, and fill one tree after
+    the other. The largest tree decides on the memory, so all are made as small as their number allows: they are filled to
+    the lowest limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+
+    Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree (950), so
+    two trees are needed; the lowest limit that needs no third is 850, and each gets eight.
+    """
+    long = []
+    order = []  # all others, in lexicographic order
+    alone = {}  # an example's tokens in a tree by itself
+    own = {}    # those of them that it does not share with the example before it
+    before = np.zeros(0, dtype=np.int64)
     for i in sorted(units, key=units.__getitem__):
         prompt, responses = units[i]
         alone[i] = len(prompt) + sum(map(len, responses))
         if alone[i] > micro_tokens:
             long.append(i)
             continue
-        whole = np.asarray(prompt + responses[0])
-        own[i] = alone[i] - common_prefix(last, whole)
+        sequence = np.asarray(prompt + responses[0])
+        own[i] = alone[i] - common_prefix(before, sequence)
         order.append(i)
-        last = whole
+        before = sequence
 
-    def filled(limit: int) -> list[list[int]]:
-        groups, size = [], math.inf
+    def fill(limit: int) -> list[list[int]]:
+        """The examples of each tree, if a tree ends where the next example would make it larger than `limit`."""
+        trees = []
+        size = 0
         for i in order:
-            size += own[i]
-            if size > limit:
-                groups.append([])
+            if trees and size + own[i] <= limit:
+                trees[-1].append(i)
+                size += own[i]
+            else:
+                trees.append([i])
                 size = alone[i]
-            groups[-1].append(i)
-        return groups
+        return trees
 
-    trees = len(filled(micro_tokens))
-    low, high = max((alone[i] for i in order), default=0), micro_tokens
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(filled(middle)) == trees else (middle + 1, high)
-    batches = [_micro_batch(units, group) for group in filled(high)]
-    return sorted(batches, key=lambda batch: -len(batch.tree)), long
+    fewest = len(fill(micro_tokens))
+    limits = range(max((alone[i] for i in order), default=0), micro_tokens)
+    lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)
+    batches = [make_micro_batch(units, numbers) for numbers in fill(lowest)]
+    return sorted(batches, key=lambda batch: len(batch.tree), reverse=True), long
+
+
+def make_micro_batch(units: dict[int, Unit], numbers: list[int]) -> MicroBatch:
+    sequences = []
+    starts = []
+    lengths = []
+    for i in numbers:
+        prompt, responses = units[i]
+        for response in responses:
+            sequences.append(prompt + response)
+            starts.append(len(prompt))
+            lengths.append(len(response))
+    return MicroBatch(Tree(sequences), starts, numbers, lengths)
 
 
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
-    """This rank's share of a step's trees, as many as every other rank has: the ranks work through them side by side.
+    """This rank's share of a step's trees. Every rank gets as many, since they work through them side by side.
 
-    Trees of like size meet, as `pack` has them by size, and where they do not come out even, one with no response fills up: its
-    loss and gradient are 0.
+    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do not come out
+    even, one of two sequences without a response fills up: its loss and its gradient are 0.
     """
     if ranks.count() == 1:
         return batches
-    fill = [MicroBatch(Tree([[0], [0]]), [1, 1], [], []) for _ in range(-len(batches) % ranks.count())]
-    return ranks.share(batches + fill)
-
-
-def _micro_batch(units, chosen: list[int]) -> MicroBatch:
-    sequences = [(units[i][0] + r, len(units[i][0])) for i in chosen for r in units[i][1]]
-    return MicroBatch(Tree([ids for ids, _ in sequences]), [start for _, start in sequences], chosen,
-                      [len(ids) - start for ids, start in sequences])
+    missing = -len(batches) % ranks.count()
+    empty = [MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]) for _ in range(missing)]
+    return ranks.share(batches + empty)
 
 
 if __name__ == "__main__":
