@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import math
 import time
+from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
 from plumbing.cli import MAY_CHANGE, print_config, run
 from plumbing.errors import BadInput
@@ -407,42 +407,93 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- training examples, in trees
+# ------------------------------------------------------------------------------ training examples, in trees
 
-# the fields of a training line: SFT (ours, the official files', plain text) and pairs (ours, the official files')
+# the fields of a training line, in our files, in the official ones, and of plain text
 SFT_FIELDS = (("prompt", "response"), ("instruction", "output"), ("text",))
 PAIR_FIELDS = (("prompt", "chosen", "rejected"), ("instruction", "chosen", "rejected"))
 
 
-class Examples:
-    """A JSON-lines file of training examples, tokenised on demand: memory holds the lines' positions in the file alone.
+MARGIN = 64  # tokens; see `Examples._most_tokens`
 
-    examples[i] -> (prompt ids, [response ids, ...]): one response for SFT, chosen and rejected for pairs. A {"text"}
-    line is all response. Every line is checked at the start. Raises BadInput with file, line and field.
+
+class Examples:
+    """A JSON-lines file of training examples, tokenised on demand.
+
+        train = Examples("sft.jsonl", SFT_FIELDS, tokenizer, micro_tokens=8192, context=4096)
+        train.kept          # [0, 1, 3, ...]: the numbers of the examples that can be trained on
+        train[3]            # (prompt ids, [response ids, ...]): one response, or chosen and rejected
+        train.pack([3, 0])  # the two in trees
+
+    Every line is checked at the start: BadInput names file, line and field of one that cannot be read. An
+    over-long example is left out, named and counted. So all examples that are dealt to the steps can be trained
+    on, and no step is without one. A {"text"} line is all response. Memory holds three numbers for each line,
+    and none of its content.
+
+    micro_tokens: the tokens of a tree at most
+    context: the tokens of a sequence (prompt and response) at most
     """
 
-    def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer):
+    def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer,
+                 micro_tokens: int, context: int):
         self.path = Path(path)
         self.fields = fields
         self.tokenizer = tokenizer
+        self.micro_tokens = micro_tokens
+        self.context = context
+        self.around = MARGIN + len(tokenizer.chat(""))  # tokens around an example's texts, at most
         self.lines = Lines(path)
-        for i in range(len(self)):
-            self._texts(i)
-        if not len(self):
+        if not len(self.lines):
             raise BadInput(f"{path}: has no examples; make it anew")
+        kept = array("q")
+        bar = tqdm(range(len(self.lines)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
+                   leave=False, disable=ranks.rank() > 0)
+        for i in bar:
+            problem = self._too_long(i)
+            if problem:
+                bar.write(f"left out: {path} example {i + 1} {problem}")
+            else:
+                kept.append(i)
+        self.kept = np.array(kept)
+        print(f"{path}: {len(self.kept):,} examples; left out as over-long: {self.n_left_out:,}")
+        if not len(self.kept):
+            raise BadInput(f"{path}: all of its {len(self.lines):,} examples are over-long "
+                           f"(the last one {problem}); raise --micro-tokens, or make shorter ones")
+
+    @property
+    def n_left_out(self) -> int:
+        return len(self.lines) - len(self.kept)
 
     def _texts(self, i: int) -> list[str]:
         where, row = self.lines[i]
         names = next((names for names in self.fields if all(name in row for name in names)), self.fields[0])
         return [get_field(row, name, str, where) for name in names]
 
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def length(self, i: int) -> int:
-        """Tokens of an example, the prompt once."""
+    def _too_long(self, i: int) -> str:
+        """What of example i is too long, in words; nothing if it can be trained on."""
+        if self._most_tokens(i) <= min(self.micro_tokens, self.context):
+            return ""
         prompt, responses = self[i]
-        return len(prompt) + sum(map(len, responses))
+        longest = len(prompt) + max(map(len, responses))
+        if longest > self.context:
+            return f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
+        together = len(prompt) + sum(map(len, responses))
+        if together > self.micro_tokens:
+            return f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
+        return ""
+
+    def _most_tokens(self, i: int) -> int:
+        """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
+
+        A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form first,
+        which leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN: the marks that
+        a tokenizer adds to a text, the ends of the responses, and the template's words beside the message.
+        """
+        most = self.around
+        for text in self._texts(i):
+            n_ascii = len(text.encode("ascii", "ignore"))
+            most += n_ascii + 33 * (len(text) - n_ascii)
+        return most
 
     def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
         prompt, *responses = self._texts(i)
@@ -453,27 +504,35 @@ class Examples:
             ids += self.tokenizer.eos_ids[:1]
         return ids[:1], [ids[1:]]  # nothing stands before the first token that it could be predicted from
 
-    def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
-        """`pack` of these examples: (trees, the numbers of over-long ones)."""
-        return pack({i: self[i] for i in numbers}, micro_tokens)
+    def pack(self, numbers: Iterable[int]) -> list["MicroBatch"]:
+        """The examples with these numbers, in trees. They must be kept ones."""
+        trees, long = pack({i: self[i] for i in numbers}, self.micro_tokens)
+        assert not long, f"{self.path}: examples {long} are over-long, and were not left out"
+        return trees
+
+    def in_file_order(self, size: int) -> Iterator[list[int]]:
+        """The numbers of all kept examples, `size` at a time."""
+        for first in range(0, len(self.kept), size):
+            yield self.kept[first:first + size].tolist()
 
 
-def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer) -> Examples | None:
-    """The examples of --validation; None without it, and where the file is empty, as it is when made of a few problems."""
+def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer,
+                        micro_tokens: int, context: int) -> Examples | None:
+    """The examples of --validation. None without it, and where the file is empty, as of few problems it is."""
     if path is None:
         return None
     if Path(path).is_file() and Path(path).stat().st_size == 0:
-        if ranks.rank() == 0:
-            print(f"{path}: is empty; training goes on without validation")
+        print(f"{path}: is empty; training goes on without validation")
         return None
-    return Examples(path, fields, tokenizer)
+    return Examples(path, fields, tokenizer, micro_tokens, context)
 
 
 @dataclass
 class MicroBatch:
     """Examples in one tree, which pass the model together.
 
-    An example of SFT is one sequence of the tree, prompt and response; a pair is two, with chosen and with rejected.
+    An example of SFT is one sequence of the tree, prompt and response. A pair is two: the prompt with the chosen
+    response, and with the rejected one.
     """
     tree: Tree
     starts: list[int]    # of each sequence: the position at which its response begins
@@ -487,14 +546,14 @@ Unit = tuple[list[int], list[list[int]]]  # an example's prompt ids, and the ids
 def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
     """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as their order allows.
 
-    Returns the trees and the numbers of the over-long examples, which no tree can hold.
+    Returns the trees, and the numbers of the over-long examples, which no tree can hold.
 
-    The examples are put in lexicographic order, since neighbours then share the longest prefixes, and fill one tree after
-    the other. The largest tree decides on the memory, so all are made as small as their number allows: they are filled to
-    the lowest limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+    The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill one
+    tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest limit
+    that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
 
-    Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree (950), so
-    two trees are needed; the lowest limit that needs no third is 850, and each gets eight.
+    Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree
+    (950), so two trees are needed. The lowest limit that needs no third is 850: each tree gets eight.
     """
     long = []
     order = []  # all others, in lexicographic order
@@ -513,7 +572,7 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], l
         before = sequence
 
     def fill(limit: int) -> list[list[int]]:
-        """The examples of each tree, if a tree ends where the next example would make it larger than `limit`."""
+        """The examples of each tree, where an example that would bring a tree over the limit begins the next."""
         trees = []
         size = 0
         for i in order:
@@ -546,10 +605,10 @@ def make_micro_batch(units: dict[int, Unit], numbers: list[int]) -> MicroBatch:
 
 
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
-    """This rank's share of a step's trees. Every rank gets as many, since they work through them side by side.
+    """This rank's share of a step's trees. All ranks get as many, since they work through them side by side.
 
-    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do not come out
-    even, one of two sequences without a response fills up: its loss and its gradient are 0.
+    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do not
+    come out even, trees of two sequences without a response fill up: their loss and their gradient are 0.
     """
     if ranks.count() == 1:
         return batches

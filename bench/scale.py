@@ -93,11 +93,11 @@ def stage(config: Config) -> dict:
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))
     else:
         fields = data.SFT_FIELDS if config.side == "train_sft" else data.PAIR_FIELDS
-        examples = data.Examples(str(source), fields, load_tokenizer(config.model))
+        examples = data.Examples(str(source), fields, load_tokenizer(config.model), micro_tokens=8192, context=8192)
         started.append(time.perf_counter() - begin)
         for step in range(5):
             order = np.random.default_rng(step).permutation(len(examples))
-            examples.pack(order[:128].tolist(), 8192)
+            examples.pack(order[:128].tolist())
     seconds = time.perf_counter() - begin
     found = {"seconds": seconds, "start": sum(started), "read_mb": source.stat().st_size / 1e6, "peak_mb": peak_mb()}
     for name in {"score": ["score", "solutions"], "train_sft": ["sft"], "pairs": ["samples"]}.get(config.side, ()):

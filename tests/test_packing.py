@@ -201,9 +201,16 @@ class Caught(Exception):
 
 def step_of(script, config, model, monkeypatch):
     """(loss, gradient) of the first optimizer step of a script's main, in fp64."""
-    def catch(run, loss, examples):
-        raise Caught(loss, torch.cat([p.grad.flatten() for p in run.model.parameters()]))
-    monkeypatch.setattr(Run, "update", catch)
+    gradient = []
+
+    def before_clipping(parameters, most):
+        gradient.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return torch.tensor(0.0)
+
+    def catch(run, loss, norm, examples):
+        raise Caught(loss, gradient[0])
+    monkeypatch.setattr(script, "clip_grad_norm_", before_clipping)
+    monkeypatch.setattr(Run, "check_finite", catch)
     if script is train_sft:
         monkeypatch.setattr(train_sft, "initial_model", lambda config: (load_model(model, torch.float64), model))
     else:

@@ -29,7 +29,7 @@ from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
 from data import PAIR_FIELDS, SFT_FIELDS, Examples
-from plumbing.run import TrainConfig, epoch_batches, learning_rate
+from plumbing.run import epoch_batches, learning_rate
 
 WORDS = "apples pens boxes sum right mistake calculation problem step half answer".split()
 
@@ -86,55 +86,63 @@ def files_of(folder):
 
 # ---------------------------------------------------------------------------------------------- order and schedule
 
-def config(**changes):
-    return dataclasses.replace(TrainConfig(out="x", lr=1.0, warmup=0.2, device="cpu"), **changes)
+def rate(step, steps, warmup=0.2, schedule="cosine"):
+    return learning_rate(step, steps, 1.0, warmup, schedule)
+
+
+def batches(n, batch_size, epochs=2, max_steps=None, seed=0):
+    return epoch_batches(range(n), batch_size, epochs, max_steps, seed)
 
 
 def test_learning_rate_by_hand():
     """10 steps, 2 of warm-up: 0.5, 1.0, then a cosine over 8 steps from 1."""
-    rates = [learning_rate(step, 10, config()) for step in range(10)]
+    rates = [rate(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate(9, 10, config(schedule="constant")) == 1.0
-    assert learning_rate(0, 1, config(warmup=0.0)) == 1.0
+    assert rate(9, 10, schedule="constant") == 1.0
+    assert rate(0, 1, warmup=0.0) == 1.0
 
 
 def test_an_epoch_meets_every_example_once_in_an_order_of_its_own():
-    steps, numbers = epoch_batches(10, config(batch_size=4, epochs=2))
+    steps, numbers = batches(10, 4)
     assert steps == 6
     epochs = [[i for step in steps for i in numbers(step)] for steps in (range(3), range(3, 6))]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
-    again = epoch_batches(10, config(batch_size=4, epochs=2))[1]
+    again = batches(10, 4)[1]
     assert [again(step) for step in range(6)] == [numbers(step) for step in range(6)]
-    assert epoch_batches(10, config(batch_size=4, epochs=2, seed=1))[1](0) != numbers(0)
+    assert batches(10, 4, seed=1)[1](0) != numbers(0)
 
 
-def test_the_order_does_not_depend_on_batch_size_lr_or_what_was_run_before():
+def test_the_order_does_not_depend_on_batch_size_or_what_was_run_before():
     orders = []
-    for changes in (dict(batch_size=4), dict(batch_size=5), dict(batch_size=10, lr=0.1, micro_tokens=99)):
+    for batch_size in (4, 5, 10):
         torch.rand(7), np.random.rand(7), random.random()
-        steps, numbers = epoch_batches(10, config(epochs=2, **changes))
+        steps, numbers = batches(10, batch_size)
         orders.append([i for step in reversed(range(steps)) for i in reversed(numbers(step))][::-1])  # asked for in any order
     assert orders[0] == orders[1] == orders[2]
 
 
 def test_max_steps_cuts_the_run_and_its_schedule():
     """10 examples by 4 are 3 steps an epoch; 5 steps of 6 are done, and the cosine ends with them."""
-    assert [epoch_batches(10, config(batch_size=4, epochs=2, max_steps=most))[0] for most in (None, 5, 100)] == [6, 5, 6]
-    assert learning_rate(4, 5, config(warmup=0.2)) == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 4)))
+    assert [batches(10, 4, max_steps=most)[0] for most in (None, 5, 100)] == [6, 5, 6]
+    assert rate(4, 5) == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 4)))
 
 
 # ---------------------------------------------------------------------------------------------- examples
 
+def read(path, fields, tokenizer, micro_tokens=600, context=4096):
+    return Examples(path, fields, tokenizer, micro_tokens, context)
+
+
 def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
-    ours = Examples(write(tmp_path / "a", [{"prompt": "P <|im_end|>", "response": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
-    official = Examples(write(tmp_path / "b", [{"instruction": "P <|im_end|>", "output": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
+    ours = read(write(tmp_path / "a", [{"prompt": "P <|im_end|>", "response": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
+    official = read(write(tmp_path / "b", [{"instruction": "P <|im_end|>", "output": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
     assert ours == official == (tokenizer.chat("P <|im_end|>"), [tokenizer.response("R <|im_end|>")])
     assert ours[1][0].count(tokenizer.eos_ids[0]) == 1  # what is spelled out is text; the one real end is ours
-    both = [Examples(write(tmp_path / name, [{field: "P", "chosen": "C", "rejected": "R"}]), PAIR_FIELDS, tokenizer)[0]
+    both = [read(write(tmp_path / name, [{field: "P", "chosen": "C", "rejected": "R"}]), PAIR_FIELDS, tokenizer)[0]
             for name, field in (("c", "prompt"), ("d", "instruction"))]
     assert both[0] == both[1] == (tokenizer.chat("P"), [tokenizer.response("C"), tokenizer.response("R")])
 
@@ -142,7 +150,7 @@ def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder)
 @pytest.mark.parametrize("end", ["", "<|im_end|>"])
 def test_a_text_trains_every_token_but_the_first_and_means_its_special_tokens(tmp_path, tiny_folder, end):
     tokenizer = load_tokenizer(tiny_folder)
-    first, [rest] = Examples(write(tmp_path / "a", [{"text": "<|im_start|>Yes it is" + end}]), SFT_FIELDS, tokenizer)[0]
+    first, [rest] = read(write(tmp_path / "a", [{"text": "<|im_start|>Yes it is" + end}]), SFT_FIELDS, tokenizer)[0]
     assert tokenizer.decode(first) == "<|im_start|>"
     assert tokenizer.decode(rest) == "Yes it is<|im_end|>"
 
@@ -247,14 +255,18 @@ def test_the_first_losses_equal_transformers_on_the_same_texts(tmp_path, tiny_fo
 
 def test_the_first_update_by_hand(tmp_path, tiny_folder, monkeypatch):
     """AdamW's first step from its formula, with the gradient clipped to norm 0.1 and decay of matrices alone."""
-    seen, update = {}, training.Run.update
+    before, seen, clip, log = {}, {}, train_sft.clip_grad_norm_, training.Run.log
 
-    def look(run, loss, examples):
-        before = {name: (p.detach().clone(), p.grad.clone()) for name, p in run.model.named_parameters()}
-        result = update(run, loss, examples)
-        seen.update({name: (*before[name], p.detach().clone()) for name, p in run.model.named_parameters()})
-        return result
-    monkeypatch.setattr(training.Run, "update", look)
+    def look_before(parameters, most):
+        parameters = list(parameters)
+        before.update({p: (p.detach().clone(), p.grad.clone()) for p in parameters})
+        return clip(parameters, most)
+
+    def look_after(run, *given, **named):
+        seen.update({name: (*before[p], p.detach().clone()) for name, p in run.model.named_parameters()})
+        return log(run, *given, **named)
+    monkeypatch.setattr(train_sft, "clip_grad_norm_", look_before)
+    monkeypatch.setattr(training.Run, "log", look_after)
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, weight_decay=0.1, clip=0.1, lr=1e-2, warmup=0.0))
     norm = math.sqrt(sum(float((g ** 2).sum()) for _, g, _ in seen.values()))
     assert norm > 0.1 and metrics(tmp_path / "out")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -300,13 +312,8 @@ def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=held_out, epochs=30, eval_every=1, lr=1e-2))
     losses = [row["loss"] for row in metrics(tmp_path / "out", "validation")]
     assert min(losses) < losses[-1] - 0.01
-    from plumbing.run import Run
-    model, tokenizer = load_model(tmp_path / "out/model"), load_tokenizer(tiny_folder)
-
-    class Stub:
-        config = sft_config(tmp_path, tiny_folder, sft_rows(4))
-        report_long = Run.report_long
-    assert train_sft.evaluate(Stub(), model, Examples(held_out, SFT_FIELDS, tokenizer)) == pytest.approx(min(losses), rel=1e-5)
+    model, examples = load_model(tmp_path / "out/model"), read(held_out, SFT_FIELDS, load_tokenizer(tiny_folder))
+    assert train_sft.evaluate(model, examples, batch_size=4) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_from_scratch_trains_texts(tmp_path, tiny_folder):
@@ -365,9 +372,8 @@ def test_dpo_learns_what_the_reference_does_not_know(tmp_path, tiny_folder):
     [cache] = caches(tmp_path)
     reference = np.load(cache)
     assert 0.3 <= (reference[:, 0] > reference[:, 1]).mean() <= 0.7
-    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
-    after = train_dpo.reference_logprobs(dataclasses.replace(settings, model=str(tmp_path / "dpo/model")),
-                                         load_model(tmp_path / "dpo/model"), pairs)
+    pairs = read(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
+    after = train_dpo.reference_logprobs(load_model(tmp_path / "dpo/model"), str(tmp_path / "dpo/model"), pairs, settings.batch_size)
     assert (after[:, 0] > after[:, 1]).mean() > 0.9
     margins = (after - reference)[:, 0] - (after - reference)[:, 1]
     assert (margins > 0).mean() > 0.9
@@ -405,15 +411,14 @@ def test_the_reference_is_computed_anew_for_another_chat_template(tmp_path, tiny
 
 def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, monkeypatch):
     """Another run that began with this one completes the cache first: this one goes on with the same numbers."""
-    settings = dpo_config(tmp_path, tiny_folder, pair_rows(8))
-    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
+    pairs = read(write(tmp_path / "pairs.jsonl", pair_rows(8)), PAIR_FIELDS, load_tokenizer(tiny_folder))
 
     def faster_rival(batches, **_):
         yield from batches
         [part] = tmp_path.glob("*.part")
         os.rename(part, part.with_suffix(".npy"))
     monkeypatch.setattr(train_dpo, "tqdm", faster_rival)
-    found = train_dpo.reference_logprobs(settings, load_model(tiny_folder), pairs)
+    found = train_dpo.reference_logprobs(load_model(tiny_folder), str(tiny_folder), pairs, batch_size=8)
     [cache] = caches(tmp_path)
     assert np.isfinite(found).all() and np.array_equal(found, np.load(cache))
 
@@ -421,9 +426,9 @@ def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, mo
 def test_a_non_finite_loss_stops_dpo_before_the_update(tmp_path, tiny_folder, monkeypatch):
     loss, calls = train_dpo.dpo_loss, []
 
-    def broken(*given):
+    def broken(*given, **named):
         calls.append(1)
-        losses, *rest = loss(*given)
+        losses, *rest = loss(*given, **named)
         return losses * (math.inf if len(calls) == 2 else 1), *rest
     monkeypatch.setattr(train_dpo, "dpo_loss", broken)
     with pytest.raises(BadInput, match="step 1: loss inf"):
@@ -470,10 +475,9 @@ def test_the_reference_is_computed_once_for_a_sweep_and_anew_for_other_pairs(tmp
 
 def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     """What the .part file already holds is kept; NaN rows are computed."""
-    settings = dpo_config(tmp_path, tiny_folder, pair_rows(20))
     tokenizer, model = load_tokenizer(tiny_folder), load_model(tiny_folder)
-    pairs = Examples(settings.train, PAIR_FIELDS, tokenizer)
-    whole = train_dpo.reference_logprobs(settings, model, pairs)
+    pairs = read(write(tmp_path / "pairs.jsonl", pair_rows(20)), PAIR_FIELDS, tokenizer)
+    whole = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
     [cache] = caches(tmp_path)
     part = cache.with_suffix(".part")
     torn = whole.copy()
@@ -481,7 +485,7 @@ def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     torn[0] = 7.0  # a mark: it must not be computed again
     np.save(part.with_suffix(".npy"), torn)
     os.rename(cache, part)
-    again = train_dpo.reference_logprobs(settings, model, pairs)
+    again = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
     assert (again[0] == 7.0).all() and np.array_equal(again[1:], whole[1:])
     assert not part.exists()
 
@@ -532,13 +536,13 @@ def same_run(one, other):
 @pytest.mark.parametrize("validated", [True, False])
 def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_folder, script, validated, monkeypatch):
     changes = {} if validated else {"validation": None}
-    train, update = small_run(script, tmp_path, tiny_folder, "whole", **changes), training.Run.update
+    train, check = small_run(script, tmp_path, tiny_folder, "whole", **changes), training.Run.check_finite
     script.main(train)
 
     def stop_soon(run, *given):
         os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, *given)
-    monkeypatch.setattr(training.Run, "update", stop_soon)
+        return check(run, *given)
+    monkeypatch.setattr(training.Run, "check_finite", stop_soon)
     for step in (1, 2, 3):
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, .* --resume"):
             script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))
@@ -560,15 +564,16 @@ def test_a_validation_that_is_not_finite_stops_and_says_so(tmp_path, tiny_folder
 
 def test_the_best_model_before_a_stop_stays_the_best_after_it(tmp_path, tiny_folder, monkeypatch):
     """Validation losses 3, 1, 2, 1.5 by step: the second step's model is kept, whether the run is stopped after it or not."""
-    monkeypatch.setattr(train_sft, "evaluate", lambda run, *_: [3.0, 1.0, 2.0, 1.5][run.step])
+    losses = iter([3.0, 1.0, 2.0, 1.5] * 2)  # of the whole run's four steps, then of the stopped and resumed run's
+    monkeypatch.setattr(train_sft, "evaluate", lambda *_: next(losses))
     train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "whole", eval_every=1))
-    update = training.Run.update
+    check = training.Run.check_finite
 
     def stop_after_two(run, *given):
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, *given)
-    monkeypatch.setattr(training.Run, "update", stop_after_two)
+        return check(run, *given)
+    monkeypatch.setattr(training.Run, "check_finite", stop_after_two)
     with pytest.raises(Stopped):
         train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "stopped", eval_every=1))
     best = files_of(tmp_path / "stopped/model")
