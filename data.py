@@ -19,7 +19,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator, Sequence
+from typing import Annotated, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refu
 from plumbing.journal import Journal
 from model import Tree, common_prefix
 from formats.readers import read_case, read_labelled_steps
+from formats.turns import Turn
 from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, normal_form, parse_verdict
 from rprm import load_sampler as load_local_sampler
 
@@ -364,11 +365,19 @@ def own_prompt(path: str | Path) -> Path:
     return Path(path).with_suffix(".prompt.txt")
 
 
-def travelling_prompt(train: str | Path, model: str | Path) -> str | None:
-    """The words that go with a trained model: those of its training data, else those of the model it starts from."""
-    for path in (own_prompt(train), Path(model) / PROMPT_FILE):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
+    """The words that go with a trained model, for it to be asked in the words that it was trained with. Says which.
+
+    They are those of --prompt-file; else those beside the training data; else those of the model it starts from.
+    """
+    if prompt_file is not None:
+        load_prompt(prompt_file, None)  # refuses one that cannot be used
+    for path in (prompt_file, own_prompt(train), Path(model) / PROMPT_FILE):
+        if path is not None and Path(path).is_file():
+            print(f"prompt: the words of {path} go with the trained model")
+            return Path(path).read_text(encoding="utf-8")
+    print(f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask it in those "
+          "of prompts/verify.txt; if the examples were made with others, give them as --prompt-file FILE")
     return None
 
 
@@ -409,100 +418,124 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
 
 # ------------------------------------------------------------------------------ training examples, in trees
 
-# the fields of a training line, in our files, in the official ones, and of plain text
-SFT_FIELDS = (("prompt", "response"), ("instruction", "output"), ("text",))
-PAIR_FIELDS = (("prompt", "chosen", "rejected"), ("instruction", "chosen", "rejected"))
-
-
-MARGIN = 64  # tokens; see `Examples._most_tokens`
+Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, and of each of its responses
+MARGIN = 64  # tokens; see `most_tokens`
+OVER_LONG = "as over-long"
+EQUAL = "as pairs of equal responses"
 
 
 class Examples:
-    """A JSON-lines file of training examples, tokenised on demand.
+    """A file of training examples, tokenised on demand.
 
-        train = Examples("sft.jsonl", SFT_FIELDS, tokenizer, micro_tokens=8192, context=4096)
+        train = Examples("sft.jsonl", read_example, tokenizer, micro_tokens=8192, context=4096)
         train.kept          # [0, 1, 3, ...]: the numbers of the examples that can be trained on
         train[3]            # (prompt ids, [response ids, ...]): one response, or chosen and rejected
         train.pack([3, 0])  # the two in trees
 
-    Every line is checked at the start: BadInput names file, line and field of one that cannot be read. An
-    over-long example is left out, named and counted. So all examples that are dealt to the steps can be trained
-    on, and no step is without one. A {"text"} line is all response. Memory holds three numbers for each line,
-    and none of its content.
+    Every row is checked at the start. BadInput names file, line and field of a row that cannot be read. An example
+    that teaches nothing, or that is over-long, is left out, named and counted: so every step is dealt examples that
+    can be trained on. Memory holds three numbers for each row, and none of its content.
 
-    micro_tokens: the tokens of a tree at most
-    context: the tokens of a sequence (prompt and response) at most
+    read          makes a `Turn` of a row (formats/turns.py)
+    micro_tokens  the tokens of a tree at most
+    context       the tokens of a sequence, prompt and response, at most
     """
 
-    def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer,
-                 micro_tokens: int, context: int):
+    def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer, micro_tokens: int,
+                 context: int):
         self.path = Path(path)
-        self.fields = fields
+        self.read = read
         self.tokenizer = tokenizer
         self.micro_tokens = micro_tokens
         self.context = context
-        self.around = MARGIN + len(tokenizer.chat(""))  # tokens around an example's texts, at most
+        self.template_tokens = len(tokenizer.chat(""))
         self.lines = Lines(path)
         if not len(self.lines):
             raise BadInput(f"{path}: has no examples; make it anew")
+        self.kept = self._check()
+
+    def _check(self) -> np.ndarray:
+        """The numbers of the examples that can be trained on, (n,) int64. Says which others there are, and why."""
         kept = array("q")
-        bar = tqdm(range(len(self.lines)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
-                   leave=False, disable=ranks.rank() > 0)
-        for i in bar:
-            problem = self._too_long(i)
-            if problem:
-                bar.write(f"left out: {path} example {i + 1} {problem}")
+        left_out = Counter({OVER_LONG: 0})
+        problems = []
+        n_systems = 0
+        for i in tqdm(range(len(self.lines)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
+                      leave=False, disable=ranks.rank() > 0):
+            turn = self.turn(i)
+            n_systems += turn.system is not None
+            reason, problem = self._problem(turn)
+            if reason:
+                left_out[reason] += 1
+                problems.append(f"example {i + 1} {problem}")
             else:
                 kept.append(i)
-        self.kept = np.array(kept)
-        print(f"{path}: {len(self.kept):,} examples; left out as over-long: {self.n_left_out:,}")
-        if not len(self.kept):
-            raise BadInput(f"{path}: all of its {len(self.lines):,} examples are over-long "
-                           f"(the last one {problem}); raise --micro-tokens, or make shorter ones")
+        for problem in problems:
+            print(f"left out: {self.path} {problem}")
+        counts = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items())
+        print(f"{self.path}: {len(kept):,} examples; left out {counts}")
+        if n_systems:
+            print(f"{self.path}: {n_systems:,} examples have a system message of their own; score with the same one")
+        if not kept:
+            raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
+                           "raise --micro-tokens, or make the file anew")
+        return np.array(kept)
 
     @property
     def n_left_out(self) -> int:
         return len(self.lines) - len(self.kept)
 
-    def _texts(self, i: int) -> list[str]:
-        where, row = self.lines[i]
-        names = next((names for names in self.fields if all(name in row for name in names)), self.fields[0])
-        return [get_field(row, name, str, where) for name in names]
-
-    def _too_long(self, i: int) -> str:
-        """What of example i is too long, in words; nothing if it can be trained on."""
-        if self._most_tokens(i) <= min(self.micro_tokens, self.context):
-            return ""
-        prompt, responses = self[i]
+    def _problem(self, turn: Turn) -> tuple[str, str]:
+        """Why an example cannot be trained on: (the reason under which it is counted, the details); else two ""."""
+        if len(set(turn.responses)) < len(turn.responses):
+            return EQUAL, "has the same text as chosen and rejected"
+        if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
+            return "", ""
+        prompt, responses = self.encode(turn)
         longest = len(prompt) + max(map(len, responses))
         if longest > self.context:
-            return f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
+            return OVER_LONG, f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
         together = len(prompt) + sum(map(len, responses))
         if together > self.micro_tokens:
-            return f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
-        return ""
+            return OVER_LONG, f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
+        return "", ""
 
-    def _most_tokens(self, i: int) -> int:
+    def most_tokens(self, turn: Turn) -> int:
         """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
 
         A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form first,
-        which leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN: the marks that
-        a tokenizer adds to a text, the ends of the responses, and the template's words beside the message.
+        which leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN is for the marks
+        that a tokenizer adds to a text, the ends of the responses, and what the template joins with the message.
         """
-        most = self.around
-        for text in self._texts(i):
+        most = self.template_tokens + MARGIN
+        for text in (turn.system or "", turn.prompt or "", *turn.responses):
             n_ascii = len(text.encode("ascii", "ignore"))
             most += n_ascii + 33 * (len(text) - n_ascii)
         return most
 
-    def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
-        prompt, *responses = self._texts(i)
-        if responses:
-            return self.tokenizer.chat(prompt), [self.tokenizer.response(text) for text in responses]
-        ids = self.tokenizer.encode_marked(prompt)
+    def turn(self, i: int) -> Turn:
+        where, row = self.lines[i]
+        turn = self.read(row, where)
+        if turn.system is not None:
+            raise BadInput(f"{where}: a system message is not implemented; leave it out")
+        return turn
+
+    def __getitem__(self, i: int) -> Unit:
+        return self.encode(self.turn(i))
+
+    def encode(self, turn: Turn) -> Unit:
+        """The ids of the prompt, and of each response with the end of its turn."""
+        if turn.prompt is None:
+            return self.encode_text(turn.responses[0])
+        prompt = self.tokenizer.chat(turn.prompt)
+        return prompt, [self.tokenizer.response(text) for text in turn.responses]
+
+    def encode_text(self, text: str) -> Unit:
+        """A plain text is all response but for its first token, before which nothing stands to predict it from."""
+        ids = self.tokenizer.encode_marked(text)
         if not ids or ids[-1] not in self.tokenizer.eos_ids:
             ids += self.tokenizer.eos_ids[:1]
-        return ids[:1], [ids[1:]]  # nothing stands before the first token that it could be predicted from
+        return ids[:1], [ids[1:]]
 
     def pack(self, numbers: Iterable[int]) -> list["MicroBatch"]:
         """The examples with these numbers, in trees. They must be kept ones."""
@@ -516,7 +549,7 @@ class Examples:
             yield self.kept[first:first + size].tolist()
 
 
-def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer,
+def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
                         micro_tokens: int, context: int) -> Examples | None:
     """The examples of --validation. None without it, and where the file is empty, as of few problems it is."""
     if path is None:
@@ -524,7 +557,7 @@ def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], t
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         print(f"{path}: is empty; training goes on without validation")
         return None
-    return Examples(path, fields, tokenizer, micro_tokens, context)
+    return Examples(path, read, tokenizer, micro_tokens, context)
 
 
 @dataclass
@@ -538,9 +571,6 @@ class MicroBatch:
     starts: list[int]    # of each sequence: the position at which its response begins
     examples: list[int]  # the examples' numbers, in the order of their sequences
     lengths: list[int]   # of each sequence: the tokens of its response
-
-
-Unit = tuple[list[int], list[list[int]]]  # an example's prompt ids, and the ids of each of its responses
 
 
 def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 import fast
 from checkpoint import DTYPES, TOKENIZER_FILES, load_model, load_tokenizer, save_checkpoint
-from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt, validation_examples
+from data import Examples, MicroBatch, deal, travelling_prompt, validation_examples
+from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.memory import print_budget
@@ -42,6 +43,8 @@ class Config(TrainConfig):
     train: Annotated[str, "pairs.jsonl", INPUT, DATA]
     validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept",
                           INPUT, DATA] = None
+    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
+                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-7
     beta: Annotated[float, "strength of the pull towards the reference", (1e-6, None)] = 0.1
     label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)",
@@ -62,10 +65,10 @@ def main(config: Config) -> None:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
     tokenizer = load_tokenizer(config.model)
-    prompt = travelling_prompt(config.train, config.model)
+    prompt = travelling_prompt(config.prompt_file, config.train, config.model)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, PAIR_FIELDS, tokenizer, config.micro_tokens, context)
-    validation = validation_examples(config.validation, PAIR_FIELDS, tokenizer, config.micro_tokens, context)
+    train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context)
+    validation = validation_examples(config.validation, read_pair, tokenizer, config.micro_tokens, context)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)

@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import fast
 from checkpoint import DTYPES, load_config, load_model, load_tokenizer, save_checkpoint
-from data import SFT_FIELDS, Examples, deal, travelling_prompt, validation_examples
+from data import Examples, deal, travelling_prompt, validation_examples
+from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.errors import BadInput
@@ -36,6 +37,8 @@ class Config(TrainConfig):
     train: Annotated[str, "sft.jsonl", INPUT, DATA]
     validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model "
                                       "is kept", INPUT, DATA] = None
+    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
+                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-6
 
 
@@ -51,10 +54,10 @@ def main(config: Config) -> None:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
     tokenizer = load_tokenizer(folder)
-    prompt = travelling_prompt(config.train, folder)
+    prompt = travelling_prompt(config.prompt_file, config.train, folder)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, SFT_FIELDS, tokenizer, config.micro_tokens, context)
-    validation = validation_examples(config.validation, SFT_FIELDS, tokenizer, config.micro_tokens, context)
+    train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context)
+    validation = validation_examples(config.validation, read_example, tokenizer, config.micro_tokens, context)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)

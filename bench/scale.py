@@ -24,6 +24,7 @@ import data
 import score
 from bench.common import ROOT, peak_mb, report, run_side
 from checkpoint import load_tokenizer
+from formats.turns import read_example, read_pair
 from plumbing.cli import print_config, run
 from plumbing.files import json_line, writing
 from rprm import VERIFICATION, Analysis, Case, load_prompt
@@ -92,8 +93,8 @@ def stage(config: Config) -> dict:
         command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.PairsConfig)}[config.side]
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))
     else:
-        fields = data.SFT_FIELDS if config.side == "train_sft" else data.PAIR_FIELDS
-        examples = data.Examples(str(source), fields, load_tokenizer(config.model), micro_tokens=8192, context=8192)
+        read = read_example if config.side == "train_sft" else read_pair
+        examples = data.Examples(str(source), read, load_tokenizer(config.model), micro_tokens=8192, context=8192)
         started.append(time.perf_counter() - begin)
         for step in range(5):
             order = np.random.default_rng(step).permutation(len(examples))

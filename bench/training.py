@@ -29,13 +29,14 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
 from plumbing.errors import BadInput
 from plumbing.files import json_line
-from data import PAIR_FIELDS, SFT_FIELDS, Examples
+from data import Examples
+from formats.turns import read_example, read_pair
 from model import Decoder
 from rprm import VERIFICATION, response_logprobs
 from plumbing.run import Run
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}
-FIELDS = {"sft": SFT_FIELDS, "dpo": PAIR_FIELDS}
+READERS = {"sft": read_example, "dpo": read_pair}
 MICRO_BATCH = 4  # the peer's examples (or pairs) per forward pass
 
 
@@ -151,7 +152,7 @@ def ours(config: Config) -> dict:
 
 def read_examples(config: Config, path: Path) -> Examples:
     context = load_config(config.model).max_position_embeddings
-    return Examples(str(path), FIELDS[config.what], load_tokenizer(config.model), config.micro_tokens, context)
+    return Examples(str(path), READERS[config.what], load_tokenizer(config.model), config.micro_tokens, context)
 
 
 def work(config: Config, examples: Examples, seconds: float) -> dict:

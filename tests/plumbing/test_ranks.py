@@ -29,7 +29,8 @@ import score
 import train_dpo
 import train_sft
 from checkpoint import load_config, load_model, load_tokenizer
-from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
+from data import Examples, MicroBatch, deal
+from formats.turns import read_example, read_pair
 from model import Tree
 from plumbing import ranks
 from plumbing.cli import run
@@ -182,8 +183,8 @@ def log(out: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- training
 
-@pytest.mark.parametrize("name, fields", [("sft", SFT_FIELDS), ("dpo", PAIR_FIELDS)])
-def test_two_ranks_give_the_curve_of_one(ran, name, fields):
+@pytest.mark.parametrize("name, read", [("sft", read_example), ("dpo", read_pair)])
+def test_two_ranks_give_the_curve_of_one(ran, name, read):
     """Every logged number, validations too. Some steps have an odd number of trees."""
     folder, jobs = ran
     one, two = log(folder / f"one/{name}.out"), log(folder / f"two/{name}.out")
@@ -191,7 +192,7 @@ def test_two_ranks_give_the_curve_of_one(ran, name, fields):
     assert [rows for rows in zip(one, two, strict=True) if not near(*rows)] == []
     assert one[0]["loss"] - one[-1]["loss"] > 0.1
     job = jobs[name][1]
-    examples = Examples(job["train"], fields, load_tokenizer(job["model"]), job["micro_tokens"], context=4096)
+    examples = Examples(job["train"], read, load_tokenizer(job["model"]), job["micro_tokens"], context=4096)
     steps, numbers = training.epoch_batches(examples.kept, job["batch_size"], job["epochs"], max_steps=None, seed=0)
     trees = [len(examples.pack(numbers(step))) for step in range(steps)]
     assert {n % 2 for n in trees} == {0, 1} and max(trees) > 2
