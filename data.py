@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
 from plumbing.cli import MAY_CHANGE, print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
 from model import Tree, common_prefix
+from formats.containers import STANDARD_INPUT, read_rows
 from formats.readers import read_case, read_labelled_steps
 from formats.turns import Turn
 from rprm import VERIFICATION, Analysis, Case, Prompt, Sampler, SamplerConfig, has_one_verdict, load_prompt, normal_form, parse_verdict
@@ -376,8 +378,8 @@ def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | P
         if path is not None and Path(path).is_file():
             print(f"prompt: the words of {path} go with the trained model")
             return Path(path).read_text(encoding="utf-8")
-    print(f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask it in those "
-          "of prompts/verify.txt; if the examples were made with others, give them as --prompt-file FILE")
+    print(f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask it "
+          "in those of prompts/verify.txt; if the examples were made with others, give them as --prompt-file FILE")
     return None
 
 
@@ -432,39 +434,43 @@ class Examples:
         train[3]            # (prompt ids, [response ids, ...]): one response, or chosen and rejected
         train.pack([3, 0])  # the two in trees
 
-    Every row is checked at the start. BadInput names file, line and field of a row that cannot be read. An example
-    that teaches nothing, or that is over-long, is left out, named and counted: so every step is dealt examples that
-    can be trained on. Memory holds three numbers for each row, and none of its content.
+    Every row is checked at the start. BadInput names file, line and field of a row that cannot be read. An
+    example that is over-long, or teaches nothing, is left out, named and counted; so every step is dealt
+    examples that can be trained on.
 
-    read          makes a `Turn` of a row (formats/turns.py)
+    read          makes a Turn of a row (formats/turns.py)
     micro_tokens  the tokens of a tree at most
     context       the tokens of a sequence, prompt and response, at most
     """
 
-    def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer, micro_tokens: int,
-                 context: int):
+    def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
+                 micro_tokens: int, context: int):
+        if path == STANDARD_INPUT:
+            raise BadInput(f"{path}: training reads its examples more than once; "
+                           "give a file, not standard input")
         self.path = Path(path)
+        self.rows = read_rows(path)
         self.read = read
         self.tokenizer = tokenizer
         self.micro_tokens = micro_tokens
         self.context = context
         self.template_tokens = len(tokenizer.chat(""))
-        self.lines = Lines(path)
-        if not len(self.lines):
+        if not len(self.rows):
             raise BadInput(f"{path}: has no examples; make it anew")
         self.kept = self._check()
 
+    @property
+    def n_left_out(self) -> int:
+        return len(self.rows) - len(self.kept)
+
     def _check(self) -> np.ndarray:
-        """The numbers of the examples that can be trained on, (n,) int64. Says which others there are, and why."""
+        """The numbers of the examples that can be trained on, (n,) int64. Prints which others there are."""
         kept = array("q")
         left_out = Counter({OVER_LONG: 0})
         problems = []
-        n_systems = 0
-        for i in tqdm(range(len(self.lines)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
+        for i in tqdm(range(len(self.rows)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
                       leave=False, disable=ranks.rank() > 0):
-            turn = self.turn(i)
-            n_systems += turn.system is not None
-            reason, problem = self._problem(turn)
+            reason, problem = self._problem(self.turn(i))
             if reason:
                 left_out[reason] += 1
                 problems.append(f"example {i + 1} {problem}")
@@ -474,19 +480,13 @@ class Examples:
             print(f"left out: {self.path} {problem}")
         counts = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items())
         print(f"{self.path}: {len(kept):,} examples; left out {counts}")
-        if n_systems:
-            print(f"{self.path}: {n_systems:,} examples have a system message of their own; score with the same one")
         if not kept:
             raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
                            "raise --micro-tokens, or make the file anew")
         return np.array(kept)
 
-    @property
-    def n_left_out(self) -> int:
-        return len(self.lines) - len(self.kept)
-
     def _problem(self, turn: Turn) -> tuple[str, str]:
-        """Why an example cannot be trained on: (the reason under which it is counted, the details); else two ""."""
+        """Why an example is left out: (the reason by which it is counted, the details); else two empty texts."""
         if len(set(turn.responses)) < len(turn.responses):
             return EQUAL, "has the same text as chosen and rejected"
         if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
@@ -494,7 +494,8 @@ class Examples:
         prompt, responses = self.encode(turn)
         longest = len(prompt) + max(map(len, responses))
         if longest > self.context:
-            return OVER_LONG, f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
+            details = f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
+            return OVER_LONG, details
         together = len(prompt) + sum(map(len, responses))
         if together > self.micro_tokens:
             return OVER_LONG, f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
@@ -503,9 +504,9 @@ class Examples:
     def most_tokens(self, turn: Turn) -> int:
         """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
 
-        A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form first,
-        which leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN is for the marks
-        that a tokenizer adds to a text, the ends of the responses, and what the template joins with the message.
+        A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form
+        first: it leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN is for
+        the marks that a tokenizer adds to a text, the ends of responses, and what the template joins to it.
         """
         most = self.template_tokens + MARGIN
         for text in (turn.system or "", turn.prompt or "", *turn.responses):
@@ -514,7 +515,7 @@ class Examples:
         return most
 
     def turn(self, i: int) -> Turn:
-        where, row = self.lines[i]
+        where, row = self.rows[i]
         turn = self.read(row, where)
         if turn.system is not None:
             raise BadInput(f"{where}: a system message is not implemented; leave it out")
@@ -531,7 +532,7 @@ class Examples:
         return prompt, [self.tokenizer.response(text) for text in turn.responses]
 
     def encode_text(self, text: str) -> Unit:
-        """A plain text is all response but for its first token, before which nothing stands to predict it from."""
+        """A plain text is all response, but for its first token, which nothing stands before to predict."""
         ids = self.tokenizer.encode_marked(text)
         if not ids or ids[-1] not in self.tokenizer.eos_ids:
             ids += self.tokenizer.eos_ids[:1]
@@ -551,7 +552,7 @@ class Examples:
 
 def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
                         micro_tokens: int, context: int) -> Examples | None:
-    """The examples of --validation. None without it, and where the file is empty, as of few problems it is."""
+    """The examples of --validation. None without it, and if the file is empty, as it is of few problems."""
     if path is None:
         return None
     if Path(path).is_file() and Path(path).stat().st_size == 0:
@@ -564,8 +565,8 @@ def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tok
 class MicroBatch:
     """Examples in one tree, which pass the model together.
 
-    An example of SFT is one sequence of the tree, prompt and response. A pair is two: the prompt with the chosen
-    response, and with the rejected one.
+    An example of SFT is one sequence of the tree, prompt and response. A pair is two: the prompt with the
+    chosen response, and with the rejected one.
     """
     tree: Tree
     starts: list[int]    # of each sequence: the position at which its response begins
@@ -574,13 +575,13 @@ class MicroBatch:
 
 
 def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
-    """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as their order allows.
+    """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
 
     Returns the trees, and the numbers of the over-long examples, which no tree can hold.
 
-    The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill one
-    tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest limit
-    that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+    The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill
+    one tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest
+    limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
 
     Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree
     (950), so two trees are needed. The lowest limit that needs no third is 850: each tree gets eight.
@@ -602,7 +603,7 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], l
         before = sequence
 
     def fill(limit: int) -> list[list[int]]:
-        """The examples of each tree, where an example that would bring a tree over the limit begins the next."""
+        """The examples of each tree, if an example that would bring a tree over the limit begins the next."""
         trees = []
         size = 0
         for i in order:
@@ -637,8 +638,8 @@ def make_micro_batch(units: dict[int, Unit], numbers: list[int]) -> MicroBatch:
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     """This rank's share of a step's trees. All ranks get as many, since they work through them side by side.
 
-    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do not
-    come out even, trees of two sequences without a response fill up: their loss and their gradient are 0.
+    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do
+    not come out even, trees of two sequences without a response fill up: their loss and gradient are 0.
     """
     if ranks.count() == 1:
         return batches

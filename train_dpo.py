@@ -5,7 +5,8 @@
 
 The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never
 change, so the policy itself computes them, once, before the first step; a file beside the pairs keeps them.
-Lines are {"prompt", "chosen", "rejected"} or the official files' {"instruction", "chosen", "rejected"}.
+Rows are {"prompt", "chosen", "rejected"}, the official files' {"instruction", "chosen", "rejected"}, or those
+of other public formats (formats/turns.py).
 Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does
 not state.
 """
@@ -26,11 +27,12 @@ from data import Examples, MicroBatch, deal, travelling_prompt, validation_examp
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
+from plumbing.files import content_hash, files_in
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, check_out
+from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
-from plumbing.table import StoredTable, content_hash
 from rprm import dpo_loss, response_logprobs
 
 LEFT_OUT = np.inf  # in the reference's table: a pair that is not trained on
@@ -40,7 +42,7 @@ LEFT_OUT = np.inf  # in the reference's table: a pair that is not trained on
 class Config(TrainConfig):
     model: Annotated[str, "the SFT model, where the policy starts and which is the reference: "
                           "a Hugging Face folder", INPUT]
-    train: Annotated[str, "pairs.jsonl", INPUT, DATA]
+    train: Annotated[str, "pairs.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
     validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept",
                           INPUT, DATA] = None
     prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
@@ -171,14 +173,14 @@ def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pai
 
 @torch.no_grad()
 def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int) -> np.ndarray:
-    """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2); LEFT_OUT where it is left out.
+    """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2). LEFT_OUT: it is left out.
 
     model: that of `folder`, before its first update. The table is kept beside the pairs, as
     NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta computes it once.
     """
     path = reference_path(folder, pairs, batch_size, model.device) if ranks.rank() == 0 else None
-    table = StoredTable(path, len(pairs.lines), columns=2)
-    is_kept = np.isin(np.arange(len(pairs.lines)), pairs.kept)
+    table = StoredTable(path, len(pairs.rows), columns=2)
+    is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
     table.rows[~is_kept] = LEFT_OUT
     n_batches = math.ceil(len(pairs.kept) / batch_size)
     for numbers in tqdm(pairs.in_file_order(batch_size), desc="reference", total=n_batches, unit="batch",
@@ -199,12 +201,13 @@ def reference_path(folder: str, pairs: Examples, batch_size: int, device: torch.
     """Where the reference's table is kept.
 
     The hash in its name is of all that the table depends on: the pairs, the model, the tokenizer, the chat
-    template, and which pairs share a tree (the last digits of a log-probability depend on the rest of its tree).
+    template, and what shares a tree (the last digits of a log-probability depend on the rest of its tree).
     """
     weights = sorted(Path(folder).glob("*.safetensors"))
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
     others = [Path(folder) / name for name in names]
-    name = content_hash(f"{pairs.micro_tokens} {batch_size} {device.type}", [pairs.path, *weights, *others])
+    paths = [*files_in(pairs.path), *weights, *others]
+    name = content_hash(f"{pairs.micro_tokens} {batch_size} {device.type}", paths)
     return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")
 
 

@@ -3,10 +3,10 @@
     python train_sft.py --model Qwen2.5-Math-7B-Instruct --train sft.jsonl --validation sft.validation.jsonl \
         --out runs/sft
 
-Lines are {"prompt", "response"}, the official files' {"instruction", "output"}, or {"text"}, which trains on
-every token. With --from-scratch CONFIG.JSON (its folder holds the tokenizer) the weights are random instead of
-loaded. Left out of the paper's recipe: nothing; the defaults are its settings (1 epoch, batch 128, lr 5e-6,
-warm-up 0.03).
+Rows are {"prompt", "response"}, the official files' {"instruction", "output"}, {"text"}, which trains on
+every token, or those of other public formats (formats/turns.py). With --from-scratch CONFIG.JSON (its folder
+holds the tokenizer) the weights are random instead of loaded. Left out of the paper's recipe: nothing; the
+defaults are its settings (1 epoch, batch 128, lr 5e-6, warm-up 0.03).
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class Config(TrainConfig):
     model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder", INPUT] = None
     from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; "
                                         "the weights are random", INPUT] = None
-    train: Annotated[str, "sft.jsonl", INPUT, DATA]
+    train: Annotated[str, "sft.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
     validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model "
                                       "is kept", INPUT, DATA] = None
     prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     for step in run.progress():
         numbers = batch_of(step)
         batches = train.pack(numbers)
-        n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over the whole step's tokens
+        n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over all of the step's
         loss = 0.0
         for batch in deal(batches):
             with precision(model.device):

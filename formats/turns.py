@@ -1,19 +1,19 @@
-"""Rows to train on, in the formats that people bring. Each is one turn: a user's message and the assistant's answer.
+"""Rows to train on, in the formats that people bring. Each is one turn: a user's message and an answer to it.
 
     SFT     {"prompt", "response"}                            ours
             {"instruction", "output"}                         R-PRM's official files
-            {"instruction", "input", "output"}                Alpaca: the prompt is instruction, newline, input
+            {"instruction", "input", "output"}                Alpaca: instruction, newline, input
             {"messages": [{"role", "content"}, ...]}          chat messages
             {"prompt": [{"role", ...}], "completion": [...]}  chat messages, cut in two (TRL)
             {"conversations": [{"from", "value"}, ...]}       ShareGPT
             {"text"}                                          a plain text, which answers nothing
     pairs   {"prompt", "chosen", "rejected"}                  ours
-            {"instruction", "chosen", "rejected"}             R-PRM's official files, and Alpaca's with "input"
+            {"instruction", "chosen", "rejected"}             R-PRM's official files; Alpaca, with "input"
             {"chosen": [...], "rejected": [...]}              chat messages, each with the prompt in it
 
-A message may stand for a text, and a list of messages for a message. A system message may stand before the user's, or
-in the row's "system". What cannot be trained on as it is meant is a BadInput that names it: a second turn, a tool, an
-image, a message with a weight of 0.
+A message may stand for a text, and a list of messages for a message. A system message may stand before the
+user's, or in the row's "system". What cannot be trained on as it is meant is a BadInput that names it: a
+second turn, a tool, an image, a message with a weight of 0.
 """
 import json
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 # fields that have a meaning in one of these formats, and none here
 UNUSED_IN_ROWS = ("history", "tools", "functions", "images", "videos", "audios", "chat_template_kwargs")
-UNUSED_IN_MESSAGES = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "weight",
-                      "train")
+UNUSED_IN_MESSAGES = (
+    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "weight", "train")
 EMPTY = (None, "", [], {})
 HARMLESS = (*EMPTY, "[]", True, 1)  # what an unused field may hold: all messages have a weight of 1
 
@@ -68,8 +68,8 @@ def read_example(row: dict, where: str) -> Turn:
         refuse_unused(row, UNUSED_IN_ROWS, where)
         return Turn(None, (get_field(row, "text", str, where),))
     if "completion" in names and isinstance(row["completion"], str):
-        raise BadInput(f"{where}: field 'completion': a text there goes on with the prompt's text, and no chat template "
-                       "stands between them; name the field 'response' if it answers the prompt")
+        raise BadInput(f"{where}: field 'completion': a text there goes on with the prompt's, and no chat "
+                       "template stands between them; name the field 'response' if it answers the prompt")
     return read_turn(row, names[:-1], names[-1:], where)
 
 
@@ -80,17 +80,20 @@ def read_pair(row: dict, where: str) -> Turn:
 
 
 def format_of(row: dict, formats: tuple[tuple[str, ...], ...], where: str) -> tuple[str, ...]:
-    """The first format of which the row has all fields. Where it has none, BadInput names what is missing."""
+    """The first format of which the row has all fields; if there is none, BadInput names what is missing.
+
+    In a table of several formats (parquet) a row has all fields, and those that are not its own are null.
+    """
     for names in formats:
-        if all(name in row for name in names):
+        if all(row.get(name) is not None for name in names):
             return names
     begun = next((names for names in formats if names[0] in row), formats[0])
-    missing = [name for name in begun if name not in row]
+    missing = [name for name in begun if row.get(name) is None]
     return get_field(row, missing[0], str, where)  # raises
 
 
 def read_turn(row: dict, asked: tuple[str, ...], answers: tuple[str, ...], where: str) -> Turn:
-    """The turn whose prompt is in the fields `asked` (one, or none) and whose responses are in the fields `answers`."""
+    """The turn whose prompt is in the fields `asked` (one or none) and whose responses are in `answers`."""
     refuse_unused(row, UNUSED_IN_ROWS, where)
     if "instruction" not in asked:
         refuse_unused(row, ("input",), where)
@@ -121,8 +124,9 @@ def one_turn(before: list[Message], after: list[Message], where: str) -> list[Me
     whole = after if all(message in after for message in before) else before + after
     roles = [message.role for message in whole]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise BadInput(f"{where}: expected one turn, a user's message and an answer, perhaps after a system message; "
-                       f"found {', '.join(roles) or 'nothing'}; make a row of each turn, or leave this one out")
+        raise BadInput(f"{where}: expected one turn, a user's message and an answer, perhaps after a system "
+                       f"message; found {', '.join(roles) or 'nothing'}; "
+                       "make a row of each turn, or leave this one out")
     return whole
 
 
@@ -148,7 +152,8 @@ def read_message(value: Any, where: str) -> Message:
     role_field, text_field = ("from", "value") if "from" in value else ("role", "content")
     role = get_field(value, role_field, str, where)
     if role not in ROLES:
-        raise BadInput(f"{where}: the role {role[:40]!r} is not implemented (only {', '.join(ROLES)}); leave the row out")
+        raise BadInput(f"{where}: the role {role[:40]!r} is not implemented (only {', '.join(ROLES)}); "
+                       "leave the row out")
     return Message(ROLES[role], get_field(value, text_field, str, where))
 
 

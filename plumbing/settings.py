@@ -18,10 +18,10 @@ from plumbing.cli import (
     resolved,
 )
 from plumbing.errors import BadInput
-from plumbing.files import expect, read_json, refuse_existing
+from plumbing.files import content_hash, expect, files_in, read_json, refuse_existing
 
 INPUT = Mark("a file or folder that the run reads: --overwrite does not remove it")
-DATA = Mark("a file whose content a resumed run must find as it was")
+DATA = Mark("a file, or a folder of files, whose content a resumed run must find as it was")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class TrainConfig:
                       MAY_CHANGE] = "cuda" if torch.cuda.is_available() else "cpu"
     rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer",
                             (1, 10 ** 9), MAY_CHANGE] = 1800.0
-    plain: Annotated[bool, "compute with model.py as it reads, without fast/: the same numbers, later"] = False
+    plain: Annotated[bool, "compute with model.py as it reads, without fast/: "
+                           "the same numbers, later"] = False
     resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False
     overwrite: Annotated[bool, "replace an existing --out", MAY_CHANGE] = False
 
@@ -81,10 +82,17 @@ def hashes(config: TrainConfig) -> dict[str, str]:
     found = {}
     for name in marked(config, DATA):
         path = getattr(config, name)
-        if path and Path(path).is_file():  # if there is none, the script will say so when it reads it
-            with open(path, "rb") as file:
-                found[f"content of {flag_of(name)}"] = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+        if path and Path(path).exists():  # if it is not there, the script will say so when it reads it
+            found[f"content of {flag_of(name)}"] = hash_of(Path(path))
     return found
+
+
+def hash_of(path: Path) -> str:
+    """16 hexadecimal digits from the content of a file, or of all files in a folder."""
+    if path.is_dir():
+        return content_hash("", files_in(path))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
 
 def refuse_to_remove(out: Path, config: TrainConfig) -> None:

@@ -3,13 +3,11 @@
     NAME.part   while it is computed: a .npy file that is mapped into memory; NaN: not computed yet
     NAME.npy    when it is whole
 
-NAME has a hash in it of all that the numbers depend on (`content_hash`), so no others are taken for them.
+NAME has a hash in it of all that the numbers depend on (files.content_hash), so no others are taken for them.
 Rank 0 alone reads and writes the files; every rank has the numbers.
 """
-import hashlib
 import os
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 
@@ -52,12 +50,3 @@ class StoredTable:
             self.rows.flush()
             os.replace(self.part, self.path)
         return np.array(self.rows)
-
-
-def content_hash(words: str, paths: Iterable[Path]) -> str:
-    """16 hexadecimal digits from some words and the content of some files."""
-    digest = hashlib.blake2b(words.encode(), digest_size=8)
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
