@@ -13,11 +13,13 @@ import dataclasses
 import hashlib
 import math
 import time
+from array import array
+from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator, Sequence
+from typing import Annotated, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +32,9 @@ from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
 from model import Tree, common_prefix
+from formats.containers import STANDARD_INPUT, read_rows
 from formats.readers import read_case, read_labelled_steps
+from formats.turns import Turn
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, load_prompt
 from rprm import load_sampler as load_local_sampler
@@ -365,11 +369,19 @@ def own_prompt(path: str | Path) -> Path:
     return Path(path).with_suffix(".prompt.txt")
 
 
-def travelling_prompt(train: str | Path, model: str | Path) -> str | None:
-    """The words that go with a trained model: those of its training data, else those of the model it starts from."""
-    for path in (own_prompt(train), Path(model) / PROMPT_FILE):
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
+    """The words that go with a trained model, for it to be asked in the words that it was trained with. Says which.
+
+    They are those of --prompt-file; else those beside the training data; else those of the model it starts from.
+    """
+    if prompt_file is not None:
+        load_prompt(prompt_file, None)  # refuses one that cannot be used
+    for path in (prompt_file, own_prompt(train), Path(model) / PROMPT_FILE):
+        if path is not None and Path(path).is_file():
+            print(f"prompt: the words of {path} go with the trained model")
+            return Path(path).read_text(encoding="utf-8")
+    print(f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask it "
+          "in those of prompts/verify.txt; if the examples were made with others, give them as --prompt-file FILE")
     return None
 
 
@@ -408,127 +420,234 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------- training examples, in trees
+# ------------------------------------------------------------------------------ training examples, in trees
 
-# the fields of a training line: SFT (ours, the official files', plain text) and pairs (ours, the official files')
-SFT_FIELDS = (("prompt", "response"), ("instruction", "output"), ("text",))
-PAIR_FIELDS = (("prompt", "chosen", "rejected"), ("instruction", "chosen", "rejected"))
+Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, and of each of its responses
+MARGIN = 64  # tokens; see `most_tokens`
+OVER_LONG = "as over-long"
+EQUAL = "as pairs of equal responses"
 
 
 class Examples:
-    """A JSON-lines file of training examples, tokenised on demand: in memory stand only the lines' places.
+    """A file of training examples, tokenised on demand.
 
-    examples[i] -> (prompt ids, [response ids, ...]): one response for SFT, chosen and rejected for pairs. A {"text"}
-    line is all response. Every line is checked at the start. Raises BadInput with file, line and field.
+        train = Examples("sft.jsonl", read_example, tokenizer, micro_tokens=8192, context=4096)
+        train.kept          # [0, 1, 3, ...]: the numbers of the examples that can be trained on
+        train[3]            # (prompt ids, [response ids, ...]): one response, or chosen and rejected
+        train.pack([3, 0])  # the two in trees
+
+    Every row is checked at the start. BadInput names file, line and field of a row that cannot be read. An
+    example that is over-long, or teaches nothing, is left out, named and counted; so every step is dealt
+    examples that can be trained on.
+
+    read          makes a Turn of a row (formats/turns.py)
+    micro_tokens  the tokens of a tree at most
+    context       the tokens of a sequence, prompt and response, at most
     """
 
-    def __init__(self, path: str, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer):
-        self.path, self.fields, self.tokenizer, self.lines = Path(path), fields, tokenizer, Lines(path)
-        for i in range(len(self)):
-            self._texts(i)
-        if not len(self):
+    def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
+                 micro_tokens: int, context: int):
+        if path == STANDARD_INPUT:
+            raise BadInput(f"{path}: training reads its examples more than once; "
+                           "give a file, not standard input")
+        self.path = Path(path)
+        self.rows = read_rows(path)
+        self.read = read
+        self.tokenizer = tokenizer
+        self.micro_tokens = micro_tokens
+        self.context = context
+        self.template_tokens = len(tokenizer.chat(""))
+        if not len(self.rows):
             raise BadInput(f"{path}: has no examples; make it anew")
+        self.kept = self._check()
 
-    def _texts(self, i: int) -> list[str]:
-        where, row = self.lines[i]
-        names = next((names for names in self.fields if all(name in row for name in names)), self.fields[0])
-        return [get_field(row, name, str, where) for name in names]
+    @property
+    def n_left_out(self) -> int:
+        return len(self.rows) - len(self.kept)
 
-    def __len__(self) -> int:
-        return len(self.lines)
+    def _check(self) -> np.ndarray:
+        """The numbers of the examples that can be trained on, (n,) int64. Prints which others there are."""
+        kept = array("q")
+        left_out = Counter({OVER_LONG: 0})
+        problems = []
+        for i in tqdm(range(len(self.rows)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
+                      leave=False, disable=ranks.rank() > 0):
+            reason, problem = self._problem(self.turn(i))
+            if reason:
+                left_out[reason] += 1
+                problems.append(f"example {i + 1} {problem}")
+            else:
+                kept.append(i)
+        for problem in problems:
+            print(f"left out: {self.path} {problem}")
+        counts = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items())
+        print(f"{self.path}: {len(kept):,} examples; left out {counts}")
+        if not kept:
+            raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
+                           "raise --micro-tokens, or make the file anew")
+        return np.array(kept)
 
-    def length(self, i: int) -> int:
-        """Tokens of an example, the prompt once."""
-        prompt, responses = self[i]
-        return len(prompt) + sum(map(len, responses))
+    def _problem(self, turn: Turn) -> tuple[str, str]:
+        """Why an example is left out: (the reason by which it is counted, the details); else two empty texts."""
+        if len(set(turn.responses)) < len(turn.responses):
+            return EQUAL, "has the same text as chosen and rejected"
+        if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
+            return "", ""
+        prompt, responses = self.encode(turn)
+        longest = len(prompt) + max(map(len, responses))
+        if longest > self.context:
+            details = f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
+            return OVER_LONG, details
+        together = len(prompt) + sum(map(len, responses))
+        if together > self.micro_tokens:
+            return OVER_LONG, f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
+        return "", ""
 
-    def __getitem__(self, i: int) -> tuple[list[int], list[list[int]]]:
-        prompt, *responses = self._texts(i)
-        if not responses:
-            ids = self.tokenizer.encode_marked(prompt)
-            ids += [] if ids and ids[-1] in self.tokenizer.eos_ids else self.tokenizer.eos_ids[:1]
-            return ids[:1], [ids[1:]]  # the first token has nothing to be predicted from
-        return self.tokenizer.chat(prompt), [self.tokenizer.response(r) for r in responses]
+    def most_tokens(self, turn: Turn) -> int:
+        """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
 
-    def pack(self, numbers: Iterable[int], micro_tokens: int) -> tuple[list["MicroBatch"], list[int]]:
-        """`pack` of these examples: (trees, the numbers of over-long ones)."""
-        return pack({i: self[i] for i in numbers}, micro_tokens)
+        A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form
+        first: it leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN is for
+        the marks that a tokenizer adds to a text, the ends of responses, and what the template joins to it.
+        """
+        most = self.template_tokens + MARGIN
+        for text in (turn.system or "", turn.prompt or "", *turn.responses):
+            n_ascii = len(text.encode("ascii", "ignore"))
+            most += n_ascii + 33 * (len(text) - n_ascii)
+        return most
+
+    def turn(self, i: int) -> Turn:
+        where, row = self.rows[i]
+        turn = self.read(row, where)
+        if turn.system is not None:
+            raise BadInput(f"{where}: a system message is not implemented; leave it out")
+        return turn
+
+    def __getitem__(self, i: int) -> Unit:
+        return self.encode(self.turn(i))
+
+    def encode(self, turn: Turn) -> Unit:
+        """The ids of the prompt, and of each response with the end of its turn."""
+        if turn.prompt is None:
+            return self.encode_text(turn.responses[0])
+        prompt = self.tokenizer.chat(turn.prompt)
+        return prompt, [self.tokenizer.response(text) for text in turn.responses]
+
+    def encode_text(self, text: str) -> Unit:
+        """A plain text is all response, but for its first token, which nothing stands before to predict."""
+        ids = self.tokenizer.encode_marked(text)
+        if not ids or ids[-1] not in self.tokenizer.eos_ids:
+            ids += self.tokenizer.eos_ids[:1]
+        return ids[:1], [ids[1:]]
+
+    def pack(self, numbers: Iterable[int]) -> list["MicroBatch"]:
+        """The examples with these numbers, in trees. They must be kept ones."""
+        trees, long = pack({i: self[i] for i in numbers}, self.micro_tokens)
+        assert not long, f"{self.path}: examples {long} are over-long, and were not left out"
+        return trees
+
+    def in_file_order(self, size: int) -> Iterator[list[int]]:
+        """The numbers of all kept examples, `size` at a time."""
+        for first in range(0, len(self.kept), size):
+            yield self.kept[first:first + size].tolist()
 
 
-def validation_examples(path: str | None, fields: tuple[tuple[str, ...], ...], tokenizer: ChatTokenizer) -> Examples | None:
-    """The examples of --validation; None without it, and where the file is empty, as it is when made of a few problems."""
+def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
+                        micro_tokens: int, context: int) -> Examples | None:
+    """The examples of --validation. None without it, and if the file is empty, as it is of few problems."""
     if path is None:
         return None
     if Path(path).is_file() and Path(path).stat().st_size == 0:
-        if ranks.rank() == 0:
-            print(f"{path}: is empty; training goes on without validation")
+        print(f"{path}: is empty; training goes on without validation")
         return None
-    return Examples(path, fields, tokenizer)
+    return Examples(path, read, tokenizer, micro_tokens, context)
 
 
 @dataclass
 class MicroBatch:
-    """Examples in one tree. The sequences, prompt + response, are one per example, or two: chosen and rejected."""
-    tree: Tree
-    starts: list[int]      # where each sequence's response begins
-    examples: list[int]    # the numbers of the examples, in the order of their sequences
-    lengths: list[int]     # tokens of each response
+    """Examples in one tree, which pass the model together.
 
-
-def pack(units: dict[int, tuple[list[int], list[list[int]]]], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
-    """Examples (number -> prompt ids and response ids) as few trees of at most `micro_tokens` -> (trees, over-long ones).
-
-    In lexicographic order neighbours share the most. The trees are of like size, as the largest decides on the memory: they are
-    filled up to the lowest limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+    An example of SFT is one sequence of the tree, prompt and response. A pair is two: the prompt with the
+    chosen response, and with the rejected one.
     """
-    long, order, last = [], [], np.zeros(0, dtype=np.int64)
-    alone, own = {}, {}  # tokens of an example in a tree by itself, and behind the one before it
+    tree: Tree
+    starts: list[int]    # of each sequence: the position at which its response begins
+    examples: list[int]  # the examples' numbers, in the order of their sequences
+    lengths: list[int]   # of each sequence: the tokens of its response
+
+
+def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
+    """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
+
+    Returns the trees, and the numbers of the over-long examples, which no tree can hold.
+
+    The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill
+    one tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest
+    limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
+
+    Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree
+    (950), so two trees are needed. The lowest limit that needs no third is 850: each tree gets eight.
+    """
+    long = []
+    order = []  # all others, in lexicographic order
+    alone = {}  # an example's tokens in a tree by itself
+    own = {}    # those of them that it does not share with the example before it
+    before = np.zeros(0, dtype=np.int64)
     for i in sorted(units, key=units.__getitem__):
         prompt, responses = units[i]
         alone[i] = len(prompt) + sum(map(len, responses))
         if alone[i] > micro_tokens:
             long.append(i)
             continue
-        whole = np.asarray(prompt + responses[0])
-        own[i] = alone[i] - common_prefix(last, whole)
+        sequence = np.asarray(prompt + responses[0])
+        own[i] = alone[i] - common_prefix(before, sequence)
         order.append(i)
-        last = whole
+        before = sequence
 
-    def filled(limit: int) -> list[list[int]]:
-        groups, size = [], math.inf
+    def fill(limit: int) -> list[list[int]]:
+        """The examples of each tree, if an example that would bring a tree over the limit begins the next."""
+        trees = []
+        size = 0
         for i in order:
-            size += own[i]
-            if size > limit:
-                groups.append([])
+            if trees and size + own[i] <= limit:
+                trees[-1].append(i)
+                size += own[i]
+            else:
+                trees.append([i])
                 size = alone[i]
-            groups[-1].append(i)
-        return groups
+        return trees
 
-    trees = len(filled(micro_tokens))
-    low, high = max((alone[i] for i in order), default=0), micro_tokens
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(filled(middle)) == trees else (middle + 1, high)
-    batches = [_micro_batch(units, group) for group in filled(high)]
-    return sorted(batches, key=lambda batch: -len(batch.tree)), long
+    fewest = len(fill(micro_tokens))
+    limits = range(max((alone[i] for i in order), default=0), micro_tokens)
+    lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)
+    batches = [make_micro_batch(units, numbers) for numbers in fill(lowest)]
+    return sorted(batches, key=lambda batch: len(batch.tree), reverse=True), long
+
+
+def make_micro_batch(units: dict[int, Unit], numbers: list[int]) -> MicroBatch:
+    sequences = []
+    starts = []
+    lengths = []
+    for i in numbers:
+        prompt, responses = units[i]
+        for response in responses:
+            sequences.append(prompt + response)
+            starts.append(len(prompt))
+            lengths.append(len(response))
+    return MicroBatch(Tree(sequences), starts, numbers, lengths)
 
 
 def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
-    """This rank's share of a step's trees, as many as every other rank has: the ranks work through them side by side.
+    """This rank's share of a step's trees. All ranks get as many, since they work through them side by side.
 
-    Trees of like size meet, as `pack` has them by size, and where they do not come out even, one with no response fills up: its
-    loss and gradient are 0.
+    `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do
+    not come out even, trees of two sequences without a response fill up: their loss and gradient are 0.
     """
     if ranks.count() == 1:
         return batches
-    fill = [MicroBatch(Tree([[0], [0]]), [1, 1], [], []) for _ in range(-len(batches) % ranks.count())]
-    return ranks.share(batches + fill)
-
-
-def _micro_batch(units, chosen: list[int]) -> MicroBatch:
-    sequences = [(units[i][0] + r, len(units[i][0])) for i in chosen for r in units[i][1]]
-    return MicroBatch(Tree([ids for ids, _ in sequences]), [start for _, start in sequences], chosen,
-                      [len(ids) - start for ids, start in sequences])
+    missing = -len(batches) % ranks.count()
+    empty = [MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]) for _ in range(missing)]
+    return ranks.share(batches + empty)
 
 
 if __name__ == "__main__":

@@ -1,182 +1,215 @@
 """Direct preference optimisation on pairs of right and wrong analyses (second stage of R-PRM).
 
-    python train_dpo.py --model runs/sft/model --train pairs.jsonl --validation pairs.validation.jsonl --out runs/dpo
+    python train_dpo.py --model runs/sft/model --train pairs.jsonl --validation pairs.validation.jsonl \
+        --out runs/dpo
 
-The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never change, so
-they are computed once, before the first step, by the policy itself, and cached beside the pairs under a hash of both.
-Lines are {"prompt", "chosen", "rejected"} or the official files' {"instruction", "chosen", "rejected"}.
-Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does not state.
+The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never
+change, so the policy itself computes them, once, before the first step; a file beside the pairs keeps them.
+Rows are {"prompt", "chosen", "rejected"}, the official files' {"instruction", "chosen", "rejected"}, or those
+of other public formats (formats/turns.py).
+Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does
+not state.
 """
-import hashlib
-import os
+import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Callable
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import fast
-from plumbing import ranks
-from checkpoint import TOKENIZER_FILES, load_model, load_tokenizer
-from plumbing.cli import run
-from plumbing.errors import BadInput
-from plumbing.threads import choose_threads
-from plumbing.files import naming
-from data import PAIR_FIELDS, Examples, MicroBatch, deal, travelling_prompt, validation_examples
+from checkpoint import DTYPES, TOKENIZER_FILES, load_model, load_tokenizer, save_checkpoint
+from data import Examples, MicroBatch, deal, travelling_prompt, validation_examples
+from formats.turns import read_pair
 from model import Decoder
+from plumbing import cli, ranks
+from plumbing.files import content_hash, files_in
+from plumbing.memory import print_budget
+from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
+from plumbing.settings import DATA, INPUT, TrainConfig, check_out
+from plumbing.table import StoredTable
+from plumbing.threads import choose_threads
 from rprm import dpo_loss, response_logprobs
-from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
 
-LEFT_OUT = np.inf  # in the cache: a pair too long for --micro-tokens; NaN: not computed yet
+LEFT_OUT = np.inf  # in the reference's table: a pair that is not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    model: Annotated[str, "the SFT model, where the policy starts and which is the reference: a Hugging Face folder"]
-    train: Annotated[str, "pairs.jsonl"]
-    validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept"] = None
+    model: Annotated[str, "the SFT model, where the policy starts and which is the reference: "
+                          "a Hugging Face folder", INPUT]
+    train: Annotated[str, "pairs.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
+    validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept",
+                          INPUT, DATA] = None
+    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
+                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-7
     beta: Annotated[float, "strength of the pull towards the reference", (1e-6, None)] = 0.1
-    label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)", (0, 0.5)] = 0.0
+    label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)",
+                               (0, 0.5)] = 0.0
     ipo: Annotated[bool, "IPO's squared loss instead of the sigmoid"] = False
     nll: Annotated[float, "weight of an added NLL term on the chosen response, per token", (0, None)] = 0.0
 
 
 def main(config: Config) -> None:
     ranks.join(config.device, config.rank_timeout)
-    check_out(config)
+    settings = check_out(config)
+
     if not config.plain:
         fast.keep_freed_memory()
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.float32, config.device, sharded=True)
+    model = load_model(config.model, torch.float32, config.device, sharded=True)
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if not config.plain:
         fast.speed_up(model)
-    train = Examples(config.train, PAIR_FIELDS, tokenizer)
-    validation = validation_examples(config.validation, PAIR_FIELDS, tokenizer)
-    steps, numbers = epoch_batches(len(train), config)
-    first, _ = train.pack(numbers(0), config.micro_tokens)
-    print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
-    reference = reference_logprobs(config, model, train)
-    validation_reference = reference_logprobs(config, model, validation) if validation else None
-    run = Run(config, model, config.model, travelling_prompt(config.train, config.model), steps)
+    model.checkpoint_activations = config.checkpoint_activations
+    tokenizer = load_tokenizer(config.model)
+    prompt = travelling_prompt(config.prompt_file, config.train, config.model)
+    context = model.config.max_position_embeddings
+    train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context)
+    validation = validation_examples(config.validation, read_pair, tokenizer, config.micro_tokens, context)
+
+    steps, batch_of = epoch_batches(
+        train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
+    first_step = sum(len(batch.tree) for batch in train.pack(batch_of(0)))
+    print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
+                 config.checkpoint_activations)
+
+    reference = reference_logprobs(model, config.model, train, config.batch_size)
+    if validation:
+        validation_reference = reference_logprobs(model, config.model, validation, config.batch_size)
+    loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
+                            ipo=config.ipo, nll=config.nll)
+
+    def save_model(out: Path) -> None:
+        save_checkpoint(out, model, config.model, prompt, DTYPES[config.save_dtype])
+
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
+    run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
+              save_model)
 
     for step in run.progress():
-        batches, long = train.pack(numbers(step), config.micro_tokens)
-        run.report_long(train.path, long, train.length)
-        n_pairs = sum(len(batch.examples) for batch in batches)
-        if not n_pairs:
-            raise BadInput(f"{train.path}: step {step} has no pair within --micro-tokens {config.micro_tokens}; raise it")
-        metrics = Means()
-        for batch in deal(batches):
-            losses = pair_losses(config, model, batch, reference, metrics)
-            (losses.sum() / n_pairs).backward()
-        result = metrics.result()
-        run.log("train", result | {"left_out": len(long)} | run.update(result["loss"], numbers(step)), ("loss", "accuracy", "margin"))
-        if validation and run.due():
-            result = evaluate(run, model, validation, validation_reference)
-            run.log("validation", result, ("loss", "accuracy", "margin", "chosen_logprob"))
-            run.keep_if_best(result["loss"])
-    run.finish(validated=validation is not None)
+        numbers = batch_of(step)
+        means = Means()
+        for batch in deal(train.pack(numbers)):
+            losses = pair_losses(model, batch, reference, loss_of_pairs, means)  # (pairs,)
+            (losses.sum() / len(numbers)).backward()
+        metrics = means.result()
+        norm = ranks.whole(clip_grad_norm_(model.parameters(), config.clip)).item()
+        run.check_finite(metrics["loss"], norm, numbers)
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-
-def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np.ndarray, metrics: "Means") -> torch.Tensor:
-    """The loss of each pair in a tree, (pairs,), with the metrics taken down."""
-    with precision(config):
-        logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)  # (pairs, chosen | rejected)
-    frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)      # (pairs, 2)
-    lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(logprobs[:, 0], logprobs[:, 1], frozen[:, 0], frozen[:, 1], lengths[:, 0],
-                                                        config.beta, config.label_smoothing, config.ipo, config.nll)
-    metrics.add(loss=losses, accuracy=(chosen_rewards > rejected_rewards).float(), margin=chosen_rewards - rejected_rewards,
-                chosen_reward=chosen_rewards, rejected_reward=rejected_rewards,
-                chosen_logprob=logprobs[:, 0], rejected_logprob=logprobs[:, 1],
-                chosen_length=lengths[:, 0], rejected_length=lengths[:, 1])
-    return losses
+        run.log("train", metrics | {"left_out": train.n_left_out, "lr": lr, "grad_norm": norm},
+                shown=("loss", "accuracy", "margin"))
+        if validation and run.is_due(config.eval_every):
+            metrics = evaluate(model, validation, validation_reference, loss_of_pairs, config.batch_size)
+            run.log("validation", metrics, shown=("loss", "accuracy", "margin", "chosen_logprob"))
+            run.keep_if_best(metrics["loss"], validation.path)
+    run.finish()
 
 
 class Means:
-    """Means over the pairs of all ranks."""
+    """Means over the pairs of all ranks: `add` takes the values of some pairs, (pairs,) each, by name."""
 
     def __init__(self):
-        self.sums, self.count = {}, 0
+        self.sums = {}
+        self.n_pairs = 0
 
-    def add(self, **values: torch.Tensor) -> None:
+    def add(self, n_pairs: int, **values: torch.Tensor) -> None:
+        self.n_pairs += n_pairs
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum().item()
-        self.count += len(value)
 
     def result(self) -> dict[str, float]:
-        *sums, count = ranks.total(*self.sums.values(), self.count)
-        return {name: total / max(1, count) for name, total in zip(self.sums, sums)} | {"pairs": int(count)}
+        *sums, n_pairs = ranks.total(*self.sums.values(), self.n_pairs)
+        means = {name: total / n_pairs for name, total in zip(self.sums, sums, strict=True)}
+        return means | {"pairs": int(n_pairs)}
+
+
+def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_of_pairs: Callable,
+                means: Means) -> torch.Tensor:
+    """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
+    with precision(model.device):
+        logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
+    chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)  # (pairs,) each
+    frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)  # (pairs, 2)
+    lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
+    losses, chosen_rewards, rejected_rewards = loss_of_pairs(
+        chosen, rejected, frozen[:, 0], frozen[:, 1], lengths[:, 0])
+    means.add(
+        len(batch.examples),
+        loss=losses,
+        accuracy=(chosen_rewards > rejected_rewards).float(),
+        margin=chosen_rewards - rejected_rewards,
+        chosen_reward=chosen_rewards,
+        rejected_reward=rejected_rewards,
+        chosen_logprob=chosen,
+        rejected_logprob=rejected,
+        chosen_length=lengths[:, 0],
+        rejected_length=lengths[:, 1],
+    )
+    return losses
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: Decoder, examples: Examples, reference: np.ndarray) -> dict[str, float]:
-    metrics, size = Means(), run.config.batch_size
-    for start in range(0, len(examples), size):
-        batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
-        run.report_long(examples.path, long, examples.length)
-        for batch in deal(batches):
-            pair_losses(run.config, model, batch, reference, metrics)
-    result = metrics.result()
-    if not result["pairs"]:
-        raise BadInput(f"{examples.path}: no pair is within --micro-tokens {run.config.micro_tokens}; raise it")
-    return result
+def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pairs: Callable,
+             batch_size: int) -> dict[str, float]:
+    """The means over a file."""
+    means = Means()
+    for numbers in pairs.in_file_order(batch_size):
+        for batch in deal(pairs.pack(numbers)):
+            pair_losses(model, batch, reference, loss_of_pairs, means)
+    return means.result()
 
+
+# ------------------------------------------------------------------------------ the frozen reference
 
 @torch.no_grad()
-def reference_logprobs(config: Config, model: Decoder, examples: Examples) -> np.ndarray:
-    """log π_ref of chosen and rejected for each pair, fp32 (pairs, 2), from the cache or computed into it.
+def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int) -> np.ndarray:
+    """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2). LEFT_OUT: it is left out.
 
-    The cache is a .npy file beside the pairs, named by the content of the pairs, the model and --micro-tokens. It is
-    written as the work goes on, so a killed run continues; what is missing in it is NaN. Rank 0 alone reads and writes it.
+    model: that of `folder`, before its first update. The table is kept beside the pairs, as
+    NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta computes it once.
     """
-    path = examples.path.with_name(f"{examples.path.stem}.reference-{content_hash(config, examples)}.npy") if ranks.rank() == 0 else None
-    table = ranks.from_first(open_table(path, len(examples)) if path else np.empty((len(examples), 2), np.float32))
-    for first in tqdm(range(0, len(examples), config.batch_size), desc="reference", unit="batch", disable=ranks.rank() > 0):
-        last = min(first + config.batch_size, len(examples))
-        if not np.isnan(table[first:last]).any():
+    path = reference_path(folder, pairs, batch_size, model.device) if ranks.rank() == 0 else None
+    table = StoredTable(path, len(pairs.rows), columns=2)
+    is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
+    table.rows[~is_kept] = LEFT_OUT
+    n_batches = math.ceil(len(pairs.kept) / batch_size)
+    for numbers in tqdm(pairs.in_file_order(batch_size), desc="reference", total=n_batches, unit="batch",
+                        disable=ranks.rank() > 0):
+        if not np.isnan(table.rows[numbers]).any():
             continue
-        batches, long = examples.pack(range(first, last), config.micro_tokens)
-        rows = np.zeros((last - first, 2), dtype=np.float32)
-        for batch in deal(batches):
-            with precision(config):
-                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts).view(-1, 2)
-            rows[np.array(batch.examples, dtype=int) - first] = logprobs[:len(batch.examples)].cpu().numpy()
-        rows[:] = np.reshape(ranks.total(*rows.ravel()), rows.shape)
-        rows[np.array(long, dtype=int) - first] = LEFT_OUT
-        table[first:last] = rows
-    if path and not path.exists():  # else it was complete, or a run beside this one, which writes the same numbers, has renamed it
-        table.flush()
-        os.replace(path.with_suffix(".part"), path)
-    return np.array(table)
+        found = np.zeros((len(numbers), 2), dtype=np.float32)
+        for batch in deal(pairs.pack(numbers)):
+            with precision(model.device):
+                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
+            rows = np.searchsorted(numbers, batch.examples)  # `numbers` are in order
+            found[rows] = logprobs.view(-1, 2)[:len(rows)].cpu().numpy()
+        table.rows[numbers] = np.reshape(ranks.total(*found.ravel()), found.shape)
+    return table.finish()
 
 
-def open_table(path: Path, n: int) -> np.ndarray:
-    """The cached reference; else the table that a killed run left, or a new one of NaN, (n, 2): what is written into it is in the file."""
-    if path.exists():
-        print(f"reference: {path} (cached)")
-        return np.load(path, allow_pickle=False)
-    part = path.with_suffix(".part")
-    if not part.exists():
-        with naming(part), open(part.with_suffix(".tmp"), "wb") as file:  # written, not mapped: on a full disk that would be a SIGBUS
-            np.save(file, np.full((n, 2), np.nan, dtype=np.float32))
-        os.replace(part.with_suffix(".tmp"), part)
-    return np.lib.format.open_memmap(part, "r+")
+def reference_path(folder: str, pairs: Examples, batch_size: int, device: torch.device) -> Path:
+    """Where the reference's table is kept.
 
-
-def content_hash(config: Config, examples: Examples) -> str:
-    """Names the reference by what it depends on: the pairs, the model's and the tokenizer's files, and the size of the trees."""
-    digest = hashlib.blake2b(f"{config.micro_tokens} {config.batch_size} {torch.device(config.device).type}".encode(), digest_size=8)
-    model = Path(config.model)
-    names = [name for name in ("config.json", *TOKENIZER_FILES) if (model / name).is_file()]  # the chat template counts too
-    for path in (examples.path, *sorted(model.glob("*.safetensors")), *(model / name for name in names)):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    The hash in its name is of all that the table depends on: the pairs, the model, the tokenizer, the chat
+    template, and what shares a tree (the last digits of a log-probability depend on the rest of its tree).
+    """
+    weights = sorted(Path(folder).glob("*.safetensors"))
+    names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
+    others = [Path(folder) / name for name in names]
+    paths = [*files_in(pairs.path), *weights, *others]
+    name = content_hash(f"{pairs.micro_tokens} {batch_size} {device.type}", paths)
+    return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")
 
 
 if __name__ == "__main__":
-    run((Config, main))
+    cli.run((Config, main))

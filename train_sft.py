@@ -1,93 +1,120 @@
 """Supervised fine-tuning on analyses whose verdict matches the label (first stage of R-PRM).
 
-    python train_sft.py --model Qwen2.5-Math-7B-Instruct --train sft.jsonl --validation sft.validation.jsonl --out runs/sft
+    python train_sft.py --model Qwen2.5-Math-7B-Instruct --train sft.jsonl --validation sft.validation.jsonl \
+        --out runs/sft
 
-Lines are {"prompt", "response"}, the official files' {"instruction", "output"}, or {"text"}, which trains on every
-token. With --from-scratch CONFIG.JSON (its folder holds the tokenizer) the weights are random instead of loaded.
-Left out of the paper's recipe: nothing; the defaults are its settings (1 epoch, batch 128, lr 5e-6, warm-up 0.03).
+Rows are {"prompt", "response"}, the official files' {"instruction", "output"}, {"text"}, which trains on
+every token, or those of other public formats (formats/turns.py). With --from-scratch CONFIG.JSON (its folder
+holds the tokenizer) the weights are random instead of loaded. Left out of the paper's recipe: nothing; the
+defaults are its settings (1 epoch, batch 128, lr 5e-6, warm-up 0.03).
 """
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 import fast
-from plumbing import ranks
-from checkpoint import load_config, load_model, load_tokenizer
-from plumbing.cli import run
-from plumbing.errors import BadInput
-from plumbing.threads import choose_threads
-from data import SFT_FIELDS, Examples, deal, travelling_prompt, validation_examples
+from checkpoint import DTYPES, load_config, load_model, load_tokenizer, save_checkpoint
+from data import Examples, deal, travelling_prompt, validation_examples
+from formats.turns import read_example
 from model import Decoder
+from plumbing import cli, ranks
+from plumbing.errors import BadInput
+from plumbing.memory import print_budget
+from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
+from plumbing.settings import DATA, INPUT, TrainConfig, check_out
+from plumbing.threads import choose_threads
 from rprm import response_logprobs, sft_loss
-from plumbing.run import Run, TrainConfig, check_out, epoch_batches, precision, print_budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder"] = None
-    from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; the weights are random"] = None
-    train: Annotated[str, "sft.jsonl"]
-    validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model is kept"] = None
+    model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder", INPUT] = None
+    from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; "
+                                        "the weights are random", INPUT] = None
+    train: Annotated[str, "sft.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
+    validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model "
+                                      "is kept", INPUT, DATA] = None
+    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
+                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-6
 
 
 def main(config: Config) -> None:
     ranks.join(config.device, config.rank_timeout)
-    check_out(config)
+    settings = check_out(config)
+
     if not config.plain:
         fast.keep_freed_memory()
     model, folder = initial_model(config)
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if not config.plain:
         fast.speed_up(model)
+    model.checkpoint_activations = config.checkpoint_activations
     tokenizer = load_tokenizer(folder)
-    train = Examples(config.train, SFT_FIELDS, tokenizer)
-    validation = validation_examples(config.validation, SFT_FIELDS, tokenizer)
-    steps, numbers = epoch_batches(len(train), config)
-    first, _ = train.pack(numbers(0), config.micro_tokens)
-    print_budget(model, config, len(train), steps, sum(len(batch.tree) for batch in first))
-    run = Run(config, model, folder, travelling_prompt(config.train, folder), steps)
+    prompt = travelling_prompt(config.prompt_file, config.train, folder)
+    context = model.config.max_position_embeddings
+    train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context)
+    validation = validation_examples(config.validation, read_example, tokenizer, config.micro_tokens, context)
+
+    steps, batch_of = epoch_batches(
+        train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
+    first_step = sum(len(batch.tree) for batch in train.pack(batch_of(0)))
+    print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
+                 config.checkpoint_activations)
+
+    def save_model(out: Path) -> None:
+        save_checkpoint(out, model, folder, prompt, DTYPES[config.save_dtype])
+
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
+    run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
+              save_model)
 
     for step in run.progress():
-        batches, long = train.pack(numbers(step), config.micro_tokens)
-        run.report_long(train.path, long, train.length)
-        n_tokens = sum(sum(batch.lengths) for batch in batches)  # normalise over the whole step, however it is cut
-        if not n_tokens:
-            raise BadInput(f"{train.path}: step {step} has no example within --micro-tokens {config.micro_tokens}; raise it")
-        total = 0.0
+        numbers = batch_of(step)
+        batches = train.pack(numbers)
+        n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over all of the step's
+        loss = 0.0
         for batch in deal(batches):
-            with precision(config):
+            with precision(model.device):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (examples,)
-            loss = sft_loss(logprobs, n_tokens)
-            loss.backward()
-            total += loss.item()
-        [total] = ranks.total(total)
-        metrics = run.update(total, numbers(step))
+            batch_loss = sft_loss(logprobs, n_tokens)
+            batch_loss.backward()
+            loss += batch_loss.item()
+        [loss] = ranks.total(loss)
+        norm = ranks.whole(clip_grad_norm_(model.parameters(), config.clip)).item()
+        run.check_finite(loss, norm, numbers)
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
         tree_tokens = sum(len(batch.tree) for batch in batches)
-        run.log("train", {"loss": total, "tokens": n_tokens, "tree_tokens": tree_tokens, "left_out": len(long)} | metrics, ("loss", "lr"))
-        if validation and run.due():
-            loss = evaluate(run, model, validation)
-            run.log("validation", {"loss": loss}, ("loss",))
-            run.keep_if_best(loss)
-    run.finish(validated=validation is not None)
+        run.log("train", {"loss": loss, "tokens": n_tokens, "tree_tokens": tree_tokens,
+                          "left_out": train.n_left_out, "lr": lr, "grad_norm": norm}, shown=("loss", "lr"))
+        if validation and run.is_due(config.eval_every):
+            loss = evaluate(model, validation, config.batch_size)
+            run.log("validation", {"loss": loss}, shown=("loss",))
+            run.keep_if_best(loss, validation.path)
+    run.finish()
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: Decoder, examples: Examples) -> float:
+def evaluate(model: Decoder, examples: Examples, batch_size: int) -> float:
     """The mean loss per response token over a file."""
-    total, n_tokens, size = 0.0, 0, run.config.batch_size
-    for start in range(0, len(examples), size):
-        batches, long = examples.pack(range(start, min(start + size, len(examples))), run.config.micro_tokens)
-        run.report_long(examples.path, long, examples.length)
+    total = 0.0
+    n_tokens = 0
+    for numbers in examples.in_file_order(batch_size):
+        batches = examples.pack(numbers)
         n_tokens += sum(sum(batch.lengths) for batch in batches)
         for batch in deal(batches):
-            with precision(run.config):
-                total -= response_logprobs(model, batch.tree.to(model.device), batch.starts).sum().item()
+            with precision(model.device):
+                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)
+            total -= logprobs.sum().item()
     [total] = ranks.total(total)
-    if not n_tokens:
-        raise BadInput(f"{examples.path}: no example is within --micro-tokens {run.config.micro_tokens}; raise it")
     return total / n_tokens
 
 
@@ -105,4 +132,4 @@ def initial_model(config: Config) -> tuple[Decoder, Path]:
 
 
 if __name__ == "__main__":
-    run((Config, main))
+    cli.run((Config, main))

@@ -173,9 +173,9 @@ def train(config: Config, what: str, peak: dict) -> dict:
     def step():
         for tree, starts in trees:
             if what == "dpo":
-                with torch.no_grad(), precision(config):
+                with torch.no_grad(), precision(config.device):
                     reference = response_logprobs(model, tree, starts).view(-1, 2)
-            with precision(config):
+            with precision(config.device):
                 logprobs = response_logprobs(model, tree, starts)
             if what == "sft":
                 loss = sft_loss(logprobs, sum(responses))

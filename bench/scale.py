@@ -24,6 +24,7 @@ import data
 import score
 from bench.common import ROOT, peak_mb, report, run_side
 from checkpoint import load_tokenizer
+from formats.turns import read_example, read_pair
 from plumbing.cli import print_config, run
 from plumbing.files import json_line, writing
 from formats.verdicts import VERIFICATION
@@ -93,12 +94,12 @@ def stage(config: Config) -> dict:
         command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.PairsConfig)}[config.side]
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))
     else:
-        fields = data.SFT_FIELDS if config.side == "train_sft" else data.PAIR_FIELDS
-        examples = data.Examples(str(source), fields, load_tokenizer(config.model))
+        read = read_example if config.side == "train_sft" else read_pair
+        examples = data.Examples(str(source), read, load_tokenizer(config.model), micro_tokens=8192, context=8192)
         started.append(time.perf_counter() - begin)
         for step in range(5):
             order = np.random.default_rng(step).permutation(len(examples))
-            examples.pack(order[:128].tolist(), 8192)
+            examples.pack(order[:128].tolist())
     seconds = time.perf_counter() - begin
     found = {"seconds": seconds, "start": sum(started), "read_mb": source.stat().st_size / 1e6, "peak_mb": peak_mb()}
     for name in {"score": ["score", "solutions"], "train_sft": ["sft"], "pairs": ["samples"]}.get(config.side, ()):

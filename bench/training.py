@@ -29,14 +29,15 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
 from plumbing.errors import BadInput
 from plumbing.files import json_line
-from data import PAIR_FIELDS, SFT_FIELDS, Examples
+from data import Examples
+from formats.turns import read_example, read_pair
 from model import Decoder
 from formats.verdicts import VERIFICATION
 from rprm import response_logprobs
 from plumbing.run import Run
 
 SCRIPTS = {"sft": train_sft, "dpo": train_dpo}
-FIELDS = {"sft": SFT_FIELDS, "dpo": PAIR_FIELDS}
+READERS = {"sft": read_example, "dpo": read_pair}
 MICRO_BATCH = 4  # the peer's examples (or pairs) per forward pass
 
 
@@ -133,7 +134,7 @@ def ours(config: Config) -> dict:
         def save(self):
             pass
 
-        def save_model(self):
+        def save_result(self):
             pass
     script.Run = TimedRun
     if config.what == "dpo":
@@ -147,12 +148,17 @@ def ours(config: Config) -> dict:
         result = {"seconds": clock.seconds, "examples_per_second": config.examples / clock.seconds, "loss": first["loss"], "peak_mb": peak}
         if config.what == "dpo":
             result |= {"chosen": first["chosen_logprob"], "rejected": first["rejected_logprob"]}
-        return result | work(config, Examples(path, FIELDS[config.what], load_tokenizer(config.model)), clock.seconds)
+        return result | work(config, read_examples(config, path), clock.seconds)
+
+
+def read_examples(config: Config, path: Path) -> Examples:
+    context = load_config(config.model).max_position_embeddings
+    return Examples(str(path), READERS[config.what], load_tokenizer(config.model), config.micro_tokens, context)
 
 
 def work(config: Config, examples: Examples, seconds: float) -> dict:
     """What there was to compute, and the share of the machine's FLOP/s that it makes."""
-    batches, _ = examples.pack(range(len(examples)), config.micro_tokens)
+    batches = examples.pack(examples.kept.tolist())
     tree = sum(len(batch.tree) for batch in batches)
     responses = sum(sum(batch.lengths) for batch in batches)
     c = load_config(Path(config.model))
@@ -170,10 +176,10 @@ def work(config: Config, examples: Examples, seconds: float) -> dict:
 def initial_loss(config: Config) -> dict:
     """The loss of the peer's examples at the initial weights."""
     with tempfile.TemporaryDirectory() as folder, Clock() as clock:
-        examples = Examples(write_lines(config, folder), FIELDS[config.what], load_tokenizer(config.model))
+        examples = read_examples(config, write_lines(config, folder))
         model, logprobs, lengths = fast.speed_up(load_model(config.model)), [], []
         for i in range(config.peer_examples):
-            [batch], _ = examples.pack([i], config.micro_tokens)
+            [batch] = examples.pack([i])
             logprobs.append(response_logprobs(model, batch.tree, batch.starts).tolist())
             lengths.append(batch.lengths)
     logprobs, tokens = np.array(logprobs), int(np.sum(lengths))

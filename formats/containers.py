@@ -30,7 +30,7 @@ from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, naming, parse_json
 
 STANDARD_INPUT = "-"
-CHUNK = 2 ** 20  # bytes that are copied at a time
+CHUNK = 2 ** 17  # bytes (or characters) that are copied at a time
 BATCH = 1000     # rows of a parquet file that are in memory at a time
 # the first bytes of files
 GZIP = b"\x1f\x8b"

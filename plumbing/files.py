@@ -6,13 +6,14 @@
     with writing("out.jsonl") as file:                   # out.jsonl is there when the block has ended
         file.write(json_line({"id": "a"}))
 """
+import hashlib
 import json
 import os
 import tempfile
 from array import array
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Iterator
+from typing import Any, BinaryIO, ClassVar, Iterable, Iterator
 
 from plumbing.errors import BadInput
 
@@ -112,6 +113,21 @@ def get_field(row: dict, name: str, kind: type, where: str) -> Any:
         names = ", ".join(map(str, row))[:80] or "nothing"
         raise BadInput(f"{where}: field '{name}' is missing; add it (found: {names})")
     return expect(row[name], kind, f"{where}: field '{name}'")
+
+
+def files_in(path: str | Path) -> list[Path]:
+    """The file itself, or all files in a folder and in the folders within, sorted."""
+    path = Path(path)
+    return sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+
+
+def content_hash(words: str, paths: Iterable[Path]) -> str:
+    """16 hexadecimal digits from some words and the content of some files."""
+    digest = hashlib.blake2b(words.encode(), digest_size=8)
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -19,10 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 import fast
 import fast.kernels
 import rprm
-import plumbing.run as training
 from bench import gpu
 from fast.attention import TreeAttention
 from model import Decoder, Tree, head_chunk
+from plumbing.memory import memory
+from plumbing.run import precision
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +90,6 @@ def test_the_memory_table_at_7b(monkeypatch, checkpointed):
     With checkpointing that fits a card of 141 GB (149e9 bytes, of which CUDA itself wants one); autocast's cache would add 8e9.
     """
     shape = gpu.SHAPES["7b"]
-    config = training.TrainConfig(out="x", lr=1.0, device="cuda", micro_tokens=8192, checkpoint_activations=checkpointed)
     monkeypatch.setattr(fast.kernels, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
     monkeypatch.setattr(rprm, "head_chunk", lambda device: head_chunk("cuda"))
 
@@ -104,11 +104,11 @@ def test_the_memory_table_at_7b(monkeypatch, checkpointed):
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         for _ in range(2):
             alive.peak = 0
-            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=training.precision(config)._cache_enabled):
+            with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=precision("cuda")._cache_enabled):
                 logprobs = rprm.response_logprobs(model, tree, [600] * 10)
             logprobs.sum().backward()
             optimizer.step()  # gradients stay, as they do between the trees of one step
     assert len(tree) == 8192
-    estimate = sum(training.memory(shape, config, 1).values())
+    estimate = sum(memory(shape, 8192, checkpointed, "cuda", n_ranks=1).values())
     assert estimate == pytest.approx(alive.peak, rel=0.03 if checkpointed else 0.1)
     assert not checkpointed or alive.peak < 140e9

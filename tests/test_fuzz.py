@@ -23,7 +23,8 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.errors import BadInput
 from plumbing.files import read_jsonl
 from conftest import CHATML, make_config, random_tensors
-from data import PAIR_FIELDS, SFT_FIELDS, Examples, read_analyses
+from data import Examples, read_analyses
+from formats.turns import read_example, read_pair
 from formats.containers import read_rows
 from formats.readers import read_case, read_labelled_steps, read_solutions
 from formats.verdicts import VERIFICATION
@@ -235,16 +236,22 @@ def test_samples(tmp_path):
     fuzz(mutated_lines("samples", [SAMPLES]), use)
 
 
-@pytest.mark.parametrize("row, fields", [(SFT, SFT_FIELDS), ({"text": "Tom<|im_end|>"}, SFT_FIELDS), (PAIR, PAIR_FIELDS)],
-                         ids=["sft", "text", "pairs"])
-def test_training_examples(tmp_path, tiny_folder, row, fields):
+CHAT = {"messages": [{"role": "user", "content": "Is it right?"}, {"role": "assistant", "content": "No"}], "tools": None}
+CHAT_PAIR = {"prompt": CHAT["messages"][:1], "chosen": CHAT["messages"][1:], "rejected": {"from": "gpt", "value": "Yes"}}
+
+
+@pytest.mark.parametrize("row, read", [
+    (SFT, read_example), ({"text": "Tom<|im_end|>"}, read_example), ({"instruction": "I", "input": "i", "output": "o"}, read_example),
+    (CHAT, read_example), (PAIR, read_pair), (CHAT_PAIR, read_pair),
+], ids=["sft", "text", "alpaca", "chat", "pairs", "chat pairs"])
+def test_training_examples(tmp_path, tiny_folder, row, read):
     tokenizer, path = load_tokenizer(tiny_folder), tmp_path / "train.jsonl"
 
     def use(content: bytes):
         path.write_bytes(content)
-        examples = Examples(str(path), fields, tokenizer)
-        batches, long = examples.pack(range(len(examples)), 500)
-        assert sum(len(batch.examples) for batch in batches) + len(long) == len(examples)
+        examples = Examples(str(path), read, tokenizer, micro_tokens=500, context=500)
+        batches = examples.pack(examples.kept.tolist())
+        assert sum(len(batch.examples) for batch in batches) + examples.n_left_out == len(examples.rows)
         assert all(start >= 1 for batch in batches for start in batch.starts)
     fuzz(mutated_lines("train", [row, row]), use)
 

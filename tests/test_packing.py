@@ -1,4 +1,5 @@
 """Packing examples into trees: nothing lost, nothing too large, and the same numbers as one sequence at a time."""
+import os.path
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import train_dpo
 import train_sft
 from checkpoint import load_model
-from data import pack
+from data import make_micro_batch, pack
 from rprm import response_logprobs
 from test_training import dpo_config, metrics, pair_rows, sft_config, sft_rows, write
 from plumbing.run import Run
@@ -46,7 +47,7 @@ def test_every_example_is_in_one_tree_or_listed_no_tree_is_too_large_and_the_lar
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_sequences_of_a_tree_are_the_examples_uncut(seed):
-    """Along each path stand the prompt and the response, with the response's place and length as noted."""
+    """Along each path stand the prompt and the response, with the response's position and length as noted."""
     units = random_units(seed)
     for batch in pack(units, 200)[0]:
         expected = [(prompt, response) for i in batch.examples for prompt, responses in [units[i]] for response in responses]
@@ -84,6 +85,37 @@ def test_shared_prompts_are_computed_once():
     trees = pack(units, 61)[0]  # room for one case at a time
     assert [len(b.tree) for b in trees] == [61] * 10
     assert [len(b.tree) for b in pack(units, 72)[0]] == [72] * 5
+
+
+def fill_by_search(units, micro_tokens):
+    """The examples of each tree, by trying every limit from the lowest on. Sizes are sums over plain lists."""
+    order = sorted((i for i in units if len(units[i][0]) + sum(map(len, units[i][1])) <= micro_tokens), key=lambda i: units[i])
+
+    def size(numbers):
+        sequences = [units[i][0] + units[i][1][0] for i in numbers]
+        shared = sum(len(os.path.commonprefix([a, b])) for a, b in zip(sequences, sequences[1:]))
+        return sum(len(units[i][0]) + sum(map(len, units[i][1])) for i in numbers) - shared
+
+    def fill(limit):
+        trees = [[]]
+        for i in order:
+            if size(trees[-1] + [i]) > limit:
+                trees.append([])
+            trees[-1].append(i)
+        return trees
+    largest = max(size([i]) for i in order)
+    return next(trees for trees in map(fill, range(largest, micro_tokens + 1)) if len(trees) == len(fill(micro_tokens)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_trees_are_filled_to_the_lowest_limit_that_needs_no_more_of_them(seed):
+    """The same trees in the same order as a search that tries every limit: the largest first, equal ones as they come."""
+    units = random_units(seed)
+    for micro_tokens in (70, 100, 150, 300):
+        expected = [(len(make_micro_batch(units, numbers).tree), numbers) for numbers in fill_by_search(units, micro_tokens)]
+        expected.sort(key=lambda tree: -tree[0])
+        found = [(len(batch.tree), batch.examples) for batch in pack(units, micro_tokens)[0]]
+        assert found == expected and len(found) > 1
 
 
 # ---------------------------------------------------------------------------------------------- the same numbers
@@ -169,9 +201,16 @@ class Caught(Exception):
 
 def step_of(script, config, model, monkeypatch):
     """(loss, gradient) of the first optimizer step of a script's main, in fp64."""
-    def catch(run, loss, examples):
-        raise Caught(loss, torch.cat([p.grad.flatten() for p in run.model.parameters()]))
-    monkeypatch.setattr(Run, "update", catch)
+    gradient = []
+
+    def before_clipping(parameters, most):
+        gradient.append(torch.cat([p.grad.flatten() for p in parameters]))
+        return torch.tensor(0.0)
+
+    def catch(run, loss, norm, examples):
+        raise Caught(loss, gradient[0])
+    monkeypatch.setattr(script, "clip_grad_norm_", before_clipping)
+    monkeypatch.setattr(Run, "check_finite", catch)
     if script is train_sft:
         monkeypatch.setattr(train_sft, "initial_model", lambda config: (load_model(model, torch.float64), model))
     else:

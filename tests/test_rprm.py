@@ -197,7 +197,7 @@ LINE = f"{VERIFICATION} Yes"
 ])
 def test_the_normal_form(text, normal):
     """It is its own normal form, with the same verdict, in its last line."""
-    assert rprm.normal_form(text) == normal == rprm.normal_form(normal)
+    assert verdicts.normal_form(text) == normal == verdicts.normal_form(normal)
     assert parse_verdict(normal) is True and has_one_verdict(normal) and normal.endswith(LINE)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from tokenizers import normalizers
 
 from checkpoint import weights
 from plumbing import ranks
@@ -28,8 +29,9 @@ from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
-from data import PAIR_FIELDS, SFT_FIELDS, Examples
-from plumbing.run import TrainConfig, epoch_batches, learning_rate
+from data import Examples
+from formats.turns import read_example, read_pair
+from plumbing.run import epoch_batches, learning_rate
 
 WORDS = "apples pens boxes sum right mistake calculation problem step half answer".split()
 
@@ -86,55 +88,63 @@ def files_of(folder):
 
 # ---------------------------------------------------------------------------------------------- order and schedule
 
-def config(**changes):
-    return dataclasses.replace(TrainConfig(out="x", lr=1.0, warmup=0.2, device="cpu"), **changes)
+def rate(step, steps, warmup=0.2, schedule="cosine"):
+    return learning_rate(step, steps, 1.0, warmup, schedule)
+
+
+def batches(n, batch_size, epochs=2, max_steps=None, seed=0):
+    return epoch_batches(range(n), batch_size, epochs, max_steps, seed)
 
 
 def test_learning_rate_by_hand():
     """10 steps, 2 of warm-up: 0.5, 1.0, then a cosine over 8 steps from 1."""
-    rates = [learning_rate(step, 10, config()) for step in range(10)]
+    rates = [rate(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate(9, 10, config(schedule="constant")) == 1.0
-    assert learning_rate(0, 1, config(warmup=0.0)) == 1.0
+    assert rate(9, 10, schedule="constant") == 1.0
+    assert rate(0, 1, warmup=0.0) == 1.0
 
 
 def test_an_epoch_meets_every_example_once_in_an_order_of_its_own():
-    steps, numbers = epoch_batches(10, config(batch_size=4, epochs=2))
+    steps, numbers = batches(10, 4)
     assert steps == 6
     epochs = [[i for step in steps for i in numbers(step)] for steps in (range(3), range(3, 6))]
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
-    again = epoch_batches(10, config(batch_size=4, epochs=2))[1]
+    again = batches(10, 4)[1]
     assert [again(step) for step in range(6)] == [numbers(step) for step in range(6)]
-    assert epoch_batches(10, config(batch_size=4, epochs=2, seed=1))[1](0) != numbers(0)
+    assert batches(10, 4, seed=1)[1](0) != numbers(0)
 
 
-def test_the_order_does_not_depend_on_batch_size_lr_or_what_was_run_before():
+def test_the_order_does_not_depend_on_batch_size_or_what_was_run_before():
     orders = []
-    for changes in (dict(batch_size=4), dict(batch_size=5), dict(batch_size=10, lr=0.1, micro_tokens=99)):
+    for batch_size in (4, 5, 10):
         torch.rand(7), np.random.rand(7), random.random()
-        steps, numbers = epoch_batches(10, config(epochs=2, **changes))
+        steps, numbers = batches(10, batch_size)
         orders.append([i for step in reversed(range(steps)) for i in reversed(numbers(step))][::-1])  # asked for in any order
     assert orders[0] == orders[1] == orders[2]
 
 
 def test_max_steps_cuts_the_run_and_its_schedule():
     """10 examples by 4 are 3 steps an epoch; 5 steps of 6 are done, and the cosine ends with them."""
-    assert [epoch_batches(10, config(batch_size=4, epochs=2, max_steps=most))[0] for most in (None, 5, 100)] == [6, 5, 6]
-    assert learning_rate(4, 5, config(warmup=0.2)) == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 4)))
+    assert [batches(10, 4, max_steps=most)[0] for most in (None, 5, 100)] == [6, 5, 6]
+    assert rate(4, 5) == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 4)))
 
 
 # ---------------------------------------------------------------------------------------------- examples
 
+def read(path, read_row, tokenizer, micro_tokens=600, context=4096):
+    return Examples(path, read_row, tokenizer, micro_tokens, context)
+
+
 def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
-    ours = Examples(write(tmp_path / "a", [{"prompt": "P <|im_end|>", "response": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
-    official = Examples(write(tmp_path / "b", [{"instruction": "P <|im_end|>", "output": "R <|im_end|>"}]), SFT_FIELDS, tokenizer)[0]
+    ours = read(write(tmp_path / "a", [{"prompt": "P <|im_end|>", "response": "R <|im_end|>"}]), read_example, tokenizer)[0]
+    official = read(write(tmp_path / "b", [{"instruction": "P <|im_end|>", "output": "R <|im_end|>"}]), read_example, tokenizer)[0]
     assert ours == official == (tokenizer.chat("P <|im_end|>"), [tokenizer.response("R <|im_end|>")])
     assert ours[1][0].count(tokenizer.eos_ids[0]) == 1  # what is spelled out is text; the one real end is ours
-    both = [Examples(write(tmp_path / name, [{field: "P", "chosen": "C", "rejected": "R"}]), PAIR_FIELDS, tokenizer)[0]
+    both = [read(write(tmp_path / name, [{field: "P", "chosen": "C", "rejected": "R"}]), read_pair, tokenizer)[0]
             for name, field in (("c", "prompt"), ("d", "instruction"))]
     assert both[0] == both[1] == (tokenizer.chat("P"), [tokenizer.response("C"), tokenizer.response("R")])
 
@@ -142,7 +152,7 @@ def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder)
 @pytest.mark.parametrize("end", ["", "<|im_end|>"])
 def test_a_text_trains_every_token_but_the_first_and_means_its_special_tokens(tmp_path, tiny_folder, end):
     tokenizer = load_tokenizer(tiny_folder)
-    first, [rest] = Examples(write(tmp_path / "a", [{"text": "<|im_start|>Yes it is" + end}]), SFT_FIELDS, tokenizer)[0]
+    first, [rest] = read(write(tmp_path / "a", [{"text": "<|im_start|>Yes it is" + end}]), read_example, tokenizer)[0]
     assert tokenizer.decode(first) == "<|im_start|>"
     assert tokenizer.decode(rest) == "Yes it is<|im_end|>"
 
@@ -180,6 +190,165 @@ def test_an_empty_file_is_named(tmp_path, tiny_folder, script, capsys):
     (tmp_path / "empty.jsonl").touch()
     assert run_here(script, "--model", tiny_folder, "--train", tmp_path / "empty.jsonl", "--out", tmp_path / "out") == 2
     assert f"{tmp_path}/empty.jsonl: has no examples" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script, line, said", [
+    (train_sft, {"messages": [{"role": "user", "content": "a"}] * 2}, "field 'messages': expected one turn"),
+    (train_sft, {"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history'"),
+    (train_dpo, {"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, "field 'chosen': expected one turn"),
+])
+def test_rows_of_public_formats_that_cannot_be_trained_on_are_named(tmp_path, tiny_folder, capsys, script, line, said):
+    train = write(tmp_path / "train.jsonl", [*(sft_rows(1) if script is train_sft else pair_rows(1)), line])
+    assert run_here(script, "--model", tiny_folder, "--train", train, "--out", tmp_path / "out") == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"error: {train}:2: {said}") and not (tmp_path / "out").exists()
+
+
+def test_public_formats_train_as_our_own(tmp_path, tiny_folder):
+    """The same texts as our rows, as chat messages, as ShareGPT's and as Alpaca's: the same weights."""
+    rows = sft_rows(6)
+    user = [{"role": "user", "content": row["prompt"]} for row in rows]
+    answer = [{"role": "assistant", "content": row["response"]} for row in rows]
+    formats = {
+        "ours": rows,
+        "messages": [{"messages": [u, a]} for u, a in zip(user, answer)],
+        "sharegpt": [{"conversations": [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["response"]}]} for row in rows],
+        "alpaca": [dict(zip(("instruction", "input"), row["prompt"].split("? ")), output=row["response"]) for row in rows],
+    }
+    formats["ours again"] = [row | {"prompt": row["prompt"].replace("? ", "\n", 1)} for row in rows]  # as Alpaca joins them
+    weights = {}
+    for name, lines in formats.items():
+        train_sft.main(sft_config(tmp_path, tiny_folder, lines))
+        weights[name] = (tmp_path / "out/model/model.safetensors").read_bytes()
+    assert weights["ours"] == weights["messages"] == weights["sharegpt"] != weights["alpaca"] == weights["ours again"]
+
+
+# ---------------------------------------------------------------------------------------------- examples that are left out
+
+def test_no_tokenizer_makes_more_tokens_than_the_bound(tmp_path, tiny_folder, tiny_tokenizer):
+    """Of ASCII, of characters that Unicode's normal forms make longest, and of any; under the strongest form, too."""
+    rng = random.Random(0)
+    anything = lambda: "".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)))) for _ in range(40))
+    texts = ["\ufdfa" * 30, "\U0001d160" * 30, "\u0958\u0344" * 20, "a" * 50, "<|im_end|>" * 9, "\x00\x7f" * 9, "", *(anything() for _ in range(40))]
+    path = write(tmp_path / "a.jsonl", [{"prompt": text, "response": text} for text in texts])
+    for normalizer in (None, normalizers.NFC(), normalizers.NFKD()):
+        tokenizer = load_tokenizer(tiny_folder)
+        if normalizer:
+            tokenizer.backend.normalizer = normalizer
+        examples = read(path, read_example, tokenizer, micro_tokens=10 ** 6, context=10 ** 6)
+        for i in range(len(texts)):
+            prompt, [response] = examples[i]
+            assert len(prompt) + len(response) <= examples.most_tokens(examples.turn(i))
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_a_run_with_examples_left_out_is_a_run_without_them(tmp_path, tiny_folder, script):
+    """Of ten examples six are over-long: steps of two are dealt out of the other four, and all is as if there were no others."""
+    make, rows, name = (sft_config, sft_rows(4), "response") if script is train_sft else (dpo_config, pair_rows(4), "rejected")
+    long = [rows[0] | {name: f"{i} " + "apples " * 300} for i in range(6)]
+    mixed = [long[0], rows[0], *long[1:4], rows[1], rows[2], long[4], long[5], rows[3]]
+    found = {}
+    for out, lines in (("few", rows), ("mixed", mixed)):
+        script.main(make(tmp_path, tiny_folder, lines, batch_size=2, micro_tokens=250, epochs=2, out=str(tmp_path / out)))
+        found[out] = metrics(tmp_path / out)
+    assert len(found["few"]) == 4 and {row["left_out"] for row in found["mixed"]} == {6}
+    assert found["few"] == [row | {"left_out": 0} for row in found["mixed"]]
+    assert files_of(tmp_path / "few/model") == files_of(tmp_path / "mixed/model")
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_a_file_of_over_long_examples_alone_is_refused_before_training(tmp_path, tiny_folder, capsys, script, which):
+    rows = sft_rows(3) if script is train_sft else pair_rows(3)
+    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation")}
+    name = "response" if script is train_sft else "chosen"
+    write(tmp_path / f"{which}.jsonl", [row | {name: "apples " * 300} for row in rows])
+    flags = ["--train", files["train"], "--validation", files["validation"], "--micro-tokens", 200, "--out", tmp_path / "out"]
+    assert run_here(script, "--model", tiny_folder, *flags) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert re.match(f"error: {files[which]}: no example can be trained on .*as over-long: 3.*raise --micro-tokens", error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_examples_beyond_the_models_context_are_left_out_and_named(tmp_path, tiny_folder, capsys, script):
+    """A sequence may have 60 tokens; a pair's two together more. Raising --micro-tokens would not help, and is not said."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    tokenizer = load_tokenizer(folder)
+    n = 60 - len(tokenizer.chat("P")) - 1
+    assert len(tokenizer.encode(" Yes" * n)) == n
+    fits, too_long = " Yes" * n, " Yes" * (n + 1)
+    make, rows = ((sft_config, [{"prompt": "P", "response": text} for text in (fits, too_long, "R")]) if script is train_sft else
+                  (dpo_config, [{"prompt": "P", "chosen": text, "rejected": " No" * n} for text in (fits, too_long, "R")]))
+    script.main(make(tmp_path, folder, rows, batch_size=3, micro_tokens=1000))
+    [row] = metrics(tmp_path / ("out" if script is train_sft else "dpo"))
+    assert row["left_out"] == 1
+    printed = capsys.readouterr().out
+    assert re.search("left out: .* example 2 has 61 tokens in a sequence, more than the model's context of 60", printed)
+    assert "left out as over-long: 1" in printed and "more than --micro-tokens" not in printed
+
+
+def test_a_pair_of_equal_responses_is_left_out_and_counted(tmp_path, tiny_folder, capsys):
+    """It would be trained on in vain, with a loss of log 2 at every step. In training and in validation."""
+    rows = pair_rows(5)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    held_out = write(tmp_path / "held_out.jsonl", rows)
+    train_dpo.main(dpo_config(tmp_path, tiny_folder, rows, validation=held_out, batch_size=5))
+    [row], [validation] = metrics(tmp_path / "dpo"), metrics(tmp_path / "dpo", "validation")
+    assert (row["pairs"], row["left_out"], validation["pairs"]) == (4, 1, 4)
+    printed = capsys.readouterr().out
+    assert printed.count("example 4 has the same text as chosen and rejected") == 2
+    assert printed.count("4 examples; left out as over-long: 0, as pairs of equal responses: 1") == 2
+    [cache] = caches(tmp_path)
+    assert np.isinf(np.load(cache)).tolist() == [[i == 3] * 2 for i in range(5)]
+
+
+def test_an_empty_validation_file_is_said_and_the_last_model_kept(tmp_path, tiny_folder, capsys):
+    (tmp_path / "v.jsonl").touch()
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=str(tmp_path / "v.jsonl")))
+    assert "v.jsonl: is empty; training goes on without validation" in capsys.readouterr().out
+    assert metrics(tmp_path / "out", "validation") == [] and (tmp_path / "out/model/config.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the words that go with the model
+
+WORDS_OF_A_CASE = "Judge: {problem} {previous_steps} {now_step}\n"
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_the_words_of_prompt_file_go_with_the_model(tmp_path, tiny_folder, script, capsys):
+    """Before those beside the data, and those before the model's own; what went is said, and that nothing did."""
+    make, rows = (sft_config, sft_rows(4)) if script is train_sft else (dpo_config, pair_rows(4))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    out = tmp_path / ("out" if script is train_sft else "dpo")
+    words = {"model": model / "verification_prompt.txt", "data": tmp_path / ("train" if script is train_sft else "pairs"), "flag": tmp_path / "w.txt"}
+    words["data"] = words["data"].with_suffix(".prompt.txt")
+    expected = None
+    for name in ("none", "model", "data", "flag"):
+        if name != "none":
+            words[name].write_text(f"{name} {WORDS_OF_A_CASE}")
+            expected = f"{name} {WORDS_OF_A_CASE}"
+        script.main(make(tmp_path, model, rows, prompt_file=str(words["flag"]) if name == "flag" else None))
+        printed, went = capsys.readouterr().out, out / "model/verification_prompt.txt"
+        if expected is None:
+            assert not went.exists()
+            assert "score.py will ask it in those of prompts/verify.txt" in printed and "--prompt-file" in printed
+        else:
+            assert went.read_text() == expected and f"prompt: the words of {words[name]} go with" in printed
+
+
+@pytest.mark.parametrize("text, said", [(None, "no such prompt file"), ("Judge it.", "the prompt needs {problem}")])
+def test_a_prompt_file_that_cannot_be_used_is_refused_before_training(tmp_path, tiny_folder, capsys, text, said):
+    path = tmp_path / "words.txt"
+    if text:
+        path.write_text(text)
+    train = write(tmp_path / "t.jsonl", sft_rows(2))
+    assert run_here(train_sft, "--model", tiny_folder, "--train", train, "--prompt-file", path, "--out", tmp_path / "out") == 2
+    assert f"error: {path}: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- SFT
@@ -247,14 +416,18 @@ def test_the_first_losses_equal_transformers_on_the_same_texts(tmp_path, tiny_fo
 
 def test_the_first_update_by_hand(tmp_path, tiny_folder, monkeypatch):
     """AdamW's first step from its formula, with the gradient clipped to norm 0.1 and decay of matrices alone."""
-    seen, update = {}, training.Run.update
+    before, seen, clip, log = {}, {}, train_sft.clip_grad_norm_, training.Run.log
 
-    def look(run, loss, examples):
-        before = {name: (p.detach().clone(), p.grad.clone()) for name, p in run.model.named_parameters()}
-        result = update(run, loss, examples)
-        seen.update({name: (*before[name], p.detach().clone()) for name, p in run.model.named_parameters()})
-        return result
-    monkeypatch.setattr(training.Run, "update", look)
+    def look_before(parameters, most):
+        parameters = list(parameters)
+        before.update({p: (p.detach().clone(), p.grad.clone()) for p in parameters})
+        return clip(parameters, most)
+
+    def look_after(run, *given, **named):
+        seen.update({name: (*before[p], p.detach().clone()) for name, p in run.model.named_parameters()})
+        return log(run, *given, **named)
+    monkeypatch.setattr(train_sft, "clip_grad_norm_", look_before)
+    monkeypatch.setattr(training.Run, "log", look_after)
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, weight_decay=0.1, clip=0.1, lr=1e-2, warmup=0.0))
     norm = math.sqrt(sum(float((g ** 2).sum()) for _, g, _ in seen.values()))
     assert norm > 0.1 and metrics(tmp_path / "out")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -300,13 +473,8 @@ def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=held_out, epochs=30, eval_every=1, lr=1e-2))
     losses = [row["loss"] for row in metrics(tmp_path / "out", "validation")]
     assert min(losses) < losses[-1] - 0.01
-    from plumbing.run import Run
-    model, tokenizer = load_model(tmp_path / "out/model"), load_tokenizer(tiny_folder)
-
-    class Stub:
-        config = sft_config(tmp_path, tiny_folder, sft_rows(4))
-        report_long = Run.report_long
-    assert train_sft.evaluate(Stub(), model, Examples(held_out, SFT_FIELDS, tokenizer)) == pytest.approx(min(losses), rel=1e-5)
+    model, examples = load_model(tmp_path / "out/model"), read(held_out, read_example, load_tokenizer(tiny_folder))
+    assert train_sft.evaluate(model, examples, batch_size=4) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_from_scratch_trains_texts(tmp_path, tiny_folder):
@@ -365,9 +533,8 @@ def test_dpo_learns_what_the_reference_does_not_know(tmp_path, tiny_folder):
     [cache] = caches(tmp_path)
     reference = np.load(cache)
     assert 0.3 <= (reference[:, 0] > reference[:, 1]).mean() <= 0.7
-    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
-    after = train_dpo.reference_logprobs(dataclasses.replace(settings, model=str(tmp_path / "dpo/model")),
-                                         load_model(tmp_path / "dpo/model"), pairs)
+    pairs = read(settings.train, read_pair, load_tokenizer(tiny_folder))
+    after = train_dpo.reference_logprobs(load_model(tmp_path / "dpo/model"), str(tmp_path / "dpo/model"), pairs, settings.batch_size)
     assert (after[:, 0] > after[:, 1]).mean() > 0.9
     margins = (after - reference)[:, 0] - (after - reference)[:, 1]
     assert (margins > 0).mean() > 0.9
@@ -405,15 +572,14 @@ def test_the_reference_is_computed_anew_for_another_chat_template(tmp_path, tiny
 
 def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, monkeypatch):
     """Another run that began with this one completes the cache first: this one goes on with the same numbers."""
-    settings = dpo_config(tmp_path, tiny_folder, pair_rows(8))
-    pairs = Examples(settings.train, PAIR_FIELDS, load_tokenizer(tiny_folder))
+    pairs = read(write(tmp_path / "pairs.jsonl", pair_rows(8)), read_pair, load_tokenizer(tiny_folder))
 
     def faster_rival(batches, **_):
         yield from batches
         [part] = tmp_path.glob("*.part")
         os.rename(part, part.with_suffix(".npy"))
     monkeypatch.setattr(train_dpo, "tqdm", faster_rival)
-    found = train_dpo.reference_logprobs(settings, load_model(tiny_folder), pairs)
+    found = train_dpo.reference_logprobs(load_model(tiny_folder), str(tiny_folder), pairs, batch_size=8)
     [cache] = caches(tmp_path)
     assert np.isfinite(found).all() and np.array_equal(found, np.load(cache))
 
@@ -421,9 +587,9 @@ def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, mo
 def test_a_non_finite_loss_stops_dpo_before_the_update(tmp_path, tiny_folder, monkeypatch):
     loss, calls = train_dpo.dpo_loss, []
 
-    def broken(*given):
+    def broken(*given, **named):
         calls.append(1)
-        losses, *rest = loss(*given)
+        losses, *rest = loss(*given, **named)
         return losses * (math.inf if len(calls) == 2 else 1), *rest
     monkeypatch.setattr(train_dpo, "dpo_loss", broken)
     with pytest.raises(BadInput, match="step 1: loss inf"):
@@ -470,10 +636,9 @@ def test_the_reference_is_computed_once_for_a_sweep_and_anew_for_other_pairs(tmp
 
 def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     """What the .part file already holds is kept; NaN rows are computed."""
-    settings = dpo_config(tmp_path, tiny_folder, pair_rows(20))
     tokenizer, model = load_tokenizer(tiny_folder), load_model(tiny_folder)
-    pairs = Examples(settings.train, PAIR_FIELDS, tokenizer)
-    whole = train_dpo.reference_logprobs(settings, model, pairs)
+    pairs = read(write(tmp_path / "pairs.jsonl", pair_rows(20)), read_pair, tokenizer)
+    whole = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
     [cache] = caches(tmp_path)
     part = cache.with_suffix(".part")
     torn = whole.copy()
@@ -481,7 +646,7 @@ def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     torn[0] = 7.0  # a mark: it must not be computed again
     np.save(part.with_suffix(".npy"), torn)
     os.rename(cache, part)
-    again = train_dpo.reference_logprobs(settings, model, pairs)
+    again = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
     assert (again[0] == 7.0).all() and np.array_equal(again[1:], whole[1:])
     assert not part.exists()
 
@@ -532,13 +697,13 @@ def same_run(one, other):
 @pytest.mark.parametrize("validated", [True, False])
 def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_folder, script, validated, monkeypatch):
     changes = {} if validated else {"validation": None}
-    train, update = small_run(script, tmp_path, tiny_folder, "whole", **changes), training.Run.update
+    train, check = small_run(script, tmp_path, tiny_folder, "whole", **changes), training.Run.check_finite
     script.main(train)
 
     def stop_soon(run, *given):
         os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, *given)
-    monkeypatch.setattr(training.Run, "update", stop_soon)
+        return check(run, *given)
+    monkeypatch.setattr(training.Run, "check_finite", stop_soon)
     for step in (1, 2, 3):
         with pytest.raises(Stopped, match=f"stopped by SIGTERM after step {step}, .* --resume"):
             script.main(small_run(script, tmp_path, tiny_folder, "stopped", resume=True, save_every=100, **changes))
@@ -560,15 +725,16 @@ def test_a_validation_that_is_not_finite_stops_and_says_so(tmp_path, tiny_folder
 
 def test_the_best_model_before_a_stop_stays_the_best_after_it(tmp_path, tiny_folder, monkeypatch):
     """Validation losses 3, 1, 2, 1.5 by step: the second step's model is kept, whether the run is stopped after it or not."""
-    monkeypatch.setattr(train_sft, "evaluate", lambda run, *_: [3.0, 1.0, 2.0, 1.5][run.step])
+    losses = iter([3.0, 1.0, 2.0, 1.5] * 2)  # of the whole run's four steps, then of the stopped and resumed run's
+    monkeypatch.setattr(train_sft, "evaluate", lambda *_: next(losses))
     train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "whole", eval_every=1))
-    update = training.Run.update
+    check = training.Run.check_finite
 
     def stop_after_two(run, *given):
         if run.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, *given)
-    monkeypatch.setattr(training.Run, "update", stop_after_two)
+        return check(run, *given)
+    monkeypatch.setattr(training.Run, "check_finite", stop_after_two)
     with pytest.raises(Stopped):
         train_sft.main(small_run(train_sft, tmp_path, tiny_folder, "stopped", eval_every=1))
     best = files_of(tmp_path / "stopped/model")
@@ -695,14 +861,15 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, tiny_folder):
 # ---------------------------------------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
-@pytest.mark.parametrize("name", ["train", "validation"])
+@pytest.mark.parametrize("name", ["train", "validation", "prompt_file"])
 def test_other_data_behind_the_same_path_are_not_resumed(tmp_path, tiny_folder, script, name):
-    first = small_run(script, tmp_path, tiny_folder, "out")
+    (tmp_path / "words.txt").write_text(f"Is it right? {WORDS_OF_A_CASE}")
+    first = small_run(script, tmp_path, tiny_folder, "out", prompt_file=str(tmp_path / "words.txt"))
     script.main(first)
     before = files_of(tmp_path / "out")
     path = Path(getattr(first, name))
     path.write_text(path.read_text().replace("right", "wrong", 1))
-    with pytest.raises(BadInput, match=f"the content of --{name} is not what the run was begun with"):
+    with pytest.raises(BadInput, match=f"the content of --{name.replace('_', '-')} is not what the run was begun with"):
         script.main(dataclasses.replace(first, resume=True))
     assert files_of(tmp_path / "out") == before
 

@@ -29,12 +29,14 @@ import score
 import train_dpo
 import train_sft
 from checkpoint import load_config, load_model, load_tokenizer
-from data import PAIR_FIELDS, SFT_FIELDS, Examples, MicroBatch, deal
+from data import Examples, MicroBatch, deal
+from formats.turns import read_example, read_pair
 from model import Tree
 from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from plumbing.journal import Journal
+from plumbing.memory import memory
 from rprm import response_logprobs
 
 JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
@@ -49,36 +51,39 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def do(name: str, settings: dict, stop_rank: int | None = None) -> None:
     """A script's main. With stop_rank that rank, and no other, gets SIGTERM in its step STOP."""
     config, main = JOBS[name]
-    update = training.Run.update
+    check = training.Run.check_finite
 
     def stop_soon(run, *given):
         if run.step == STOP - 1 and ranks.rank() == stop_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, *given)
-    training.Run.update = stop_soon
+        return check(run, *given)
+    training.Run.check_finite = stop_soon
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     try:
         main(config(**settings))
     except Stopped as stopped:
         assert stop_rank is not None and f"SIGTERM after step {STOP}" in str(stopped)
     finally:
-        training.Run.update = update
+        training.Run.check_finite = check
 
 
 def measure(path: Path, settings: dict) -> None:
     """Bytes of weights, gradients and moments on this rank after a run of one step, into path.RANK."""
-    held, update = {}, training.Run.update
+    held, check, log = {}, training.Run.check_finite, training.Run.log
 
-    def look(run, *given):
+    def before_the_update(run, *given):
         held["gradients"] = [ranks.own_rows(p.grad)[0].nbytes for p in run.model.parameters()]
-        found = update(run, *given)
-        held["weights"] = [ranks.own_rows(p)[0].nbytes for p in run.model.parameters()]
-        held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values()
-                           for key in ("exp_avg", "exp_avg_sq")]
-        return found
-    training.Run.update = look
+        check(run, *given)
+
+    def after_the_update(run, split, *given, **named):
+        if split == "train":  # a validation, which has no backward pass, leaves the embedding whole
+            held["weights"] = [ranks.own_rows(p)[0].nbytes for p in run.model.parameters()]
+            held["moments"] = [ranks.own_rows(state[key])[0].nbytes for state in run.optimizer.state.values()
+                               for key in ("exp_avg", "exp_avg_sq")]
+        log(run, split, *given, **named)
+    training.Run.check_finite, training.Run.log = before_the_update, after_the_update
     do("sft", settings | {"max_steps": 1})
-    training.Run.update = update
+    training.Run.check_finite, training.Run.log = check, log
     Path(f"{path}.{ranks.rank()}").write_text(json.dumps({name: sum(sizes) for name, sizes in held.items()}))
 
 
@@ -178,8 +183,8 @@ def log(out: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- training
 
-@pytest.mark.parametrize("name, fields", [("sft", SFT_FIELDS), ("dpo", PAIR_FIELDS)])
-def test_two_ranks_give_the_curve_of_one(ran, name, fields):
+@pytest.mark.parametrize("name, read", [("sft", read_example), ("dpo", read_pair)])
+def test_two_ranks_give_the_curve_of_one(ran, name, read):
     """Every logged number, validations too. Some steps have an odd number of trees."""
     folder, jobs = ran
     one, two = log(folder / f"one/{name}.out"), log(folder / f"two/{name}.out")
@@ -187,11 +192,9 @@ def test_two_ranks_give_the_curve_of_one(ran, name, fields):
     assert [rows for rows in zip(one, two, strict=True) if not near(*rows)] == []
     assert one[0]["loss"] - one[-1]["loss"] > 0.1
     job = jobs[name][1]
-    config = training.TrainConfig(out=job["out"], lr=job["lr"], batch_size=job["batch_size"],
-                                  micro_tokens=job["micro_tokens"], epochs=job["epochs"])
-    examples = Examples(jobs[name][1]["train"], fields, load_tokenizer(jobs[name][1]["model"]))
-    steps, numbers = training.epoch_batches(len(examples), config)
-    trees = [len(examples.pack(numbers(step), config.micro_tokens)[0]) for step in range(steps)]
+    examples = Examples(job["train"], read, load_tokenizer(job["model"]), job["micro_tokens"], context=4096)
+    steps, numbers = training.epoch_batches(examples.kept, job["batch_size"], job["epochs"], max_steps=None, seed=0)
+    trees = [len(examples.pack(numbers(step))) for step in range(steps)]
     assert {n % 2 for n in trees} == {0, 1} and max(trees) > 2
     files = (folder / f"two/{name}.out/checkpoints").rglob("*.safetensors")
     assert {path.name[:11] for path in files} == {"shard-00001", "shard-00002"}
@@ -229,13 +232,12 @@ def test_the_reference_of_two_ranks_is_that_of_one(ran):
 def test_the_memory_table_counts_what_a_rank_holds(ran, make_folder):
     """Weights, gradients and moments to the byte on the rank with the most rows; no rank holds more."""
     folder, jobs = ran
-    config = training.TrainConfig(out="x", lr=1.0, device="cpu")
-    table = training.memory(load_config(jobs["sft"][1]["model"]), config, 2)
+    table = memory(load_config(jobs["sft"][1]["model"]), 8192, False, "cpu", n_ranks=2)
     held = [json.loads(Path(f"{folder / 'held'}.{rank}").read_text()) for rank in range(2)]
     for name, row in (("weights", "weights, fp32"), ("gradients", "gradients, fp32"),
                       ("moments", "both moments, fp32")):
         assert held[0][name] == table[row] and held[1][name] <= table[row]
-    alone = training.memory(load_config(jobs["sft"][1]["model"]), config, 1)
+    alone = memory(load_config(jobs["sft"][1]["model"]), 8192, False, "cpu", n_ranks=1)
     assert sum(one["weights"] for one in held) == alone["weights, fp32"]
 
 
@@ -248,8 +250,6 @@ def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, ch
     monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a model of a size that memory is a question for
     model = fast.speed_up(load_model(make_folder("qwen2", False)))
     seen = {}
-    config = training.TrainConfig(out="x", lr=1.0, device="cpu", micro_tokens=400,
-                                  checkpoint_activations=checkpointed)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(tensor):
@@ -261,8 +261,7 @@ def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, ch
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(tree.ids, tree.positions, model.tree_attention(tree.end)).sum()
     held = sum(storage.nbytes() for address, storage in seen.items() if address not in parameters)
-    configs = [dataclasses.replace(config, checkpoint_activations=flag) for flag in (False, True)]
-    estimates = [training.memory(model.config, config, 1) for config in configs]
+    estimates = [memory(model.config, 400, flag, "cpu", n_ranks=1) for flag in (False, True)]
     if checkpointed:
         inputs = estimates[1]["activations, checkpointed"]
         assert inputs < held < 2.5 * inputs
@@ -451,18 +450,18 @@ def test_under_torchrun_a_killed_rank_ends_the_run_which_goes_on(ran, tmp_path):
 
     class Enough(Exception):
         pass
-    update = training.Run.update
+    check = training.Run.check_finite
 
     def stop_soon(run, *given):
         if run.step == done + 2:
             raise Enough
-        return update(run, *given)
-    training.Run.update = stop_soon
+        return check(run, *given)
+    training.Run.check_finite = stop_soon
     try:
         with pytest.raises(Enough):
             do("sft", job)
     finally:
-        training.Run.update = update
+        training.Run.check_finite = check
     assert [row["step"] for row in metrics(tmp_path / "out")] == list(range(done + 2))
 
 

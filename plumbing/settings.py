@@ -1,0 +1,121 @@
+"""The settings of a training run, and what must be so before it begins."""
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from plumbing import ranks
+from plumbing.cli import (
+    GIVE_IF_MEMORY_RUNS_OUT,
+    LOWER_IF_MEMORY_RUNS_OUT,
+    MAY_CHANGE,
+    Mark,
+    flag_of,
+    marked,
+    print_config,
+    resolved,
+)
+from plumbing.errors import BadInput
+from plumbing.files import content_hash, expect, files_in, read_json, refuse_existing
+
+INPUT = Mark("a file or folder that the run reads: --overwrite does not remove it")
+DATA = Mark("a file, or a folder of files, whose content a resumed run must find as it was")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
+    out: Annotated[str, "folder of the run to write"]
+    lr: Annotated[float, "peak learning rate", (0, None)]
+    batch_size: Annotated[int, "examples (or pairs) per optimizer step, over all ranks", (1, None)] = 128
+    micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; "
+                                 "a longer example is left out", (16, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
+    epochs: Annotated[int, "passes over the training data", (1, None)] = 1
+    max_steps: Annotated[int | None, "stop after so many optimizer steps", (1, None)] = None
+    warmup: Annotated[float, "share of the steps in which the learning rate rises from 0", (0, 1)] = 0.03
+    schedule: Annotated[str, "of the learning rate after the warm-up", ("cosine", "constant")] = "cosine"
+    weight_decay: Annotated[float, "of matrices, decoupled (AdamW)", (0, None)] = 0.0
+    beta2: Annotated[float, "AdamW's second decay rate", (0, 1)] = 0.999
+    clip: Annotated[float, "largest norm of the gradient", (1e-9, None)] = 1.0
+    eval_every: Annotated[int, "optimizer steps between validations (and after the last step)",
+                          (1, None)] = 100
+    save_every: Annotated[int, "optimizer steps between checkpoints", (1, None), MAY_CHANGE] = 100
+    keep: Annotated[int, "checkpoints kept", (1, None), MAY_CHANGE] = 1
+    checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass: less memory, "
+                                            "a third more time", MAY_CHANGE, GIVE_IF_MEMORY_RUNS_OUT] = False
+    save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
+    seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
+    device: Annotated[str, "where to train; matrix products are bf16 on cuda",
+                      MAY_CHANGE] = "cuda" if torch.cuda.is_available() else "cpu"
+    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer",
+                            (1, 10 ** 9), MAY_CHANGE] = 1800.0
+    plain: Annotated[bool, "compute with model.py as it reads, without fast/: "
+                           "the same numbers, later"] = False
+    resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False
+    overwrite: Annotated[bool, "replace an existing --out", MAY_CHANGE] = False
+
+
+def check_out(config: TrainConfig) -> dict[str, Any]:
+    """Refuse an existing folder, or one that was made with other settings. Prints the config.
+
+    Returns the settings as the run's config.json holds them: the fields, and a hash of each data file.
+    """
+    print_config(config)
+    out = Path(config.out)
+    settings = resolved(config) | hashes(config)
+    if out.exists() and not (config.resume or config.overwrite):
+        raise BadInput(f"{out}: exists already; "
+                       "give --resume to go on, --overwrite to replace it, or another --out")
+    refuse_existing(out, overwrite=True)
+    if config.overwrite:
+        refuse_to_remove(out, config)
+    if config.resume and (out / "config.json").exists():
+        refuse_other_settings(out / "config.json", settings, free=marked(config, MAY_CHANGE))
+    ranks.wait()  # before rank 0 changes the folder that the others still look at
+    return settings
+
+
+def hashes(config: TrainConfig) -> dict[str, str]:
+    """A hash of each data file: a resumed run must not meet other data behind the same path."""
+    found = {}
+    for name in marked(config, DATA):
+        path = getattr(config, name)
+        if path and Path(path).exists():  # if it is not there, the script will say so when it reads it
+            found[f"content of {flag_of(name)}"] = hash_of(Path(path))
+    return found
+
+
+def hash_of(path: Path) -> str:
+    """16 hexadecimal digits from the content of a file, or of all files in a folder."""
+    if path.is_dir():
+        return content_hash("", files_in(path))
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+def refuse_to_remove(out: Path, config: TrainConfig) -> None:
+    """--overwrite removes the folder of a run; no folder of another kind, and none with an input in it."""
+    is_run = (out / "checkpoints").is_dir() and (out / "config.json").is_file()
+    if out.exists() and any(out.iterdir()) and not is_run:
+        raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; "
+                       "remove it yourself or give another --out")
+    for name in marked(config, INPUT):
+        path = getattr(config, name)
+        if path and Path(path).resolve().is_relative_to(out.resolve()):
+            raise BadInput(f"{out}: holds {flag_of(name)} {path}, which --overwrite would remove; "
+                           "give another --out")
+
+
+def refuse_other_settings(path: Path, settings: dict[str, Any], free: list[str]) -> None:
+    """A resumed run must have the settings in `path`, which it was begun with. free: what may differ."""
+    before = expect(read_json(path), dict, str(path))
+    for name, value in settings.items():
+        if name.startswith("content of "):
+            if before.get(name, value) != value:
+                raise BadInput(f"{path}: the {name} is not what the run was begun with; "
+                               "put the file back, or give --overwrite")
+        elif name not in free and before.get(name) != value:
+            raise BadInput(f"{path}: the run was begun with another {flag_of(name)} "
+                           f"({before.get(name)!r}); resume with the same settings")
