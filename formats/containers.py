@@ -7,12 +7,13 @@
     read_rows("data")                       a folder: all files of rows in it, in the order of their names
     read_rows("-")                          standard input, with any of these files in it
 
-Each is a sequence: rows[i] is ("FILE:LINE", object), read when it is asked for. The first bytes of a file tell what it
-is, and not its name. Byte-order marks and CRLF are no part of a row, and what pandas writes as NaN is null.
+Each is a sequence: rows[i] is ("FILE:LINE", object), read when it is asked for. The first bytes of a file
+tell what it is, and not its name. Byte-order marks and CRLF are no part of a row, and what pandas writes as
+NaN is null.
 
 JSON lines are read where they lie. Parquet, gzip and standard input are first copied as JSON lines into a
-temporary file that has no name (in the folder that TMPDIR names): so memory stays flat, and every row can be reached.
-An array is read whole, which takes about six times the file's size in memory: 2 GB at 300 MB.
+temporary file without a name (in the folder that TMPDIR names): so memory stays flat, and every row can be
+reached. An array is read whole, which takes about six times the file's size in memory: 2 GB at 300 MB.
 """
 import gzip
 import io
@@ -24,7 +25,7 @@ import zlib
 from bisect import bisect
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator, Sequence
+from typing import BinaryIO, ClassVar, Iterable, Iterator, Sequence
 
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, naming, parse_json
@@ -79,13 +80,16 @@ def _rows_of(file: BinaryIO, name: str) -> Rows:
 
 
 def _json_rows(file: BinaryIO, name: str) -> Rows:
-    """JSON lines, read on demand; or the rows of one value that goes over many lines: an array, or a single object."""
+    """JSON lines, read on demand; or the rows of an array, or of a single object that has several lines."""
     first = _first_line(file)
     if not first.startswith(b"[") and first != b"{":
         return JsonLines(name, file)
     value = parse_json(file.read(), name, parse_constant=_constant)
-    rows = value if isinstance(value, list) else [value]
-    return [(f"{name}: row {number}", expect(row, dict, f"{name}: row {number}")) for number, row in enumerate(rows, 1)]
+    rows = []
+    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+        where = f"{name}: row {number}"
+        rows.append((where, expect(row, dict, where)))
+    return rows
 
 
 def _first_line(file: BinaryIO) -> bytes:
@@ -104,7 +108,7 @@ def _constant(name: str) -> float | None:
 
 class JsonLines(Lines):
     """Lines whose NaN is null."""
-    hooks = {"parse_constant": _constant}
+    hooks: ClassVar = {"parse_constant": _constant}
 
 
 class ParquetRows(JsonLines):
@@ -135,32 +139,37 @@ class Shards(Sequence):
 def _row_files(folder: Path) -> list[Path]:
     """The files of rows in a folder and in the folders within. What is left out is printed.
 
-    Raises BadInput where the names tell of several splits: who trains on a folder does not mean its test split too.
+    Raises BadInput where the names tell of several splits: who trains on a folder does not mean its test
+    split.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
-    found = [path for path in files if ROW_FILES.search(path.name)]
+    found = []
+    left_out = []
+    splits = set()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if ROW_FILES.search(path.name):
+            found.append(path)
+            splits.update(SPLIT.findall(str(name).lower()))
+        else:
+            left_out.append(str(name))
     if not found:
-        raise BadInput(f"{folder}: a folder without files of rows (.json, .jsonl, .ndjson, .parquet, packed by gzip or not); "
-                       f"check the path")
-    splits = {split for path in found for split in SPLIT.findall(str(path.relative_to(folder)).lower())}
+        raise BadInput(f"{folder}: a folder without files of rows (.json, .jsonl, .ndjson, .parquet, "
+                       "and those packed by gzip); check the path")
     if len(splits) > 1:
-        raise BadInput(f"{folder}: holds several splits ({', '.join(sorted(splits))}); name the files of one, "
-                       f"as {folder}/*{sorted(splits)[-1]}*")
-    left_out = [str(path.relative_to(folder)) for path in files if path not in found]
+        raise BadInput(f"{folder}: holds several splits ({', '.join(sorted(splits))}); "
+                       f"name the files of one, as {folder}/*{max(splits)}*")
     more = f"; left out: {', '.join(left_out)[:200]}" if left_out else ""
     print(f"{folder}: {len(found)} files of rows{more}")
     return found
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-# ---------------------------------------------------------------------------------------------- copies as JSON lines
+# ---------------------------------------------------------------------------------------------- copies
 
 def _copied(chunks: Iterable[bytes]) -> BinaryIO:
     """A temporary file with these bytes, at its start. It has no name and goes with its last reader."""
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115, as it stays open
     with naming(tempfile.gettempdir()):
         for chunk in chunks:
             file.write(chunk)
@@ -174,7 +183,7 @@ def _unpacked(file: BinaryIO, name: str) -> Iterator[bytes]:
         while chunk := file.read(CHUNK):
             yield chunk
     except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{name}: cannot be unpacked ({error}); it is broken or cut short: fetch it anew") from None
+        raise BadInput(f"{name}: cannot be unpacked ({error}), broken or cut short; fetch it anew") from None
 
 
 def _utf8(file: BinaryIO, name: str) -> Iterator[bytes]:
