@@ -1,4 +1,4 @@
-"""Rewards for one solution, or a benchmark in ProcessBench's format.
+"""Rewards for one solution, or for a benchmark in ProcessBench's format.
 
     python score.py --problem "Tom has 3 apples and buys 4. How many?" --step "He has 3 + 4 = 8 apples."
     python score.py --model FOLDER --input gsm8k.json math.json --k 1 4 10 --out scores.jsonl
@@ -14,17 +14,18 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator
+from typing import Annotated, Iterable, Iterator, NamedTuple
 
 from tqdm import tqdm
 
+from data import ServedConfig, in_order, load_sampler, read_analyses, round_size, rounds
+from formats import tables
+from formats.readers import Solution, read_solution, read_solutions
 from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, write_json
 from plumbing.journal import Journal
-from data import ServedConfig, in_order, load_sampler, read_analyses, round_size, rounds
-from formats.readers import Solution, read_solution, read_solutions
 from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
 
 
@@ -50,139 +51,185 @@ class Config(ServedConfig):
 def main(config: Config) -> None:
     ranks.join(config.device, config.rank_timeout)
     print_config(config)
-    found, counts = Solutions(config), Counter()
+    check_flags(config)
+    solutions = Solutions(config.problem, config.step, config.input, config.limit)
+    if len(solutions) == 1 and ranks.count() == 1:
+        judge_solution(config, *solutions[0])
+    else:
+        judge_benchmark(config, solutions)
+
+
+def check_flags(config: Config) -> None:
+    one_is_given = bool(config.step)
+    if one_is_given != (config.problem is not None) or one_is_given == bool(config.input):
+        raise BadInput("give either --problem with its --step, or --input FILE")
+    if config.resume and not config.out:
+        raise BadInput("--resume goes on with a file of scores; name it with --out")
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
-    own, alone, size = ranks.share(range(len(found))), len(found) == 1, round_size(config)
-    journal, done = Journal(config.out, config, size or 1) if config.out else nullcontext(), 0
-    items = ({"source": source, "id": s.id, "problem": s.problem, "steps": list(s.steps), "label": s.label}
-             for source, s in map(found.__getitem__, own))
-    lines = journal.check(items) if config.out else deque(items, maxlen=0)  # either way a bad solution is named before the work
-    for done, (where, line) in enumerate(lines, 1):
-        count_line(counts, check_line(config, line, where), config.k)
+
+
+def judge_solution(config: Config, source: str, solution: Solution) -> None:
+    """Judge one solution and print its steps. With --out its line is written too."""
+    journal = nullcontext()
+    lines = []
+    if config.out:
+        journal = Journal(config.out, config)
+        checked = journal.check([item_of(source, solution)])
+        lines = [check_line(line, config.k, where) for where, line in checked]  # what a killed run left
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
-    with journal, tqdm(total=len(own), initial=done, desc="score", unit="solution", disable=alone or ranks.rank() > 0) as bar:
-        for some in rounds(own, done, size):
-            for source, solution, judged in in_order(judge_all(sampler, config, map(found.__getitem__, some))):
-                line = score_line(config, source, solution, judged)
-                count_line(counts, line, config.k)
+    with journal:
+        if not lines:
+            lines = list(score_lines(sampler, [(source, solution)], config.k, config.threshold, config.all_steps, config.direct))
+            if config.out:
+                journal.write(lines[0])
+    print_solution(lines[0], config.threshold, config.show)
+    print_work(config, sampler, time.perf_counter() - start)
+
+
+def judge_benchmark(config: Config, solutions: "Solutions") -> None:
+    """Judge many solutions, write their lines, and print the table over them. Several ranks have a share each."""
+    own = ranks.share(range(len(solutions)))
+    size = round_size(config)
+    counts = Counter()
+    journal = nullcontext()
+    done = 0
+    items = (item_of(*solutions[i]) for i in own)
+    if config.out:
+        journal = Journal(config.out, config, size or 1)
+        for where, line in journal.check(items):  # what a killed run left
+            tables.count_line(counts, check_line(line, config.k, where), config.k)
+        done = journal.done
+    deque(items, maxlen=0)  # the rest of them: a bad solution is named before the work
+
+    sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
+    start = time.perf_counter()
+    bar = tqdm(total=len(own), initial=done, desc="score", unit="solution", disable=ranks.rank() > 0)
+    with journal, bar:
+        for numbers in rounds(own, done, size):
+            some = map(solutions.__getitem__, numbers)
+            for line in score_lines(sampler, some, config.k, config.threshold, config.all_steps, config.direct):
+                tables.count_line(counts, line, config.k)
                 if config.out:
                     journal.write(line)
+                f1 = tables.summary_row(counts, line["source"], max(config.k))["f1"] or 0
+                speed = sampler.engine.new_tokens / (time.perf_counter() - start)
                 bar.update()
-                bar.set_postfix_str(f"F1 {summary_row(counts, source, max(config.k))['f1'] or 0:.1f}, {rate(sampler, start)}")
-        rows = summary(sum(ranks.gather(counts), Counter()), found.sources, config.k)
-        if config.out and not alone and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
+                bar.set_postfix_str(f"F1 {f1:.1f}, {speed:.0f} tokens/s")
+        rows = tables.summary(sum(ranks.gather(counts), Counter()), solutions.sources, config.k)
+        if config.out and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
-    seconds, [tokens] = time.perf_counter() - start, ranks.total(sampler.engine.new_tokens)
-    if ranks.rank():
-        return
-    if alone:
-        print_solution(config, line)
-    else:
-        print_summary(rows)
+    tables.print_summary(rows)
+    print_work(config, sampler, time.perf_counter() - start)
+
+
+def print_work(config: Config, sampler: Sampler, seconds: float) -> None:
+    """The last lines: what was computed, over all ranks."""
+    [tokens] = ranks.total(sampler.engine.new_tokens)
     print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
 
 
-def rate(sampler: Sampler, start: float) -> str:
-    return f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s"
-
-
 class Solutions:
-    """The solution of the command line, or those of the input files, read on demand. solutions[i] -> (source, Solution)."""
+    """The solutions of the input files, or that of the command line, read on demand. solutions[i] -> (source, Solution)."""
 
-    def __init__(self, config: Config):
-        if bool(config.step) != (config.problem is not None) or bool(config.step) == bool(config.input):
-            raise BadInput("give either --problem with its --step, or --input FILE")
-        if config.resume and not config.out:
-            raise BadInput("--resume goes on with a file of scores; name it with --out")
-        stems = [Path(path).stem for path in config.input]
-        self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, config.input)]
-        self.files = [read_solutions(path) for path in config.input]
-        if config.step:
+    def __init__(self, problem: str | None, steps: tuple[str, ...], paths: tuple[str, ...], limit: int | None):
+        stems = [Path(path).stem for path in paths]
+        self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
+        self.files = [read_solutions(path) for path in paths]
+        if steps:
+            given = {"id": "0", "problem": problem, "steps": list(steps)}
             self.sources = ["command line"]
-            given = {"id": "0", "problem": config.problem, "steps": list(config.step)}
             self.files = [[("command line", read_solution(given, "command line"))]]
-        if empty := [path for path, rows in zip(config.input, self.files) if not len(rows)]:
-            raise BadInput(f"{empty[0]}: has no solutions; check the file")
-        self.ends = list(accumulate(min(len(rows), config.limit or len(rows)) for rows in self.files))
+        for path, found in zip(paths, self.files):
+            if not len(found):
+                raise BadInput(f"{path}: has no solutions; check the file")
+        self.ends = list(accumulate(min(len(found), limit or len(found)) for found in self.files))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> tuple[str, Solution]:
-        n = bisect(self.ends, i)
-        _, solution = self.files[n][i - (self.ends[n - 1] if n else 0)]
-        return self.sources[n], solution
+        file = bisect(self.ends, i)
+        before = self.ends[file - 1] if file else 0
+        _, solution = self.files[file][i - before]
+        return self.sources[file], solution
 
 
 # ---------------------------------------------------------------------------------------------- judging
 
-Judged = tuple[str, Solution, list[list[Analysis]]]  # source, solution, the analyses of each judged step
+class Judged(NamedTuple):
+    source: str
+    solution: Solution
+    steps: list[list[Analysis]]  # the analyses of each step that was judged
 
 
-def judge_all(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solution]]) -> Iterator[tuple[int, Judged]]:
-    """(index of the solution, what was judged of it), as the solutions are completed. `found` is read as room is found.
+def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
+              all_steps: bool) -> Iterator[tuple[int, Judged]]:
+    """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as room is found.
 
     Many solutions are judged side by side. The steps of one come one after the other, since none is needed after the
-    first predicted wrong; with --all-steps they need not wait for each other.
+    first predicted wrong; with all_steps they need not wait for each other.
     """
-    if config.direct:
-        yield from judge_directly(sampler, config, found)
-        return
-    coming = enumerate(found)
-    waiting: deque[tuple[int, int]] = deque()  # (solution, step) to ask for
-    asked: dict[int, tuple[int, int]] = {}     # ticket -> (solution, step) under way
-    judged: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}  # solution -> ..., step -> analyses
+    numbered = enumerate(solutions)
+    waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
+    asked: dict[int, tuple[int, int]] = {}     # ticket -> (index of the solution, step)
+    open_ones: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}  # index -> source, solution, analyses by step
     sampler.restart()
     while True:
         while sampler.has_room:
-            if not waiting and (new := next(coming, None)):
+            if not waiting and (new := next(numbered, None)):
                 i, (source, solution) = new
-                judged[i] = source, solution, {}
-                waiting.extend((i, t) for t in range(len(solution.steps) if config.all_steps else 1))
+                open_ones[i] = source, solution, {}
+                first_ones = len(solution.steps) if all_steps else 1
+                waiting.extend((i, t) for t in range(first_ones))
             if not waiting:
                 break
             i, t = waiting.popleft()
-            asked[sampler.add(case_of(judged[i][1], t))] = i, t
+            _, solution, _ = open_ones[i]
+            ticket = sampler.add(case_of(solution, t))
+            asked[ticket] = i, t
         if not sampler.busy:
             return
         for ticket, analyses in sampler.step():
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
             i, t = asked.pop(ticket)
-            source, solution, by_step = judged[i]
+            source, solution, by_step = open_ones[i]
             by_step[t] = analyses
             steps = [by_step[t] for t in sorted(by_step)]
-            if complete(config, solution, steps):
-                yield i, (source, solution, steps)
-                del judged[i]
-            elif not config.all_steps:
+            if is_complete(steps, len(solution.steps), ks, threshold, all_steps):
+                yield i, Judged(source, solution, steps)
+                del open_ones[i]
+            elif not all_steps:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
-def judge_directly(sampler: Sampler, config: Config, found: Iterable[tuple[str, Solution]]) -> Iterator[tuple[int, Judged]]:
-    """The same without analyses: a batch of solutions at a time, all of their steps."""
-    coming = enumerate(found)
-    while some := list(islice(coming, config.batch_size)):
-        answers = iter(sampler.direct([case_of(solution, t) for _, (_, solution) in some for t in range(len(solution.steps))]))
-        for i, (source, solution) in some:
+def judge_directly(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
+                   all_steps: bool) -> Iterator[tuple[int, Judged]]:
+    """The same without analyses: all steps of a batch of solutions at a time."""
+    numbered = enumerate(solutions)
+    while batch := list(islice(numbered, sampler.sampling.batch_size)):
+        cases = [case_of(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
+        answers = iter(sampler.direct(cases))
+        for i, (source, solution) in batch:
             steps = []
             for analysis in islice(answers, len(solution.steps)):
-                if not complete(config, solution, steps):
+                if not is_complete(steps, len(solution.steps), ks, threshold, all_steps):
                     steps.append([analysis])
-            yield i, (source, solution, steps)
+            yield i, Judged(source, solution, steps)
 
 
 def case_of(solution: Solution, t: int) -> Case:
     return Case(solution.problem, solution.steps[:t], solution.steps[t])
 
 
-def complete(config: Config, solution: Solution, steps: list[list[Analysis]]) -> bool:
-    """Is there nothing more to judge: all steps done, or a step predicted wrong at every K?"""
-    return len(steps) == len(solution.steps) or (
-        not config.all_steps and all(predict(steps, k, config.threshold) >= 0 for k in config.k))
+def is_complete(steps: list[list[Analysis]], n_steps: int, ks: tuple[int, ...], threshold: float, all_steps: bool) -> bool:
+    """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
+    if len(steps) == n_steps:
+        return True
+    return not all_steps and all(predict(steps, k, threshold) >= 0 for k in ks)
 
 
 def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
@@ -194,110 +241,71 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
     return -1
 
 
-def score_line(config: Config, source: str, solution: Solution, steps: list[list[Analysis]]) -> dict:
-    """The line of scores.jsonl; rewards and prediction at the largest K, predictions at each."""
-    return {"source": source, "id": solution.id, "problem": solution.problem, "steps": list(solution.steps),
-            "label": solution.label, "rewards": [reward(analyses) for analyses in steps],
-            "prediction": predict(steps, max(config.k), config.threshold),
-            "predictions": {str(k): predict(steps, k, config.threshold) for k in config.k},
-            "samples": [[asdict(a) for a in analyses] for analyses in steps]}
+# ---------------------------------------------------------------------------------------------- lines of scores.jsonl
+
+def score_lines(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
+                all_steps: bool, direct: bool) -> Iterator[dict]:
+    """Judge solutions -> their lines of scores.jsonl, in order."""
+    judge = judge_directly if direct else judge_all
+    for judged in in_order(judge(sampler, solutions, ks, threshold, all_steps)):
+        yield score_line(judged, ks, threshold)
 
 
-def check_line(config: Config, line: dict, where: str) -> dict:
+def item_of(source: str, solution: Solution) -> dict:
+    """What a line of scores.jsonl says of its solution, before it is judged."""
+    return {
+        "source": source,
+        "id": solution.id,
+        "problem": solution.problem,
+        "steps": list(solution.steps),
+        "label": solution.label,
+    }
+
+
+def score_line(judged: Judged, ks: tuple[int, ...], threshold: float) -> dict:
+    """The line of scores.jsonl: rewards and prediction at the largest K, predictions at each."""
+    source, solution, steps = judged
+    return item_of(source, solution) | {
+        "rewards": [reward(analyses) for analyses in steps],
+        "prediction": predict(steps, max(ks), threshold),
+        "predictions": {str(k): predict(steps, k, threshold) for k in ks},
+        "samples": [[asdict(analysis) for analysis in analyses] for analyses in steps],
+    }
+
+
+def check_line(line: dict, ks: tuple[int, ...], where: str) -> dict:
     """A line that a killed run left. Raises BadInput unless the tables can be made of it."""
     for analyses in get_field(line, "samples", list, where):
         read_analyses({"analyses": analyses}, where)
     predictions = get_field(line, "predictions", dict, where)
-    if not line["samples"] or set(predictions) != {str(k) for k in config.k} or "rewards" not in line:
+    if not line["samples"] or set(predictions) != {str(k) for k in ks} or "rewards" not in line:
         raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
     return line
 
 
-# ---------------------------------------------------------------------------------------------- tables
-
-def count_line(counts: Counter, line: dict, ks: tuple[int, ...]) -> None:
-    """Add what the tables say of a line, to counts[source, k, name] for each K."""
-    for k in set(ks):
-        prediction, label, steps = line["predictions"][str(k)], line["label"], [analyses[:k] for analyses in line["samples"]]
-        analyses = [a for step in steps for a in step]
-        kind = "unlabelled" if label is None else "correct" if label == -1 else "wrong"
-        counts.update({(line["source"], k, name): number for name, number in {
-            "solutions": 1, kind: 1, f"{kind}, predicted so": label is not None and prediction == label,
-            "steps": len(steps), "null_rewards": sum(all(a["p_yes"] is None for a in step) for step in steps),
-            "analyses": len(analyses), "unparsed": sum(a["verdict"] is None for a in analyses),
-            "truncated": sum(not a["finished"] for a in analyses), "forced": sum(a["forced"] for a in analyses),
-            "tokens": sum(a["n_tokens"] for a in analyses)}.items()})
-
-
-def accuracies(found: int, wrong: int, kept: int, correct: int) -> dict[str, float | None]:
-    """ProcessBench's three numbers in percent. None where there is nothing to take them over.
-
-    found: of the `wrong` solutions, those whose first wrong step was predicted; kept: of the `correct` ones, those with none.
-    """
-    error = 100 * found / wrong if wrong else None
-    right = 100 * kept / correct if correct else None
-    f1 = None if error is None or right is None else 2 * error * right / (error + right) if error + right else 0.0
-    return {"error_accuracy": error, "correct_accuracy": right, "f1": f1}
-
-
-def summary(counts: Counter, sources: list[str], ks: tuple[int, ...]) -> list[dict]:
-    """A row per source and K, and the average over the sources where there are several."""
-    rows = []
-    for k in sorted(set(ks)):
-        own = [summary_row(counts, source, k) for source in dict.fromkeys(sources)]  # a file given twice is one source
-        rows += own
-        if len(own) > 1 and all(row["f1"] is not None for row in own):
-            means = ("error_accuracy", "correct_accuracy", "f1", "unparsed", "truncated", "tokens_per_step")
-            sums = ("solutions", "unlabelled", "forced", "null_rewards")
-            rows.append({"source": "average", "k": k} | {name: sum(row[name] for row in own) / len(own) for name in means}
-                        | {name: sum(row[name] for row in own) for name in sums})
-    return rows
-
-
-def summary_row(counts: Counter, source: str, k: int) -> dict:
-    """The accuracies of one file at one K, and what its analyses were like (rates in percent)."""
-    def n(name: str) -> int:
-        return counts[source, k, name]
-    return {"source": source, "k": k, "solutions": n("solutions"), "unlabelled": n("unlabelled"),
-            **accuracies(n("wrong, predicted so"), n("wrong"), n("correct, predicted so"), n("correct")),
-            "unparsed": 100 * n("unparsed") / n("analyses"), "truncated": 100 * n("truncated") / n("analyses"),
-            "forced": n("forced"), "null_rewards": n("null_rewards"), "tokens_per_step": n("tokens") / n("steps")}
-
-
-COLUMNS = (("K", "k", 4, "d"), ("solutions", "solutions", 11, "d"), ("error acc.", "error_accuracy", 12, ".1f"),
-           ("correct acc.", "correct_accuracy", 14, ".1f"), ("F1", "f1", 7, ".1f"), ("unparsed %", "unparsed", 12, ".1f"),
-           ("truncated %", "truncated", 13, ".1f"), ("forced", "forced", 8, "d"), ("null", "null_rewards", 6, "d"),
-           ("tokens/step", "tokens_per_step", 13, ".0f"))
-
-
-def print_summary(rows: list[dict]) -> None:
-    print(f"\n{'source':<16}" + "".join(f"{title:>{width}}" for title, _, width, _ in COLUMNS))
-    for row in rows:
-        cells = (f"{'-' if row[name] is None else format(row[name], form):>{width}}" for _, name, width, form in COLUMNS)
-        print(f"{row['source']:<16}" + "".join(cells))
-    print("(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; forced: those of\n"
-          " them that were read after an added verification line; null: steps without any P(Yes), never predicted wrong)")
-    if unlabelled := sum(row["unlabelled"] for row in rows if row["k"] == rows[0]["k"] and row["source"] != "average"):
-        print(f"{unlabelled} solutions have no label and count in no accuracy")
-
-
-def print_solution(config: Config, line: dict) -> None:
-    """A line per step, the prediction, and on --show the analyses."""
+def print_solution(line: dict, threshold: float, show: bool) -> None:
+    """A text line for each judged step, the prediction, and with `show` the analyses."""
     print(f"\nproblem: {line['problem']}")
-    for t, (step, raw) in enumerate(zip(line["steps"], line["samples"])):
+    for t, (raw, value) in enumerate(zip(line["samples"], line["rewards"])):
         analyses = read_analyses({"analyses": raw}, f"step {t + 1}")
-        value = line["rewards"][t]
-        counts = [sum(a.verdict is verdict for a in analyses) for verdict in (True, False, None)]
+        yes, no, missing = (sum(a.verdict is verdict for a in analyses) for verdict in (True, False, None))
         shown = "null " if value is None else f"{value:.3f}"
-        print(f"Step {t + 1}: reward {shown}  {'wrong' if value is not None and value < config.threshold else 'right'}  "
-              f"verdicts {counts[0]} Yes, {counts[1]} No, {counts[2]} missing  | {step}")
-        for i, a in enumerate(analyses if config.show else [], 1):
-            print(f"  --- analysis {i}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens"
-                  + ("" if a.finished else ", cut off") + "\n    " + a.text.replace("\n", "\n    "))
+        predicted = "wrong" if value is not None and value < threshold else "right"
+        print(f"Step {t + 1}: reward {shown}  {predicted}  verdicts {yes} Yes, {no} No, {missing} missing  | {line['steps'][t]}")
+        if show:
+            print_analyses(analyses)
     judged = len(line["samples"])
     if judged < len(line["steps"]):
         print(f"(steps {judged + 1} to {len(line['steps'])} not judged: --all-steps goes on)")
     print("first step predicted wrong: " + (f"step {line['prediction'] + 1}" if line["prediction"] >= 0 else "none"))
+
+
+def print_analyses(analyses: list[Analysis]) -> None:
+    for number, analysis in enumerate(analyses, 1):
+        cut_off = "" if analysis.finished else ", cut off"
+        print(f"  --- analysis {number}: verdict {show_verdict(analysis)}, {show_p_yes(analysis)}, "
+              f"{analysis.n_tokens} tokens{cut_off}")
+        print("    " + analysis.text.replace("\n", "\n    "))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import score
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
+from formats import tables
 from model import Tree, tree_attention
 from formats.verdicts import VERIFICATION
 from rprm import Analysis, Case, load_prompt, load_sampler, reward
@@ -63,8 +64,8 @@ def table_row(lines: list[dict], k: int) -> dict:
     """That of these lines of scores at this K."""
     counts = Counter()
     for line in lines:
-        score.count_line(counts, line | {"source": "s"}, (1, k))
-    return score.summary_row(counts, "s", k)
+        tables.count_line(counts, line | {"source": "s"}, (1, k))
+    return tables.summary_row(counts, "s", k)
 
 
 def rewards_close(lines: list[dict]) -> list[dict]:

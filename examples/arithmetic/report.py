@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's scripts, which are no package
-import score
+from formats.tables import accuracies as accuracies_of
 from plumbing.cli import run
 from plumbing.errors import BadInput
 from plumbing.files import read_jsonl, write_json
@@ -79,7 +79,7 @@ def predictions(rewards: list[np.ndarray]) -> np.ndarray:
 def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """error_accuracy, correct_accuracy and f1, in percent; nan where there is nothing to take them over."""
     hit, wrong = predicted == labels, labels >= 0
-    found = score.accuracies(*(int(n) for n in ((hit & wrong).sum(), wrong.sum(), (hit & ~wrong).sum(), (~wrong).sum())))
+    found = accuracies_of(*(int(n) for n in ((hit & wrong).sum(), wrong.sum(), (hit & ~wrong).sum(), (~wrong).sum())))
     return {name: np.nan if value is None else value for name, value in found.items()}
 
 
