@@ -15,38 +15,39 @@ import math
 import time
 from array import array
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Callable, Iterable, Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing import ranks
 from checkpoint import PROMPT_FILE, ChatTokenizer
-from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, print_config, run
-from plumbing.errors import BadInput
-from plumbing.files import Lines, expect, get_field, json_line, read_jsonl, refuse_existing, writing
-from plumbing.journal import Journal
-from model import Tree, common_prefix
 from formats.containers import STANDARD_INPUT, read_rows
 from formats.readers import read_case, read_labelled_steps
+from formats.samples import count_analyses, read_analyses
 from formats.turns import Turn
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
+from model import Tree, common_prefix
+from plumbing import ranks
+from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, print_config, run
+from plumbing.errors import BadInput
+from plumbing.files import Lines, get_field, json_line, read_jsonl, refuse_existing, writing
+from plumbing.journal import Journal
 from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, load_prompt
 from rprm import load_sampler as load_local_sampler
-
 
 # ---------------------------------------------------------------------------------------------- cases
 
 @dataclass(frozen=True)
 class CasesConfig:
-    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with rows of public formats, which their "
-                                      "fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, OpenR, TRL's stepwise "
-                                      "rows, R-PRM's seed and evaluation rows"]
+    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with rows of public formats, "
+                                      "which their fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, "
+                                      "OpenR, TRL's stepwise rows, R-PRM's seed and evaluation rows"]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
     strict: Annotated[bool, "end at the first row with a defect, instead of dropping and counting it"] = False
@@ -57,12 +58,15 @@ def cases(config: CasesConfig) -> None:
     """solutions -> cases.jsonl: one line per labelled step."""
     print_config(config)
     refuse_existing(config.out, config.overwrite)
-    counts, firsts, seen, solutions = Counter(), {}, set(), 0
+    counts = Counter()
+    firsts: dict[str, str] = {}  # reason for which rows are dropped -> the first of them
+    seen = set()                 # fingerprints of the cases so far
+    n_solutions = 0
     rows = chain.from_iterable(read_labelled_steps(path, counts, config.strict, firsts) for path in config.input)
     with writing(config.out) as file:
-        for row_id, found in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
-            solutions += 1
-            for step, case in found:
+        for row_id, steps in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
+            n_solutions += 1
+            for step, case in steps:
                 key = fingerprint(0, dataclasses.astuple(case))
                 if key in seen:
                     counts["dropped: the same case again"] += 1
@@ -70,11 +74,12 @@ def cases(config: CasesConfig) -> None:
                 seen.add(key)
                 counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
                 file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
-        if not solutions:
+        if not n_solutions:
             raise BadInput(f"{' '.join(config.input)}: has no solutions; check the file")
-    print_table(f"cases from {solutions} solutions", counts)
+    print_table(f"cases from {n_solutions} solutions", counts)
     for reason, first in sorted(firsts.items()):
-        print("".join(c if c.isprintable() else " " for c in f"  the first {reason}: {first}"))
+        line = f"  the first {reason}: {first}"
+        print("".join(c if c.isprintable() else " " for c in line))
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -99,18 +104,23 @@ class ServedConfig(SamplerConfig):
 
     def __post_init__(self):
         """BadInput where flags do not go together, before anything is printed or saved (a key must not be)."""
-        set_to = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
-        here, there = ("batch_size", "dtype", "device"), ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
-        for name in there if self.server is None else here:
-            if name in set_to:
-                raise BadInput(f"--{name.replace('_', '-')} " + ("needs --server; give both or neither" if self.server is None else
-                                                                "has no meaning with --server, where the server decides; leave it out"))
+        given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        if self.server is None:
+            meaningless = ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
+            why = "needs --server; give both or neither"
+        else:
+            meaningless = ("batch_size", "dtype", "device", "plain")
+            why = "has no meaning with --server, where the server decides; leave it out"
+        for name in meaningless:
+            if name in given:
+                raise BadInput(f"--{name.replace('_', '-')} {why}")
         if self.server is not None:
             from server import parse_url, read_key  # here, as nothing else needs them
             parse_url(self.server)
             read_key(self.api_key_env)
             if self.tokenizer is None:
-                raise BadInput("--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template (no weights needed)")
+                raise BadInput("--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template "
+                               "(no weights needed)")
 
 
 def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
@@ -119,9 +129,6 @@ def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = Fal
         return load_local_sampler(config, k, force, complete, direct, config.batch_size)
     from server import load_served  # here, as nothing else needs it
     return load_served(config, k, force, complete, direct)
-
-
-ROUND = 8  # batches in a round of sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,72 +147,87 @@ def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
     ranks.join(config.device, config.rank_timeout)
     print_config(config)
-    lines, counts, start = Lines(config.cases), Counter(), time.perf_counter()
-
-    def case_of(i: int) -> tuple[str, Case]:
-        where, row = lines[i]
-        return get_field(row, "id", str, where), read_case(row, where)
-
-    def ask(numbers: Iterable[int]) -> Iterator[Case]:
-        for i in numbers:
-            asked.append(case_of(i))
-            yield asked[-1][1]
-    asked = deque()  # the (id, case)s whose analyses are not written yet
-    own, size = ranks.share(range(min(len(lines), config.limit or len(lines)))), round_size(config)
+    cases = CaseFile(config.cases)
+    own = ranks.share(range(min(len(cases), config.limit or len(cases))))  # the numbers of this rank's cases
+    size = round_size(config)
+    counts = Counter()
     journal = Journal(config.out, config, size or 1)
-    for where, line in journal.check({"id": name, "case": vars(case) | {"previous_steps": list(case.previous_steps)}}
-                                     for name, case in map(case_of, own)):
+    items = (item_of(*cases[i]) for i in own)
+    for where, line in journal.check(items):  # what a killed run left
         count_analyses(counts, line["case"]["label"], read_analyses(line, where))
+
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
-    with journal, tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0) as bar:
+    start = time.perf_counter()
+    bar = tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0)
+    with journal, bar:
         if ranks.rank() == 0:
             write_prompt(config.out, sampler.prompt)
         for numbers in rounds(own, journal.done, size):
-            for analyses in in_order(sampler.analyses(ask(numbers))):
-                case_id, case = asked.popleft()
-                journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
+            found = sampler.analyses(cases[i][1] for i in numbers)
+            for i, analyses in zip(numbers, in_order(found), strict=True):
+                case_id, case = cases[i]
+                line = item_of(case_id, case) | {"analyses": [dataclasses.asdict(a) for a in analyses]}
+                journal.write(line)
                 count_analyses(counts, case.label, analyses)
+                speed = sampler.engine.new_tokens / (time.perf_counter() - start)
+                right = counts["verdict equal to the label"] / max(1, counts["analyses"])
                 bar.update()
-                bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
-                                    f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
+                bar.set_postfix_str(f"{speed:.0f} tokens/s, right {right:.0%}")
     print_table("analyses", sum(ranks.gather(counts), Counter()))
     if config.server:
         print(sampler.engine.tally())
 
 
-def round_size(config: ServedConfig) -> int | None:
-    """Items after which the batch is emptied, so that a resumed run, which starts its round anew, ends with the same bytes.
+class CaseFile:
+    """A file of cases, read on demand: cases[i] -> (id, Case)."""
 
-    In other company a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and then a token be
-    another one; rounding when writing would only make that rarer. An emptying batch has a price, which a GPU shall not pay:
-    there it is all one round (None), with those differences. A server's company is its own matter.
+    def __init__(self, path: str):
+        self.lines = Lines(path)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> tuple[str, Case]:
+        where, row = self.lines[i]
+        return get_field(row, "id", str, where), read_case(row, where)
+
+
+def item_of(case_id: str, case: Case) -> dict:
+    """What a line of samples.jsonl says of its case, before it is sampled."""
+    return {"id": case_id, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
+
+
+ROUND = 8  # batches in a round of sampling
+
+
+def round_size(config: ServedConfig) -> int | None:
+    """Items after which the batch is emptied. A resumed run starts its round anew, and so ends with the same bytes.
+
+    Among other rows a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and then a
+    token. An emptying batch has a price, which a GPU shall not pay: there all is one round (None), with those
+    differences. A server batches as it likes.
     """
-    return ROUND * config.batch_size if config.server is None and torch.device(config.device).type == "cpu" else None
+    if config.server is not None or torch.device(config.device).type != "cpu":
+        return None
+    return ROUND * config.batch_size
 
 
 def rounds(items: Sequence, done: int, size: int | None) -> Iterator[Sequence]:
     """The items after the first `done`, in rounds of `size` (None: in one)."""
-    for first in range(done, len(items), size or max(1, len(items))):
-        yield items[first:first + (size or len(items))]
+    size = size or max(1, len(items))
+    for first in range(done, len(items), size):
+        yield items[first:first + size]
 
 
 def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
     """(index, value) pairs in any order -> the values in the order of their index, each as soon as it can be given."""
-    early, following = {}, 0
+    early = {}
+    following = 0
     for index, value in found:
         early[index] = value
         while following in early:
             yield early.pop(following)
             following += 1
-
-
-def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
-    for a in analyses:
-        counts["analyses"] += 1
-        counts["verdict " + {True: "Yes", False: "No", None: "missing"}[a.verdict]] += 1
-        counts["cut off at --max-new-tokens"] += not a.finished
-        counts["verification line added (--complete)"] += a.forced
-        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
 
 
 # ---------------------------------------------------------------------------------------------- SFT examples
@@ -218,50 +240,62 @@ class SftConfig:
     validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
     balance: Annotated[bool, "as many Yes as No, by leaving some out at random"] = True
     direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
-    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples; with --direct prompts/direct.txt)"] = None
+    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples; "
+                                       "with --direct prompts/direct.txt)"] = None
     seed: Annotated[int, "seed of the split and of the balance"] = 0
     overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+Example = tuple[Case, bool, dict]  # a case, its (chosen) verdict, and the line that is written
 
 
 def sft(config: SftConfig) -> None:
     """samples.jsonl -> sft.jsonl: the analyses with one verdict, at the end, equal to the label."""
     print_config(config)
-    prompt = load_prompt(config.prompt_file, None if config.direct else own_prompt(config.samples[0]), config.direct)
+    travelled = None if config.direct else own_prompt(config.samples[0])
+    prompt = load_prompt(config.prompt_file, travelled, config.direct)
 
-    def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
-        for path in config.samples:
-            for where, row in read_jsonl(path):
-                case = read_case(row.get("case", row), where)
-                if case.label is None:
-                    counts["dropped: analysis of a case without a label"] += 1 if config.direct else len(row.get("analyses", []))
-                    continue
-                responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"] if config.direct else [
-                    a.text for a in select(read_analyses(row, where), case, counts, {True: "kept"})["kept"]]
-                counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
-                for response in responses[:config.max_per_case]:
-                    yield case, case.label, {"prompt": prompt.fill(case), "response": response}
-    write_split(config, prompt, examples)
+    def examples(counts: Counter) -> Iterator[Example]:
+        for where, row in chain.from_iterable(map(read_jsonl, config.samples)):
+            case = read_case(row.get("case", row), where)
+            if case.label is None:
+                n_analyses = 1 if config.direct else len(row.get("analyses", []))
+                counts["dropped: analysis of a case without a label"] += n_analyses
+                continue
+            if config.direct:
+                responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"]
+            else:
+                usable = select(read_analyses(row, where), case, counts, {True: "kept"})
+                responses = usable["kept"]
+            counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
+            for response in responses[:config.max_per_case]:
+                yield case, case.label, {"prompt": prompt.fill(case), "response": response}
+    write_split(examples, config.out, config.samples, prompt, config.validation, config.balance, config.seed,
+                config.overwrite)
 
 
-def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[Analysis]]:
-    """The usable analyses of a case, by whether their verdict is right, under `names`; counts what is dropped and why.
+def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[str]]:
+    """The texts of a case's usable analyses in the normal form, by whether their verdict is right, under `names`.
 
-    They come in the normal form, which is what is trained on.
+    What is dropped is counted by its reason.
     """
-    found, texts = {name: [] for name in names.values()}, set()
+    found: dict[str, list[str]] = {name: [] for name in names.values()}
+    texts = set()
     for a in analyses:
-        right = parse_verdict(a.text) == case.label
-        text = normal_form(a.text) if has_one_verdict(a.text) else a.text
-        reason = ("cut off at --max-new-tokens" if not a.finished else
-                  "no verdict at the end, or several" if not has_one_verdict(a.text) else
-                  "verdict not equal to the label" if right not in names else
-                  "the same analysis again" if text in texts else None)
-        if reason:
-            counts[f"dropped: {reason}"] += 1
+        is_right = parse_verdict(a.text) == case.label
+        if not a.finished:
+            counts["dropped: cut off at --max-new-tokens"] += 1
+        elif not has_one_verdict(a.text):
+            counts["dropped: no verdict at the end, or several"] += 1
+        elif is_right not in names:
+            counts["dropped: verdict not equal to the label"] += 1
+        elif normal_form(a.text) in texts:
+            counts["dropped: the same analysis again"] += 1
         else:
+            text = normal_form(a.text)
             texts.add(text)
             counts["of these, verdict put into the normal form"] += text != a.text
-            found[names[right]].append(dataclasses.replace(a, text=text))
+            found[names[is_right]].append(text)
     return found
 
 
@@ -284,89 +318,108 @@ def pairs(config: PairsConfig) -> None:
     print_config(config)
     prompt = load_prompt(config.prompt_file, own_prompt(config.samples[0]))
 
-    def examples(counts: Counter) -> Iterator[tuple[Case, bool, dict]]:
-        for path in config.samples:
-            for where, row in read_jsonl(path):
-                case = read_case(get_field(row, "case", dict, where), where)
-                if case.label is None:
-                    counts["dropped: analysis of a case without a label"] += len(row.get("analyses", []))
-                    continue
-                found = select(read_analyses(row, where), case, counts, {True: "right", False: "wrong"})
-                right, wrong = found["right"], found["wrong"]
-                if not (right and wrong):
-                    counts[f"cases without a pair: all {'right' if right else 'wrong' if wrong else 'unusable'}"] += 1
-                places = even_pairs(len(right), len(wrong), config.max_per_case, fingerprint(config.seed, case))
-                counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(places)
-                for i, j in places:
-                    yield case, case.label, {"prompt": prompt.fill(case), "chosen": right[i].text, "rejected": wrong[j].text}
-    write_split(config, prompt, examples)
+    def examples(counts: Counter) -> Iterator[Example]:
+        for where, row in chain.from_iterable(map(read_jsonl, config.samples)):
+            case = read_case(get_field(row, "case", dict, where), where)
+            if case.label is None:
+                counts["dropped: analysis of a case without a label"] += len(row.get("analyses", []))
+                continue
+            usable = select(read_analyses(row, where), case, counts, {True: "right", False: "wrong"})
+            right = usable["right"]
+            wrong = usable["wrong"]
+            if not (right and wrong):
+                all_are = "right" if right else "wrong" if wrong else "unusable"
+                counts[f"cases without a pair: all {all_are}"] += 1
+            chosen = even_pairs(len(right), len(wrong), config.max_per_case, fingerprint(config.seed, case))
+            counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(chosen)
+            for i, j in chosen:
+                yield case, case.label, {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]}
+    write_split(examples, config.out, config.samples, prompt, config.validation, config.balance, config.seed,
+                config.overwrite)
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
     """Up to `most` different pairs (i < right, j < wrong) that use every response equally often, give or take one.
 
-    Walking both lists at once, and shifting one by a place whenever the walk comes round, meets each pair once.
+    Both lists are walked at once. Whenever the walk comes round, one list is shifted by one, so each pair is met once.
     """
     rng = np.random.default_rng(seed)
-    a, b = rng.permutation(right), rng.permutation(wrong)
+    rights = rng.permutation(right)
+    wrongs = rng.permutation(wrong)
     lap = math.lcm(right, wrong) if right and wrong else 1
-    return [(int(a[t % right]), int(b[(t + t // lap) % wrong])) for t in range(min(most, right * wrong))]
+    found = []
+    for t in range(min(most, right * wrong)):
+        i = rights[t % right]
+        j = wrongs[(t + t // lap) % wrong]
+        found.append((int(i), int(j)))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- what the filters share
 
-def write_split(config: SftConfig | PairsConfig, prompt: Prompt, examples) -> None:
+def write_split(examples: Callable[[Counter], Iterator[Example]], out: str, samples: tuple[str, ...], prompt: Prompt,
+                validation: float, balance: bool, seed: int, overwrite: bool) -> None:
     """Split by problem, balance each side by verdict, write both files.
 
-    Two passes over a stream, so that nothing is held but a few bytes per example.
-
-    examples(counts) yields (case, verdict, line); the same again at each call.
+    examples(counts) yields the same examples at each call. Two passes over them hold a few bytes per example.
     """
-    out = Path(config.out)
-    held_out = out.with_name(f"{out.stem}.validation{out.suffix}")
-    for path in (out, held_out):
-        refuse_existing(path, config.overwrite)
-    counts, verdicts, sides = Counter(), [], []
+    train_path = Path(out)
+    validation_path = train_path.with_name(f"{train_path.stem}.validation{train_path.suffix}")
+    for path in (train_path, validation_path):
+        refuse_existing(path, overwrite)
+    counts = Counter()
+    verdicts = []
+    held_out = []  # does the example go to validation?
     for case, verdict, _ in tqdm(examples(counts), desc="choosing", unit=" examples"):
         verdicts.append(verdict)
-        sides.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
-    verdicts, sides = np.array(verdicts, dtype=bool), np.array(sides, dtype=bool)
-    keep = balanced(verdicts, sides, config)
-    if sides.any() and not ((keep & sides).any() and (keep & ~sides).any()):
+        held_out.append(fingerprint(seed, case.problem) / 2 ** 64 < validation)
+    verdicts = np.array(verdicts, dtype=bool)
+    held_out = np.array(held_out, dtype=bool)
+    keep = balanced(verdicts, held_out, seed) if balance else np.ones(len(verdicts), dtype=bool)
+    if held_out.any() and not ((keep & held_out).any() and (keep & ~held_out).any()):
         # Of few problems, one side may have none, or only those of one verdict: then there is but one side.
-        sides[:] = False
-        keep = balanced(verdicts, sides, config)
+        held_out[:] = False
+        keep = balanced(verdicts, held_out, seed) if balance else np.ones(len(verdicts), dtype=bool)
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
-    if not (keep & ~sides).any():
+    if not (keep & ~held_out).any():
         print_table("nothing kept", counts)
-        raise BadInput(f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); "
+        raise BadInput(f"{' '.join(samples)}: no example can be made from these samples (the table says why); "
                        f"sample more, or leave out a filter")
-    with writing(out) as train_file, writing(held_out) as validation_file:
+    with writing(train_path) as train_file, writing(validation_path) as validation_file:
         for n, (case, verdict, line) in enumerate(examples(Counter())):
             if keep[n]:
-                (validation_file if sides[n] else train_file).write(json_line(line | {"problem": case.problem}))
-                counts[f"kept: {'validation' if sides[n] else 'train'}, {'Yes' if verdict else 'No'}"] += 1
+                file = validation_file if held_out[n] else train_file
+                file.write(json_line(line | {"problem": case.problem}))
+                side = "validation" if held_out[n] else "train"
+                counts[f"kept: {side}, {'Yes' if verdict else 'No'}"] += 1
     write_prompt(out, prompt)
-    print_table(f"{out} and {held_out}", counts)
-    if config.validation and not (keep & sides).any():
-        print(f"{held_out}: is empty, as there are so few problems; training goes on without, or give a larger --validation")
+    print_table(f"{train_path} and {validation_path}", counts)
+    if validation and not (keep & held_out).any():
+        print(f"{validation_path}: is empty, as there are so few problems; training goes on without, "
+              "or give a larger --validation")
 
 
-def balanced(verdicts: np.ndarray, sides: np.ndarray, config: SftConfig | PairsConfig) -> np.ndarray:
-    """Which examples to keep, so that each side has as many Yes as No: all of the rarer one. All arrays are (examples,) bool."""
+def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
+    """Which examples to keep, for each side to have as many Yes as No: all of the rarer ones. All arrays (examples,) bool."""
     keep = np.ones(len(verdicts), dtype=bool)
-    rng = np.random.default_rng(config.seed)
-    for side in (False, True) if config.balance else ():
-        yes = np.flatnonzero(verdicts & (sides == side))
-        no = np.flatnonzero(~verdicts & (sides == side))
+    rng = np.random.default_rng(seed)
+    for side in (False, True):
+        yes = np.flatnonzero(verdicts & (held_out == side))
+        no = np.flatnonzero(~verdicts & (held_out == side))
         more = max(yes, no, key=len)
-        keep[rng.permutation(more)[min(len(yes), len(no)):]] = False
+        fewer = min(len(yes), len(no))
+        keep[rng.permutation(more)[fewer:]] = False
     return keep
 
 
 def own_prompt(path: str | Path) -> Path:
     """Where the words that a file of samples or examples was made with stand: NAME.prompt.txt beside NAME.jsonl."""
     return Path(path).with_suffix(".prompt.txt")
+
+
+def write_prompt(path: str | Path, prompt: Prompt) -> None:
+    with writing(own_prompt(path)) as file:
+        file.write(prompt.text + "\n")
 
 
 def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
@@ -385,39 +438,18 @@ def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | P
     return None
 
 
-def write_prompt(path: str | Path, prompt: Prompt) -> None:
-    with writing(own_prompt(path)) as file:
-        file.write(prompt.text + "\n")
-
-
-def fingerprint(seed: int, value) -> int:
+def fingerprint(seed: int, value: object) -> int:
     """A 64-bit number from a seed and a value's repr, the same in every run."""
-    return int.from_bytes(hashlib.blake2b(repr((seed, value)).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    content = repr((seed, value)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def print_table(title: str, counts: Counter) -> None:
+    """Counts by name, what was kept first."""
     print(f"\n{title}")
     for name in sorted(counts, key=lambda name: (not name.startswith("kept"), name)):
         if counts[name]:
             print(f"  {name:<50} {counts[name]:>9,}")
-
-
-def read_analyses(row: dict, where: str) -> list[Analysis]:
-    """The analyses of a line of samples.jsonl."""
-    found = []
-    for i, a in enumerate(get_field(row, "analyses", list, where)):
-        here = f"{where}: field 'analyses'[{i}]"
-        text = get_field(expect(a, dict, here), "text", str, here)
-        verdict, p_yes = a.get("verdict"), a.get("p_yes")
-        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
-            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
-        if not 0 <= get_field(a, "n_tokens", int, here) < 2 ** 31:
-            raise BadInput(f"{here}.n_tokens: {str(a['n_tokens'])[:40]} is out of range; correct it")
-        found.append(Analysis(text, verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                              p_yes=None if p_yes is None else float(p_yes), n_tokens=a["n_tokens"],
-                              finished=get_field(a, "finished", bool, here),
-                              forced=bool(a.get("forced", False))))
-    return found
 
 
 # ------------------------------------------------------------------------------ training examples, in trees

@@ -18,7 +18,8 @@ from typing import Annotated, Iterable, Iterator, NamedTuple
 
 from tqdm import tqdm
 
-from data import ServedConfig, in_order, load_sampler, read_analyses, round_size, rounds
+from data import ServedConfig, in_order, load_sampler, round_size, rounds
+from formats.samples import read_analyses
 from formats import tables
 from formats.readers import Solution, read_solution, read_solutions
 from plumbing import ranks

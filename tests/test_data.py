@@ -572,7 +572,7 @@ def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
     counts = table(capsys.readouterr().out)
     product = 0
     for row in rows:
-        usable = {a["text"]: a["verdict"] for a in row["analyses"] if a["finished"] and rprm.has_one_verdict(a["text"])}
+        usable = {a["text"]: a["verdict"] for a in row["analyses"] if a["finished"] and has_one_verdict(a["text"])}
         right = sum(verdict == row["case"]["label"] for verdict in usable.values())
         product += right * (len(usable) - right)
     assert sum(n for name, n in counts.items() if name.startswith(("kept", "not made", "dropped: to balance"))) == product

@@ -23,7 +23,8 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.errors import BadInput
 from plumbing.files import read_jsonl
 from conftest import CHATML, make_config, random_tensors
-from data import Examples, read_analyses
+from data import Examples
+from formats.samples import read_analyses
 from formats.turns import read_example, read_pair
 from formats.containers import read_rows
 from formats.readers import read_case, read_labelled_steps, read_solutions

@@ -1,0 +1,38 @@
+"""Analyses as they stand in samples.jsonl and scores.jsonl."""
+from collections import Counter
+
+from plumbing.errors import BadInput
+from plumbing.files import expect, get_field
+from rprm import Analysis
+
+
+def read_analyses(row: dict, where: str) -> list[Analysis]:
+    """The analyses of a line of samples.jsonl."""
+    found = []
+    for i, a in enumerate(get_field(row, "analyses", list, where)):
+        here = f"{where}: field 'analyses'[{i}]"
+        text = get_field(expect(a, dict, here), "text", str, here)
+        verdict = a.get("verdict")
+        if verdict is not None:
+            expect(verdict, bool, f"{here}.verdict")
+        p_yes = a.get("p_yes")
+        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
+            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
+        n_tokens = get_field(a, "n_tokens", int, here)
+        if not 0 <= n_tokens < 2 ** 31:
+            raise BadInput(f"{here}.n_tokens: {str(n_tokens)[:40]} is out of range; correct it")
+        finished = get_field(a, "finished", bool, here)
+        forced = bool(a.get("forced", False))
+        found.append(Analysis(text, verdict, None if p_yes is None else float(p_yes), n_tokens, finished, forced))
+    return found
+
+
+def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
+    """Add a case's analyses to the table of a sampling."""
+    names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
+    for a in analyses:
+        counts["analyses"] += 1
+        counts[names[a.verdict]] += 1
+        counts["cut off at --max-new-tokens"] += not a.finished
+        counts["verification line added (--complete)"] += a.forced
+        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
