@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.folder import find_folder
 from model import ModelConfig
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json
@@ -23,11 +24,7 @@ ARCHITECTURES = {
 
 def load_config(folder: str | Path) -> ModelConfig:
     """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such checkpoint folder; "
-                       "give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
-    path = folder / "config.json"
+    path = find_folder(folder) / "config.json"
     raw = expect(read_json(path), dict, str(path))
     return parse_config(raw, str(path))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import weights
@@ -558,9 +559,21 @@ def test_smollm2_chat_tokens_equal_transformers(smollm2):
         assert tokenizer.decode(ids).endswith(f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_without_a_template_the_message_stands_alone(folder):
+@pytest.mark.parametrize("start", ["", END_OF_TEXT])
+def test_without_a_template_the_message_stands_alone(folder, start):
+    """Base models. What Transformers puts before a text (<s>, say) stands before the message."""
     change(folder / "tokenizer_config.json", chat_template=None, bos_token=END_OF_TEXT)
-    assert load_tokenizer(folder).decode(load_tokenizer(folder).chat("Hi")) == "<|endoftext|>Hi\n"
+    if start:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.post_processor = TemplateProcessing(
+            single=f"{END_OF_TEXT} $A {IM_END}", special_tokens=[(END_OF_TEXT, 2), (IM_END, 1)])
+        backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Hi\n")["input_ids"]
+    assert [i for i in tokenizer.chat("Hi") if i != 1] == [i for i in ids if i != 1]
+    assert tokenizer.decode(tokenizer.chat("Hi")) == f"{start}Hi\n"
+    with pytest.raises(BadInput, match="no chat template to show a system message"):
+        tokenizer.chat("Hi", system="Be kind.")
 
 
 def test_a_message_may_look_like_a_template(tiny_folder):
@@ -631,7 +644,6 @@ def test_smollm2_special_tokens_spelled_out_stay_text(smollm2):
 
 def test_the_templates_own_tokens_are_tokens(tiny_folder):
     tokenizer = load_tokenizer(tiny_folder)
-    assert (tokenizer.before[0], tokenizer.after[0]) == (0, 1)
     assert [i for i in tokenizer.chat("Hi") if i in special_ids(tiny_folder)] == [0, 1, 0]
 
 
@@ -689,12 +701,12 @@ def test_a_template_that_fails_is_refused(folder, source):
                                     "messages[0].content.__class__", "cycler.__init__"])
 def test_internals_are_not_even_shown(folder, source):
     put_template(folder, "{{ %s }}" % source + MESSAGE, "file")
-    assert load_tokenizer(folder).before == []
+    assert load_tokenizer(folder).frame(None).before == ""
 
 
 def test_format_strings_reach_no_internals(folder):
     put_template(folder, "{{ '{0.__class__}'.format(messages) }}" + MESSAGE, "file")
-    assert load_tokenizer(folder).before == []
+    assert load_tokenizer(folder).frame(None).before == ""
 
 
 @pytest.mark.parametrize("source, times", [
