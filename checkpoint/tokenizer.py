@@ -63,17 +63,18 @@ class ChatTokenizer:
         if system is None:
             system = self.system
         frame = self.frame(system)
-        return self.join([*self.with_plain(frame.before, system), (frame.fit(message), False), (frame.after, True)])
+        before = self.with_plain(frame.before, system)
+        return self.join([*before, (frame.fit(message), False), (frame.after, True)])
 
     def conversation(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         """Token ids of a prompt that is a whole conversation: no template is put around it.
 
         pieces: the texts that it consists of, and whether each is trusted (a prompt file) or plain (a case):
 
-            [("<|im_start|>user\\n", True), ("Is 1 + 1 = 3?", False), ("<|im_end|>\\n<|im_start|>assistant\\n", True)]
+            [("<|im_start|>user\\n", True), ("Is 1 + 1 = 3?", False), ("<|im_end|>\\n<|im_start|>assistant", True)]
 
-        They are encoded as one text, so words join across them. Unless a plain piece spells out a special token,
-        the ids are those that Transformers gives for the joined text.
+        They are encoded as one text, so words join across them. Unless a plain piece spells out a special
+        token, the ids are those that Transformers gives for the joined text.
         """
         pieces = list(pieces)
         text = "".join(piece for piece, _ in pieces)
@@ -83,13 +84,13 @@ class ChatTokenizer:
 
     def has_special_tokens(self, text: str) -> bool:
         """Whether a trusted text holds special tokens: a prompt file that does is a whole conversation."""
-        return bool(self.special_tokens(text, self.encoding(text, trusted=True)))
+        return bool(self.spelled_tokens(text, self.encoding(text, trusted=True)))
 
     def continuation(self, before: list[int] | str, text: str) -> list[int]:
         """Token ids of plain `text` that follows `before`: the last ones of the ids of both together.
 
-        before: the ids so far, of prompt and answer or of the answer alone, or the answer's text so far. Where it
-                is empty, the text begins the answer to a chat.
+        before: the ids so far, of prompt and answer or of the answer alone, or the answer's text so far.
+                Where it is empty, the text begins the answer to a chat.
 
         With a tokenizer that marks no beginnings (byte-level BPE: Qwen, Llama 3) they are encode(text).
         """
@@ -115,16 +116,22 @@ class ChatTokenizer:
             found = self.backend.encode(text, add_special_tokens=False)
         if found.ids and max(found.ids) >= self.vocab_size:
             raise BadInput(f"tokenizer.json: token {max(found.ids)} in {text[:40]!r} has no row in the model's "
-                           f"vocabulary of {self.vocab_size}; take tokenizer and config from the same checkpoint")
+                           f"vocabulary of {self.vocab_size}; take tokenizer and config from one checkpoint")
         return found
 
-    def special_tokens(self, text: str, encoding: Encoding) -> list[tuple[int, int, int]]:
-        """(token, start, stop) for each special token that is spelled out in a trusted text."""
+    def is_special(self, token: int) -> bool:
+        return token in self.added and self.added[token].special
+
+    def spelled_tokens(self, text: str, encoding: Encoding) -> list[tuple[int, int, int]]:
+        """(token, start, stop) for each special token that a trusted text spells out.
+
+        An encoding may hold others: "<unk>" stands for what has no token.
+        """
         found = []
         for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self.added and self.added[token].special:
+            if self.is_special(token):
                 word = text[start:stop].strip()  # some tokens take the white space beside them
-                if word == self.added[token].content:  # else "<unk>" stands for what has no token
+                if word == self.added[token].content:
                     found.append((token, start, stop))
         return found
 
@@ -132,15 +139,16 @@ class ChatTokenizer:
         """Token ids of trusted and plain pieces as one text."""
         text = "".join(piece for piece, _ in pieces)
         whole = self.encoding(text, trusted=True)
-        found = self.special_tokens(text, whole)
         meant = []
-        for token, start, stop in found:
-            first = text.index(self.added[token].content, start)
-            if in_trusted_piece(pieces, first, first + len(self.added[token].content)):
+        for token, start, stop in self.spelled_tokens(text, whole):
+            word = self.added[token].content
+            first = text.index(word, start)
+            if in_trusted_piece(pieces, first, first + len(word)):
                 meant.append((token, start, stop))
-        if meant == found:
+        if len(meant) == sum(map(self.is_special, whole.ids)):
             return whole.ids
-        ids = []  # a plain piece spells out a special token: what stands between those that are meant is plain
+        # A plain piece spells out a special token: all that stands between those that are meant is plain.
+        ids = []
         done = 0
         for token, start, stop in meant:
             ids += self.section(ids[-1] if ids else None, text[done:start])
@@ -179,12 +187,12 @@ class ChatTokenizer:
 
     def with_plain(self, before: str, system: str | None) -> list[tuple[str, bool]]:
         """The template's text before the message in pieces: the system message in it is plain."""
-        if system is None or not self.has_special_tokens(system):
+        if system is None or not any(map(self.is_special, self.encode_marked(system))):
             return [(before, True)]
         shown = system.strip()
         if before.count(shown) != 1:
-            raise BadInput(f"the system message {shown[:40]!r} spells out a special token, and the chat template does "
-                           "not show it once as it is; leave that token out")
+            raise BadInput(f"the system message {shown[:40]!r} spells out a special token, and the chat template "
+                           "does not show it once as it is; leave that token out")
         start, end = before.split(shown)
         return [(start, True), (shown, False), (end, True)]
 
@@ -202,7 +210,7 @@ def in_trusted_piece(pieces: list[tuple[str, bool]], start: int, stop: int) -> b
 
 @contextmanager
 def calling_the_library(path: Path | str):
-    """A tokenizer.json that the tokenizers library cannot use is a BadInput, whether the library raises or panics.
+    """A tokenizer.json that the tokenizers library cannot use is a BadInput, though it raises or panics.
 
     Its panics are BaseExceptions.
     """
@@ -238,7 +246,7 @@ def load_tokenizer(folder: str | Path, system: str | None = None,
     mark_special(backend, tokenizer.eos_ids, frame.before + frame.after)
     tokenizer.added = backend.get_added_tokens_decoder()
     find_marks(tokenizer)
-    tokenizer.prompt_end = tokenizer.chat("a")[-1]
+    tokenizer.prompt_end = (tokenizer.chat("a") or [PLAIN])[-1]
     return tokenizer
 
 

@@ -1,11 +1,12 @@
 """Chat templates of many families have the text that Transformers renders, or say why they have none.
 
-The templates are short ones of our own, in the manner of those that models come with. (Those of llama.cpp's and TRL's
-tests, 142 at the time of writing, were compared in the same way: 136 are the same, and 6 for images show no text.)
+Those in templates/ are short ones of our own, in the manner of those that models come with. (The 142 of llama.cpp's
+and TRL's packages were compared in the same way once: 136 are the same; 6, for images, show no text.)
 """
 import datetime
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -14,156 +15,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from checkpoint import load_tokenizer
 from checkpoint.template import ChatTemplate
-from conftest import CHATML, END_OF_TEXT, IM_END, IM_START
+from conftest import END_OF_TEXT, IM_END, IM_START
 from plumbing.errors import BadInput
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-TEMPLATES = {
-    "chatml": CHATML,
-    "qwen2.5": (
-        "{%- if messages[0]['role'] == 'system' %}\n    {%- set first = messages[0]['content'] %}\n{%- else %}\n"
-        "    {%- set first = 'You are a helpful assistant.' %}\n{%- endif %}\n"
-        "{{- '<|im_start|>system\\n' + first + '<|im_end|>\\n' }}\n"
-        "{%- for message in messages %}\n"
-        "    {%- if (message.role == 'user') or (message.role == 'system' and not loop.first) %}\n"
-        "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
-        "    {%- elif message.role == 'assistant' and not message.tool_calls %}\n"
-        "        {{- '<|im_start|>assistant\\n' + message.content + '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"),
-    "qwen3": (
-        "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}\n"
-        "{%- set ns = namespace(multi_step=true, last=messages|length - 1) %}\n"
-        "{%- for message in messages[::-1] %}\n    {%- set index = (messages|length - 1) - loop.index0 %}\n"
-        "    {%- if ns.multi_step and message.role == 'user' and message.content is string and "
-        "not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}\n"
-        "        {%- set ns.multi_step = false %}{%- set ns.last = index %}\n    {%- endif %}\n{%- endfor %}\n"
-        "{%- for message in messages if message.role != 'system' %}\n"
-        "    {%- set content = message.content.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else message.content %}\n"
-        "    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n"
-        "    {%- if enable_thinking is defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n"
-        "{%- endif %}"),
-    "llama 2": (
-        "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
-        "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
-        "{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-        "{% if loop.index0 == 0 and system != false %}{% set text = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}"
-        "{% else %}{% set text = m['content'] %}{% endif %}"
-        "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}"
-        "{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"),
-    "llama 3": (
-        "{{- bos_token }}\n{%- if not date_string is defined %}\n"
-        "    {%- if strftime_now is defined %}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n"
-        "    {%- else %}\n        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
-        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}{%- set messages = messages[1:] %}\n"
-        "{%- else %}{%- set system = '' %}{%- endif %}\n"
-        "{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '\\n\\n' }}{{- system }}{{- '<|eot_id|>' }}\n"
-        "{%- for message in messages %}\n    {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}\n"
-        "        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}\n"
-        "    {%- endif %}\n{%- endfor %}\n"
-        "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}\n"),
-    "mistral 7b v0.3": (
-        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}"
-        "{%- else %}{%- set loop_messages = messages %}{%- endif %}\n"
-        "{%- set users = loop_messages | selectattr('role', 'equalto', 'user') | list %}\n{{- bos_token }}\n"
-        "{%- for m in loop_messages %}\n    {%- if m.role == 'user' %}\n        {%- if loop.last and system is defined %}\n"
-        "            {{- '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}\n        {%- else %}\n"
-        "            {{- '[INST] ' + m.content + '[/INST]' }}\n        {%- endif %}\n"
-        "    {%- else %}{{- ' ' + m.content|trim + eos_token }}{%- endif %}\n{%- endfor %}\n"),
-    "mistral small 3": (
-        "{%- set today = strftime_now('%Y-%m-%d') %}\n"
-        "{%- set default = 'You are a model.\\nThe current date is ' + today + '.\\n\\n' %}\n{{- bos_token }}\n"
-        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] %}{%- set rest = messages[1:] %}\n"
-        "{%- else %}\n    {%- set system = default %}{%- set rest = messages %}\n{%- endif %}\n"
-        "{{- '[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}\n"
-        "{%- for m in rest %}\n    {%- if m['role'] == 'user' %}{{- '[INST]' + m['content'] + '[/INST]' }}\n"
-        "    {%- elif m['role'] == 'assistant' %}{{- m['content'] + eos_token }}\n"
-        "    {%- else %}{{- raise_exception('only user, system and assistant roles') }}{%- endif %}\n{%- endfor %}"),
-    "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}"
-        "{% set role = message['role'] %}{% endif %}"
-        "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"),
-    "phi 3": (
-        "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\\n' + message['content'] + '<|end|>\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '<|user|>\\n' + message['content'] + '<|end|>\\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\\n' + message['content'] + '<|end|>\\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"),
-    "deepseek r1": (
-        "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-        "{% set ns = namespace(is_first=true, system='') %}"
-        "{%- for m in messages %}{%- if m['role'] == 'system' %}{%- if ns.is_first %}{% set ns.system = ns.system + m['content'] %}"
-        "{% set ns.is_first = false %}{%- else %}{% set ns.system = ns.system + '\\n\\n' + m['content'] %}{%- endif %}{%- endif %}{%- endfor %}"
-        "{{ bos_token }}{{ ns.system }}{%- for m in messages %}{%- if m['role'] == 'user' %}{{ '<|User|>' + m['content'] }}{%- endif %}"
-        "{%- if m['role'] == 'assistant' and m['content'] is not none %}{% set content = m['content'] %}{% if '</think>' in content %}"
-        "{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<|Assistant|>' + content + '<|end_of_sentence|>' }}{%- endif %}"
-        "{%- endfor -%}{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"),
-    "smollm3": (
-        "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}\n"
-        "{%- set mode = '/think' if enable_thinking else '/no_think' -%}\n{{- '<|im_start|>system\\n' -}}\n"
-        "{%- if messages[0].role == 'system' -%}\n    {%- set system = messages[0].content -%}\n"
-        "    {%- if '/no_think' in system -%}{%- set mode = '/no_think' -%}{%- endif -%}\n"
-        "    {%- set system = system.replace('/no_think', '').rstrip() -%}\n{%- endif -%}\n"
-        "{{- 'Today Date: ' ~ strftime_now('%d %B %Y') ~ '\\nReasoning Mode: ' + mode + '\\n\\n' -}}\n"
-        "{%- if system -%}{{- system + '\\n\\n' -}}{%- endif -%}\n{{- '<|im_end|>\\n' -}}\n"
-        "{%- for message in messages -%}\n    {%- if message.role == 'user' -%}\n"
-        "        {{ '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}\n    {%- elif message.role == 'assistant' -%}\n"
-        "        {% generation %}{{ '<|im_start|>assistant\\n' + message.content.lstrip('\\n') + '<|im_end|>\\n' }}{% endgeneration %}\n"
-        "    {%- endif -%}\n{%- endfor -%}\n"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- if mode == '/no_think' -%}{{ '<think>\\n\\n</think>\\n' }}"
-        "{%- endif -%}{%- endif -%}"),
-    "lfm2": (
-        "{{- bos_token -}}\n{%- set system = '' -%}\n{%- set ns = namespace(system='') -%}\n"
-        "{%- if messages[0]['role'] == 'system' -%}{%- set ns.system = messages[0]['content'] -%}{%- set messages = messages[1:] -%}"
-        "{%- endif -%}\n{%- if tools -%}{%- set ns.system = ns.system + ('\\n' if ns.system else '') + 'List of tools: [' -%}"
-        "{%- for tool in tools -%}{%- set ns.system = ns.system + (tool | tojson) -%}{%- endfor -%}{%- endif -%}\n"
-        "{%- if ns.system -%}{{- '<|im_start|>system\\n' + ns.system + '<|im_end|>\\n' -}}{%- endif -%}\n"
-        "{%- for message in messages -%}\n    {{- '<|im_start|>' + message['role'] + '\\n' -}}\n"
-        "    {%- if message['role'] == 'assistant' -%}{%- generation -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endgeneration -%}\n"
-        "    {%- else -%}{{- message['content'] + '<|im_end|>\\n' -}}{%- endif -%}\n{%- endfor -%}\n"
-        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}\n"),
-    "zephyr": (
-        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\\n' + message['content'] + eos_token }}\n"
-        "{% elif message['role'] == 'system' %}\n{{ '<|system|>\\n' + message['content'] + eos_token }}\n"
-        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"),
-    "command r": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
-        "{% elif false == true %}{% set rest = messages %}{% set system = 'Hello' %}"
-        "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}"
-        "{% if system != false %}{{ '<|START_OF_TURN|><|SYSTEM|>' + system + '<|END_OF_TURN|>' }}{% endif %}"
-        "{% for m in rest %}{% set content = m['content'] %}"
-        "{% if m['role'] == 'user' %}{{ '<|START_OF_TURN|><|USER|>' + content.strip() + '<|END_OF_TURN|>' }}"
-        "{% elif m['role'] == 'assistant' %}{{ '<|START_OF_TURN|><|BOT|>'  + content.strip() + '<|END_OF_TURN|>' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|START_OF_TURN|><|BOT|>' }}{% endif %}"),
-    "granite": (
-        "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set rest = messages[1:] %}"
-        "{%- else %}{%- set system = 'Knowledge Cutoff Date: April 2024.\\nToday\\'s Date: ' + strftime_now('%B %d, %Y') + '.' %}"
-        "{%- if thinking %}{%- set system = system + ' Think first.' %}{%- endif %}{%- set rest = messages %}{%- endif %}"
-        "{{- '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\\n' }}"
-        "{%- for message in rest %}{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' }}"
-        "{%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant' }}"
-        "{%- if controls %}{{- ' ' + controls | tojson() }}{%- endif %}{{- '<|end_of_role|>' }}{%- endif %}{%- endfor %}"),
-    "vicuna": (
-        "{% if messages[0].role == 'system' %}{{ messages[0].content + ' ' }}{% set messages = messages[1:] %}"
-        "{% else %}{{ 'A chat with an assistant. ' }}{% endif %}"
-        "{% for m in messages %}{{ 'USER: ' ~ m.content ~ ' ' if m.role == 'user' else 'ASSISTANT: ' ~ m.content ~ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"),
-    "alpaca": (
-        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}\n### Instruction:\n{{ m.content | trim }}\n\n"
-        "{% else %}\n### Response:\n{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}\n### Response:\n{% endif %}"),
-    "macros, filters and breaks": (
-        "{%- macro turn(role, text) -%}{{ '<' ~ role | upper ~ '>' ~ text ~ '</' ~ role | upper ~ '>' }}{%- endmacro -%}"
-        "{%- for m in messages | rejectattr('role', 'equalto', 'tool') -%}{%- if loop.index > 8 -%}{%- break -%}{%- endif -%}"
-        "{{- turn(m.role, m['content']) -}}{{- '' if loop.last else '\\n' -}}{%- endfor -%}"
-        "{{- {'b': [1, '<é>'], 'a': none} | tojson(indent=1) -}}{{- {'y': 1, 'x': 2} | dictsort -}}"
-        "{%- if add_generation_prompt -%}{{- ['<', 'ASSISTANT', '>'] | join -}}{%- endif -%}"),
-}
+TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in (Path(__file__).parent / "templates").glob("*.jinja")}
 NO_SYSTEM = {"gemma": "System role not supported", "alpaca": "does not show a system message"}
 MESSAGES = ["Is it right?", "  Step 1: x\n\n", "\n7 < 8 & \"9\" {{ x }} é 🙂", "x"]
-ARGUMENTS = ({}, {"enable_thinking": False}, {"thinking": True, "controls": {"length": "short"}}, {"date_string": "1 Jan 2000"})
+ARGUMENTS = {"enable_thinking": False, "thinking": True, "controls": {"length": "short"}, "date_string": "1 Jan 2000"}
 
 
 class Clock(datetime.datetime):
@@ -183,8 +42,8 @@ def fixed_clock(monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-@pytest.mark.parametrize("system", [None, "Be strict. /no_think", " é\n"])
+@pytest.mark.parametrize("arguments", [{}, ARGUMENTS], ids=["no variables", "variables"])
+@pytest.mark.parametrize("system", [None, " Be strict. é /no_think\n"], ids=["no system", "system"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_familys_template(name, system, arguments):
     variables = TOKENS | arguments
@@ -201,8 +60,9 @@ def test_a_familys_template(name, system, arguments):
         assert frame.before + frame.fit(message) + frame.after == expected
 
 
-@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>\n"), ("llama 2", " </s>"), ("llama 3", "<|eot_id|>"), ("zephyr", "</s>\n"),
-                                       ("deepseek r1", "<|end_of_sentence|>"), ("lfm2", "<|im_end|>\n"), ("gemma", "<end_of_turn>\n")])
+@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>\n"), ("llama_2", " </s>"), ("llama_3", "<|eot_id|>"),
+                                       ("zephyr", "</s>\n"), ("deepseek_r1", "<|end_of_sentence|>"),
+                                       ("lfm2", "<|im_end|>\n"), ("gemma", "<end_of_turn>\n")])
 def test_what_follows_an_answer(name, end):
     assert ChatTemplate(TEMPLATES[name], "here", TOKENS).frame().turn_end == end
 
@@ -257,7 +117,7 @@ def put(folder, **changes) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "smollm3", "llama 3", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "smollm3", "llama_3", "lfm2"])
 @pytest.mark.parametrize("system", [None, "Be strict."])
 def test_ids_with_a_system_message_and_variables(folder, name, system):
     put(folder, chat_template=TEMPLATES[name], bos_token=END_OF_TEXT, pad_token=END_OF_TEXT)

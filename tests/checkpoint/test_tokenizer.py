@@ -2,6 +2,7 @@
 
 Llama 2's and Mistral's mark the first word of a text ("▁"); tiny ones are made here in the ways in which they do it.
 """
+import json
 import random
 import shutil
 from itertools import product
@@ -27,7 +28,7 @@ TEMPLATES = {
     "the message first": "{{ messages[0].content }}\nAnswer:",
 }
 MESSAGES = ["Tom has 12 apples.", " how many pens?", "\n\nStep 1: half of 36 is 18\n", "é ½ 中文", "7", "-1 ▁ x"]
-ANSWERS = ["Yes, the sum is right.\n" + VERIFICATION + " Yes", " No", "\nThe step is right.", "72 pens"]
+ANSWERS = ["Yes, the sum is right.\n" + VERIFICATION + " Yes", " No", "\nThe step is right.", "72 pens", "pens\n"]
 
 
 def make_tokenizer(flavour: str) -> Tokenizer:
@@ -36,6 +37,9 @@ def make_tokenizer(flavour: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     tokenizer.train_from_iterator(SENTENCES * 10, trainers.BpeTrainer(
         vocab_size=700, special_tokens=SPECIAL + BYTES, show_progress=False))
+    value = json.loads(tokenizer.to_str())
+    value["added_tokens"] = value["added_tokens"][:len(SPECIAL)]  # bytes are ordinary tokens
+    tokenizer = Tokenizer.from_str(json.dumps(value))
     if flavour == "legacy":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -84,7 +88,7 @@ def test_a_continuation_has_the_ids_of_the_whole_text(marking_folder):
         assert prompt + tokenizer.response(answer) == whole
         assert prompt + tokenizer.response(answer, prompt) == whole
         assert tokenizer.continuation([], answer) == tokenizer.continuation("", answer) == whole[len(prompt):-1]
-        line = "\n" + VERIFICATION
+        line = VERIFICATION if answer.endswith("\n") else "\n" + VERIFICATION
         longer = expected(text + answer + line, add_special_tokens=False)["input_ids"]
         for before in (whole[:-1], whole[len(prompt):-1], answer):
             assert whole[:-1] + tokenizer.continuation(before, line) == longer
@@ -239,3 +243,17 @@ def test_what_has_no_token_is_no_special_token(tmp_path):
     assert 0 in tokenizer.encode_marked("aé") and not tokenizer.has_special_tokens("aé")
     assert tokenizer.has_special_tokens("a<unk>")
     assert tokenizer.chat("aéb") == tokenizer.encode("aéb") + [2]
+
+
+@pytest.mark.parametrize("text", ["<|IM_END|>", "a <|Im_End|>b"])
+def test_a_special_token_that_the_normalizer_makes_stays_text(tiny_folder, tmp_path, text):
+    """A tokenizer may look for its special tokens in the text that its normalizer has changed."""
+    backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken(IM_END, normalized=True)])
+    folder = shutil.copytree(tiny_folder, tmp_path / "lowercase")
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert 1 in tokenizer.encode_marked(text)
+    assert 1 not in tokenizer.encode(text)
+    assert [i for i in tokenizer.chat(text) if i < 3] == [0, 1, 0]
