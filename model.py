@@ -36,7 +36,7 @@ class ModelConfig:
     head_dim: int                   # D
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None       # None, or Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None       # for a longer context: None, or "rope_type" (linear, llama3, yarn) and its numbers
     tie_word_embeddings: bool
     max_position_embeddings: int
     qkv_bias: bool                  # Qwen2
@@ -53,16 +53,58 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What `apply_rope` multiplies with, in fp32: positions (T,) -> two (T, 1, D), cos twice, and sin with the sign of each half."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** exponents  # (D/2,)
-    if config.rope_scaling:  # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, a ramp in between
-        s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # full turns within the old context
-        keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / s["factor"]
-    angles = positions.float()[:, None, None] * inv_freq  # (T, 1, D/2)
+    frequencies = rope_frequencies(config, positions.device)
+    angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
+    if config.rope_scaling and "attention_factor" in config.rope_scaling:  # YaRN sharpens attention as the context grows
+        cos = cos * config.rope_scaling["attention_factor"]
+        sin = sin * config.rope_scaling["attention_factor"]
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """(D/2,): by how many radians each pair of a head turns from one position to the next.
+
+    For a longer context turns are slowed down by `factor`: all of them (linear), or the slow ones alone, which do not come round
+    within the old context (Llama 3.1, YaRN).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta ** exponents
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        keep = llama3_ramp(frequencies, scaling)
+    else:
+        keep = yarn_ramp(config, device)
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def llama3_ramp(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    """(D/2,): how much of each frequency is kept, by its full turns within the old context."""
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def yarn_ramp(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """(D/2,): the same, by a pair's number: it falls from 1 at the pair with `beta_fast` full turns to 0 at that with `beta_slow`."""
+    scaling = config.rope_scaling
+
+    def pair_with(turns: float) -> float:
+        wavelength = scaling["original_max_position_embeddings"] / turns
+        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_with(scaling["beta_fast"]), pair_with(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
+    return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """config.json: what of it the decoder implements; everything else is refused by name."""
 import json
+import math
 from pathlib import Path
 
 import torch
 
+from checkpoint.folder import find_folder
 from model import ModelConfig
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json
@@ -21,18 +23,18 @@ ARCHITECTURES = {
 
 # -------------------------------------------------------------------------------- reading
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such checkpoint folder; "
-                       "give --model a Hugging Face folder (config.json, *.safetensors, tokenizer.json)")
-    path = folder / "config.json"
+def load_config(folder: str | Path, context: int | None = None) -> ModelConfig:
+    """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented.
+
+    context: the longest sequence, instead of max_position_embeddings: rotary embeddings need no table, and some
+             models are served with twice what their config.json says.
+    """
+    path = find_folder(folder) / "config.json"
     raw = expect(read_json(path), dict, str(path))
-    return parse_config(raw, str(path))
+    return parse_config(raw, str(path), context)
 
 
-def parse_config(raw: dict, where: str) -> ModelConfig:
+def parse_config(raw: dict, where: str, context: int | None = None) -> ModelConfig:
     """ModelConfig from the dict of a config.json; `where` names it in errors."""
     model_type = read_model_type(raw, where)
     hidden_size = read_size(raw, "hidden_size", where)
@@ -51,7 +53,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=read_flag(raw, "tie_word_embeddings", where),
-        max_position_embeddings=read_size(raw, "max_position_embeddings", where, default=32768),
+        max_position_embeddings=context or read_context(raw, scaling, where),
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type == "qwen3",
         initializer_range=read_number(raw, "initializer_range", where, default=0.02),
@@ -69,9 +71,11 @@ def read_model_type(raw: dict, where: str) -> str:
     return model_type
 
 
-def read_flag(raw: dict, name: str, where: str) -> bool:
-    """raw[name], true or false; false where it is absent."""
-    return expect(raw.get(name, False), bool, f"{where}: field '{name}'")
+def read_flag(raw: dict, name: str, where: str, default: bool = False) -> bool:
+    """raw[name], true or false; `default` where it is absent or null."""
+    if raw.get(name) is None:
+        return default
+    return expect(raw[name], bool, f"{where}: field '{name}'")
 
 
 def read_size(raw: dict, name: str, where: str, default: int | None = None, limit: int = SIZE_LIMIT) -> int:
@@ -85,8 +89,8 @@ def read_size(raw: dict, name: str, where: str, default: int | None = None, limi
 
 
 def read_number(raw: dict, name: str, where: str, default: float | None = None) -> float:
-    """raw[name], a positive number; `default` where it is absent."""
-    value = raw.get(name, default)
+    """raw[name], a positive number; `default` where it is absent or null."""
+    value = default if raw.get(name) is None else raw[name]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < 1e30:  # nor nan
         raise BadInput(f"{where}: field '{name}': expected a positive number, found {str(value)[:40]!r}; "
@@ -94,29 +98,79 @@ def read_number(raw: dict, name: str, where: str, default: float | None = None) 
     return float(value)
 
 
+def read_context(raw: dict, scaling: dict | None, where: str) -> int:
+    """The longest sequence: max_position_embeddings, or what YaRN makes of the old context where that is more.
+
+    Qwen2.5's long form is told by its rope_scaling alone: max_position_embeddings stays that of the short one.
+    """
+    length = read_size(raw, "max_position_embeddings", where, default=32768)
+    if scaling is not None and scaling["rope_type"] == "yarn":
+        length = max(length, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+    return length
+
+
+# -------------------------------------------------------------------------------- rotary embeddings
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
 def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling or None), from `rope_theta` + `rope_scaling` or Transformers 5's `rope_parameters`.
 
-    Where both stand, Transformers takes the older, and so do we.
+    Where both stand, Transformers takes the older, and so do we. Defaults are filled in: the decoder has none.
     """
     field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     where_rope = f"{where}: field '{field}'"
     rope = expect(raw.get(field) or {}, dict, where_rope)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise BadInput(f"{where_rope}: one for each type of layer is not implemented; use another checkpoint")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise BadInput(f"{where_rope}: partial_rotary_factor is not implemented; use another checkpoint")
     theta = read_number(rope if "rope_theta" in rope else raw, "rope_theta", where, default=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise BadInput(f"{where_rope}: rope type {str(kind)[:40]!r} is not implemented "
+                       f"(only {', '.join(ROPE_TYPES)}); use another checkpoint")
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise BadInput(f"{where_rope}: rope type {str(kind)[:40]!r} is not implemented "
-                       "(only default and llama3); use another checkpoint")
-    scaling = {"rope_type": "llama3"}
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        scaling[name] = read_number(rope, name, where_rope)
-    if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise BadInput(f"{where_rope}: high_freq_factor must be above low_freq_factor; correct it")
-    length = scaling["original_max_position_embeddings"]
-    scaling["original_max_position_embeddings"] = int(length)  # Transformers warns of a float
+    scaling = {"rope_type": kind, "factor": read_number(rope, "factor", where_rope)}
+    if kind == "linear":
+        return theta, scaling
+    scaling["original_max_position_embeddings"] = read_old_context(raw, rope, where, where_rope)
+    if kind == "llama3":
+        scaling["low_freq_factor"] = read_number(rope, "low_freq_factor", where_rope)
+        scaling["high_freq_factor"] = read_number(rope, "high_freq_factor", where_rope)
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise BadInput(f"{where_rope}: high_freq_factor must be above low_freq_factor; correct it")
+        return theta, scaling
+    if theta <= 1:
+        raise BadInput(f"{where}: field 'rope_theta': {theta} must be above 1 for YaRN; correct it")
+    scaling["beta_fast"] = read_number(rope, "beta_fast", where_rope, default=32.0)
+    scaling["beta_slow"] = read_number(rope, "beta_slow", where_rope, default=1.0)
+    if scaling["beta_fast"] < scaling["beta_slow"]:
+        raise BadInput(f"{where_rope}: beta_fast must not be below beta_slow; correct it")
+    scaling["truncate"] = read_flag(rope, "truncate", where_rope, default=True)
+    scaling["attention_factor"] = read_attention_factor(rope, scaling["factor"], where_rope)
     return theta, scaling
+
+
+def read_old_context(raw: dict, rope: dict, where: str, where_rope: str) -> int:
+    """The context that a model had before it was stretched. As in Transformers, it may stand in three fields."""
+    name = "original_max_position_embeddings"
+    own = read_size(raw, "max_position_embeddings", where, default=32768)
+    in_rope = read_number(rope, name, where_rope, default=own)
+    return int(read_number(raw, name, where, default=in_rope))  # a float in some files
+
+
+def read_attention_factor(rope: dict, factor: float, where: str) -> float:
+    """What YaRN multiplies queries and keys with: 0.1 ln(factor) + 1, unless the file says otherwise."""
+    def by_length(weight: float) -> float:
+        return 0.1 * weight * math.log(max(factor, 1)) + 1
+
+    default = by_length(1)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
+        default = by_length(read_number(rope, "mscale", where)) / by_length(read_number(rope, "mscale_all_dim", where))
+    return read_number(rope, "attention_factor", where, default=default)
 
 
 # -------------------------------------------------------------------------------- refusing
@@ -141,6 +195,7 @@ def refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
     has_window = raw.get("use_sliding_window", config.model_type == "mistral") and window is not None
     window_is_wide = isinstance(window, int) and window >= config.max_position_embeddings
     asks_for = {
+        "architectures": asks_for_another_head(raw, where),
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(raw.get("attention_bias")) and config.model_type != "qwen2",
         "mlp_bias": bool(raw.get("mlp_bias")),
@@ -156,6 +211,12 @@ def refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
             value = json.dumps(raw.get(name))[:60]
             raise BadInput(f"{where}: field '{name}': {value} is not implemented; "
                            "use a checkpoint without it")
+
+
+def asks_for_another_head(raw: dict, where: str) -> bool:
+    """Whether `architectures` names no language model, but a classifier or another reward model, say."""
+    kinds = expect(raw.get("architectures") or [], list, f"{where}: field 'architectures'")
+    return bool(kinds) and not any(str(kind).endswith("ForCausalLM") for kind in kinds)
 
 
 def asks_for_other_layers(raw: dict, has_window: bool, where: str) -> bool:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.config import config_to_json, load_config
 from checkpoint.prompt import PROMPT_FILE
-from checkpoint.tokenizer import TOKENIZER_FILES, load_tokenizer
+from checkpoint.tokenizer import TOKENIZER_FILES, ChatTokenizer, load_tokenizer
 from model import Decoder, ModelConfig
 from plumbing import ranks
 from plumbing.errors import BadInput
@@ -32,11 +32,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # -------------------------------------------------------------------------------- what stands where
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # our parameter -> the Hugging Face tensors that are stacked in it
 STACKED = {
-    "embed.weight": ("model.embed_tokens.weight",),
+    "embed.weight": (EMBEDDING,),
     "norm.weight": ("model.norm.weight",),
-    "head.weight": ("lm_head.weight",),
+    "head.weight": (HEAD,),
 }
 # the same within a layer
 STACKED_IN_LAYER = {
@@ -98,6 +99,9 @@ def stacked_rows(config: ModelConfig, parameter: str, rows: int) -> list[int]:
 
 # -------------------------------------------------------------------------------- loading
 
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")  # in one file or another: each tensor is converted by itself
+
+
 class Stored(NamedTuple):
     """A tensor in a file."""
     path: Path
@@ -105,17 +109,20 @@ class Stored(NamedTuple):
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-               sharded: bool = False) -> Decoder:
+               sharded: bool = False, context: int | None = None) -> Decoder:
     """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
 
     sharded: cut over the ranks of a training; each reads its own rows alone.
+    context: the longest sequence, instead of config.json's max_position_embeddings.
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
-    config = load_config(folder)
+    config = load_config(folder, context)
     wanted = layout(config)
     stored = stored_tensors(Path(folder))
     check_tensors(folder, wanted, stored, config)
+    if config.tie_word_embeddings and HEAD in stored:
+        check_tied_head(folder, stored)
     model = empty_model(config, dtype, device, sharded)
     parameters = dict(model.named_parameters())
     for name, rows in wanted.items():
@@ -144,16 +151,25 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for path in weight_files(folder):
         with reading_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118, as the file is no dict
-                shape = tuple(file.get_slice(name).get_shape())
-                found[name] = Stored(path, shape)
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in STORED_DTYPES:
+                    raise BadInput(f"{path}: tensor '{name}' is {tensor.get_dtype()}, not one of "
+                                   f"{', '.join(STORED_DTYPES)}; use an unquantised checkpoint")
+                if name in found:
+                    raise BadInput(f"{path}: tensor '{name}' stands in {found[name].path.name} too; "
+                                   "download the checkpoint again")
+                found[name] = Stored(path, tuple(tensor.get_shape()))
     return found
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: those of the index, or the single one."""
+    """The folder's safetensors files: the single one, or those of the index.
+
+    Where both are there, the index is an older one that was left behind, and Transformers takes the single file.
+    """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():
         table = get_field(expect(read_json(index), dict, str(index)), "weight_map", dict, str(index))
         names = sorted({expect(name, str, f"{index}: field 'weight_map'") for name in table.values()})
     for name in names:
@@ -196,7 +212,33 @@ def check_tensors(folder: str | Path, wanted: dict[str, Rows], stored: dict[str,
 
 def has_no_use(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is one that the decoder does not need: a tied head, a table of angles."""
-    return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq")
+    return (name == HEAD and config.tie_word_embeddings) or name.endswith("rotary_emb.inv_freq")
+
+
+def check_tied_head(folder: str | Path, stored: dict[str, Stored]) -> None:
+    """BadInput where config.json ties the head to the embedding, and the file has another head.
+
+    One of the two is wrong, and nothing tells which: some libraries tie them all the same, others do not.
+    """
+    if stored[HEAD].shape != stored[EMBEDDING].shape or not same_tensors(stored, HEAD, EMBEDDING):
+        raise BadInput(f"{folder}: config.json: field 'tie_word_embeddings' is true, but {HEAD} is another tensor "
+                       f"than {EMBEDDING}; set the field to false if the head was trained, else leave that tensor out")
+
+
+def same_tensors(stored: dict[str, Stored], name: str, other: str) -> bool:
+    """Whether two tensors of the files are equal. A few rows at a time are read, and held."""
+    rows, *rest = stored[name].shape
+    step = max(1, READ_BYTES // (math.prod(rest) * 4))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if not torch.equal(read_slice(stored, name, start, stop), read_slice(stored, other, start, stop)):
+            return False
+    return True
+
+
+def read_slice(stored: dict[str, Stored], name: str, start: int, stop: int) -> torch.Tensor:
+    with reading_tensors(stored[name].path) as file:
+        return file.get_slice(name)[start:stop].float()  # as the two may be of different types
 
 
 def read_rows(path: Path, name: str, rows: Rows, parameter: torch.Tensor) -> None:
@@ -218,11 +260,7 @@ def read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
     for start in range(0, len(out), step):
         stop = min(start + step, len(out))
         with reading_tensors(path) as file:
-            piece = file.get_slice(name)[first + start:first + stop]
-            if not piece.is_floating_point():
-                raise BadInput(f"{path}: tensor '{name}' is {piece.dtype}, not floating point; "
-                               "use an unquantised checkpoint")
-            out[start:stop].copy_(piece)
+            out[start:stop].copy_(file.get_slice(name)[first + start:first + stop])
 
 
 # -------------------------------------------------------------------------------- saving
@@ -245,9 +283,24 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
                 shutil.copyfile(Path(tokenizer_from) / name, aside / name)
         if prompt is not None:
             (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
-        eos_ids = load_tokenizer(tokenizer_from).eos_ids
-        write_json(aside / "config.json", config_to_json(model.config, dtype, eos_ids))
+        tokenizer = load_tokenizer(tokenizer_from)
+        name_all_ends(aside, tokenizer)
+        write_json(aside / "config.json", config_to_json(model.config, dtype, tokenizer.eos_ids))
         save_weights(aside, tensors, model.config, dtype, shard_bytes)
+
+
+def name_all_ends(folder: Path, tokenizer: ChatTokenizer) -> None:
+    """Have a saved checkpoint's copies of the tokenizer's files tell every end of an answer.
+
+    Transformers and vLLM stop at what generation_config.json names, whatever config.json says.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        write_json(path, read_json(path) | {"eos_token_id": tokenizer.eos_ids})
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if not config.get("eos_token"):
+        write_json(path, config | {"eos_token": tokenizer.added[tokenizer.eos_ids[0]].content})
 
 
 @contextmanager
