@@ -1,4 +1,5 @@
-"""Everything that is a file: solutions, cases, samples, SFT examples and preference pairs; and their packing into trees.
+"""Everything that is a file: solutions, cases, samples, SFT examples and preference pairs; and their packing
+into trees.
 
     python data.py cases  --input gsm8k.json --out cases.jsonl
     python data.py sample --model TEACHER --cases cases.jsonl --n 4 --out samples.jsonl
@@ -6,8 +7,8 @@
     python data.py sample --model R-PRM-SFT --cases cases.jsonl --n 8 --out samples2.jsonl
     python data.py pairs  --samples samples2.jsonl --out pairs.jsonl
 
-Asking a model for analyses of cases is one operation (`sample`); seed data and preferences are filters over its file.
-Each command prints what it kept and what it dropped, and why.
+Asking a model for analyses of cases is one operation (`sample`); seed data and preferences are filters over
+its file. Each command prints what it kept and what it dropped, and why.
 """
 import dataclasses
 import hashlib
@@ -103,7 +104,8 @@ class ServedConfig(SamplerConfig):
                            MAY_CHANGE] = None
 
     def __post_init__(self):
-        """BadInput where flags do not go together, before anything is printed or saved (a key must not be)."""
+        """BadInput where flags do not go together, before anything is printed or saved (a key must not be).
+        """
         given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
         if self.server is None:
             meaningless = ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
@@ -201,11 +203,12 @@ ROUND = 8  # batches in a round of sampling
 
 
 def round_size(config: ServedConfig) -> int | None:
-    """Items after which the batch is emptied. A resumed run starts its round anew, and so ends with the same bytes.
+    """Items after which the batch is emptied. A resumed run starts its round anew, and so ends with the same
+    bytes.
 
-    Among other rows a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and then a
-    token. An emptying batch has a price, which a GPU shall not pay: there all is one round (None), with those
-    differences. A server batches as it likes.
+    Among other rows a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and
+    then a token. An emptying batch has a price, which a GPU shall not pay: there all is one round (None),
+    with those differences. A server batches as it likes.
     """
     if config.server is not None or torch.device(config.device).type != "cpu":
         return None
@@ -220,7 +223,9 @@ def rounds(items: Sequence, done: int, size: int | None) -> Iterator[Sequence]:
 
 
 def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
-    """(index, value) pairs in any order -> the values in the order of their index, each as soon as it can be given."""
+    """(index, value) pairs in any order -> the values in the order of their index, each as soon as it can be
+    given.
+    """
     early = {}
     following = 0
     for index, value in found:
@@ -275,7 +280,8 @@ def sft(config: SftConfig) -> None:
 
 
 def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[str]]:
-    """The texts of a case's usable analyses in the normal form, by whether their verdict is right, under `names`.
+    """The texts of a case's usable analyses in the normal form, by whether their verdict is right, under
+    `names`.
 
     What is dropped is counted by its reason.
     """
@@ -299,7 +305,7 @@ def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bo
     return found
 
 
-# ---------------------------------------------------------------------------------------------- preference pairs
+# ---------------------------------------------------------------------------------------------- preference pa
 
 @dataclass(frozen=True)
 class PairsConfig:
@@ -339,9 +345,11 @@ def pairs(config: PairsConfig) -> None:
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
-    """Up to `most` different pairs (i < right, j < wrong) that use every response equally often, give or take one.
+    """Up to `most` different pairs (i < right, j < wrong) that use every response equally often, give or take
+    one.
 
-    Both lists are walked at once. Whenever the walk comes round, one list is shifted by one, so each pair is met once.
+    Both lists are walked at once. Whenever the walk comes round, one list is shifted by one, so each pair is
+    met once.
     """
     rng = np.random.default_rng(seed)
     rights = rng.permutation(right)
@@ -355,7 +363,7 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
     return found
 
 
-# ---------------------------------------------------------------------------------------------- what the filters share
+# ---------------------------------------------------------------------------------------------- what the filt
 
 def write_split(examples: Callable[[Counter], Iterator[Example]], out: str, samples: tuple[str, ...], prompt: Prompt,
                 validation: float, balance: bool, seed: int, overwrite: bool) -> None:
@@ -400,7 +408,9 @@ def write_split(examples: Callable[[Counter], Iterator[Example]], out: str, samp
 
 
 def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
-    """Which examples to keep, for each side to have as many Yes as No: all of the rarer ones. All arrays (examples,) bool."""
+    """Which examples to keep, for each side to have as many Yes as No: all of the rarer ones. All arrays
+    (examples,) bool.
+    """
     keep = np.ones(len(verdicts), dtype=bool)
     rng = np.random.default_rng(seed)
     for side in (False, True):
@@ -413,7 +423,9 @@ def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarra
 
 
 def own_prompt(path: str | Path) -> Path:
-    """Where the words that a file of samples or examples was made with stand: NAME.prompt.txt beside NAME.jsonl."""
+    """Where the words that a file of samples or examples was made with stand: NAME.prompt.txt beside
+    NAME.jsonl.
+    """
     return Path(path).with_suffix(".prompt.txt")
 
 
@@ -423,9 +435,11 @@ def write_prompt(path: str | Path, prompt: Prompt) -> None:
 
 
 def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
-    """The words that go with a trained model, for it to be asked in the words that it was trained with. Says which.
+    """The words that go with a trained model, for it to be asked in the words that it was trained with. Says
+    which.
 
-    They are those of --prompt-file; else those beside the training data; else those of the model it starts from.
+    They are those of --prompt-file; else those beside the training data; else those of the model it starts
+    from.
     """
     if prompt_file is not None:
         load_prompt(prompt_file, None)  # refuses one that cannot be used
@@ -520,7 +534,8 @@ class Examples:
         return np.array(kept)
 
     def _problem(self, turn: Turn) -> tuple[str, str]:
-        """Why an example is left out: (the reason by which it is counted, the details); else two empty texts."""
+        """Why an example is left out: (the reason by which it is counted, the details); else two empty texts.
+        """
         if len(set(turn.responses)) < len(turn.responses):
             return EQUAL, "has the same text as chosen and rejected"
         if self.most_tokens(turn) <= min(self.micro_tokens, self.context):

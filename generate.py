@@ -6,11 +6,13 @@
         for ticket, continuations in engine.step():
             ...
 
-The engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every continuation a row with a
-copy of its prompt's keys and values, and decodes one token a step for all rows until the last one ends. fast/engine.py samples the
-same tokens sooner: finished rows leave its batch, prompts are kept once, and rows that agree are computed once.
+The engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every
+continuation a row with a copy of its prompt's keys and values, and decodes one token a step for all rows
+until the last one ends. fast/engine.py samples the same tokens sooner: finished rows leave its batch, prompts
+are kept once, and rows that agree are computed once.
 
-What a continuation samples depends on its own seed and prompt only: it draws its t-th token with uniform(seed, t).
+What a continuation samples depends on its own seed and prompt only: it draws its t-th token with
+uniform(seed, t).
 
 Shapes: R rows, T tokens, V vocabulary, KV key/value heads, L positions of the cache, D head size.
 """
@@ -39,11 +41,14 @@ class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
     p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
     finished: bool      # ended by itself; False: cut off at max_new_tokens
-    read: float | None = None  # P(Yes) after the words that `Engine.added` put behind it, None where there were none
+    # P(Yes) after the words that `Engine.added` put behind it, None where there were none
+    read: float | None = None
 
 
 def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) per row from (seed, position): splitmix64 as a counter-based generator. int64 (R,) -> fp32 (R,)."""
+    """One number in [0, 1) per row from (seed, position): splitmix64 as a counter-based generator. int64 (R,)
+    -> fp32 (R,).
+    """
     x = seeds + t * -7046029254386353131
     x = (x ^ shift_right(x, 30)) * -4658895280553007687
     x = (x ^ shift_right(x, 27)) * -7723592293110705685
@@ -57,15 +62,18 @@ def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw a token from each row's nucleus, by inverting its cumulative distribution at u. logits (R, V), u (R,) -> (R,) int64.
+    """Draw a token from each row's nucleus, by inverting its cumulative distribution at u. logits (R, V), u
+    (R,) -> (R,) int64.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    p, ids = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)  # (R, V), most likely first
+    # (R, V), most likely first
+    p, ids = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
     cumulative = p.cumsum(dim=-1)
-    size = (cumulative - p < top_p).sum(dim=-1, keepdim=True)  # a token is in while those before it do not reach top_p
+    # A token is in while those before it do not reach top_p
+    size = (cumulative - p < top_p).sum(dim=-1, keepdim=True)
     mass = cumulative.gather(1, size - 1)  # (R, 1): the nucleus's probability
     index = torch.searchsorted(cumulative, u[:, None] * mass, right=True)
     index = torch.minimum(index, size - 1)  # rounding must not step out of the nucleus
@@ -88,9 +96,10 @@ class Engine:
     """Sampling for one model and one set of parameters.
 
     eos_ids: the tokens that end a continuation. yes_no: the two token ids whose probabilities are compared.
-    max_rows: how many continuations are decoded side by side. reserve: positions of the model's context that sampling leaves free.
-    added: a function from a continuation's tokens to the tokens of words that are put behind it, where P(Yes) is read; at most
-    `reserve` - 1 of them, or none. The counters say what was computed.
+    max_rows: how many continuations are decoded side by side. reserve: positions of the model's context that
+    sampling leaves free. added: a function from a continuation's tokens to the tokens of words that are put
+    behind it, where P(Yes) is read; at most `reserve` - 1 of them, or none. The counters say what was
+    computed.
     """
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
@@ -106,7 +115,8 @@ class Engine:
         self.added: Callable[[list[int]], list[int]] = lambda ids: []
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
-        self.sampled = torch.zeros((), dtype=torch.int64, device=model.device)  # counted there, so that no step waits for the sum
+        # Counted there, so that no step waits for the sum
+        self.sampled = torch.zeros((), dtype=torch.int64, device=model.device)
         self.restart()
 
     @property
@@ -148,7 +158,9 @@ class Engine:
         return [(ticket, continuations) for (ticket, _), continuations in zip(batch, found, strict=True)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
-        """(index of the request, its K continuations), as they are completed; requests go in as there is room."""
+        """(index of the request, its K continuations), as they are completed; requests go in as there is
+        room.
+        """
         coming = iter(requests)
         self.restart()
         while True:
@@ -162,10 +174,12 @@ class Engine:
     def generate(self, requests: list[Request]) -> list[list[Continuation]]:
         """The K continuations of each request: prefill, then one token a step for all rows."""
         device = self.model.device
-        owner = torch.tensor([i for i, request in enumerate(requests) for _ in request.seeds], device=device)  # (R,): row -> request
+        # (R,): row -> request
+        owner = torch.tensor([i for i, request in enumerate(requests) for _ in request.seeds], device=device)
         seeds = torch.tensor([seed for request in requests for seed in request.seeds], device=device)
         prompt_length = torch.tensor([len(request.ids) for request in requests], device=device)[owner]
-        limit = (self.context - prompt_length).clamp(max=self.max_new_tokens)  # the most that a row may sample
+        # The most that a row may sample
+        limit = (self.context - prompt_length).clamp(max=self.max_new_tokens)
         longest_prompt = max(len(request.ids) for request in requests)
         steps = int(limit.max())
 
@@ -189,7 +203,8 @@ class Engine:
                 logits = self.decode(token, prompt_length + t, cache)
         self.sampled += length.sum()
 
-        tokens = torch.stack(tokens, dim=1).tolist()  # R lists; what stands behind a row's length was drawn in vain
+        # R lists; what stands behind a row's length was drawn in vain
+        tokens = torch.stack(tokens, dim=1).tolist()
         p_yes = torch.stack(p_yes, dim=1).tolist()
         found: list[list[Continuation]] = [[] for _ in requests]
         for i, n, row_tokens, row_p_yes in zip(owner.tolist(), length.tolist(), tokens, p_yes, strict=True):
@@ -200,15 +215,17 @@ class Engine:
         return found
 
     def prefill(self, prompts: list[list[int]], owner: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All prompts in one pass, as a tree -> the logits after each row's prompt (R, V), and the rows' cache.
+        """All prompts in one pass, as a tree -> the logits after each row's prompt (R, V), and the rows'
+        cache.
 
-        The cache has a tensor (2, R, KV, L, D) for each layer: keys and values by row. A row's prompt lies at its left; what lies
-        behind the row's own positions is padding, which `decode` masks.
+        The cache has a tensor (2, R, KV, L, D) for each layer: keys and values by row. A row's prompt lies at
+        its left; what lies behind the row's own positions is padding, which `decode` masks.
         """
         tree = Tree(prompts).to(self.model.device)
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
-        index = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)  # (prompts, L): where the tree has their tokens
+        # (prompts, L): where the tree has their tokens
+        index = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
         for i, path in enumerate(tree.paths):
             index[i, :len(path)] = torch.from_numpy(path)
         index = index.to(self.model.device)
@@ -225,7 +242,9 @@ class Engine:
         return logits[owner], cache
 
     def decode(self, token: torch.Tensor, position: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
-        """A step: each row's last token (R,) at its position (R,) -> the logits after it (R, V). Its keys and values go into the cache."""
+        """A step: each row's last token (R,) at its position (R,) -> the logits after it (R, V). Its keys and
+        values go into the cache.
+        """
         rows = torch.arange(len(token), device=token.device)
         visible = torch.arange(cache[0].shape[3], device=token.device) <= position[:, None]  # (R, L)
         mask = visible[:, None, None]  # (R, 1, 1, L)
@@ -234,7 +253,8 @@ class Engine:
             keys, values = cache[layer]  # (R, KV, L, D)
             keys[rows, :, position] = k
             values[rows, :, position] = v
-            y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)  # (R, H, 1, D)
+            # (R, H, 1, D)
+            y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)
             return y[:, :, 0]
         return self.model.logits(self.model(token, position, attend))
 
@@ -253,7 +273,9 @@ class Engine:
 
     @torch.no_grad()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
-        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence; one pass for each group of about PREFILL_TOKENS tokens."""
+        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence; one pass for each group of about
+        PREFILL_TOKENS tokens.
+        """
         found = []
         for group in groups_of(sequences, PREFILL_TOKENS):
             tree = Tree(group).to(self.model.device)

@@ -1,11 +1,13 @@
-"""The language model: a decoder (Llama, Mistral, Qwen2, Qwen3) as its equations read, and the trees of tokens that it runs over.
+"""The language model: a decoder (Llama, Mistral, Qwen2, Qwen3) as its equations read, and the trees of tokens
+that it runs over.
 
     x = x + attention(norm(x))
     x = x + down(silu(gate(norm(x))) * up(norm(x)))
 
-Tokens lie flat, (T, C), with no batch dimension and no padding: a batch is a tree of tokens (`Tree`). Which tokens a token attends
-to is not the decoder's business; the caller hands in `attend(layer, q, k, v)`. Training and prefill give it the attention of a
-tree (`tree_attention`), decoding gives it one over a cache (generate.py). What makes this faster stands in fast/.
+Tokens lie flat, (T, C), with no batch dimension and no padding: a batch is a tree of tokens (`Tree`). Which
+tokens a token attends to is not the decoder's business; the caller hands in `attend(layer, q, k, v)`.
+Training and prefill give it the attention of a tree (`tree_attention`), decoding gives it one over a cache
+(generate.py). What makes this faster stands in fast/.
 
 Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size, V vocabulary.
 """
@@ -20,12 +22,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (layer, q, k, v) -> (T, H, D)
+# (layer, q, k, v) -> (T, H, D)
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of config.json that the decoder uses, by their Hugging Face names (read by checkpoint/config.py)."""
+    """The fields of config.json that the decoder uses, by their Hugging Face names (read by
+    checkpoint/config.py).
+    """
     model_type: str
     vocab_size: int                 # V
     hidden_size: int                # C
@@ -36,7 +41,8 @@ class ModelConfig:
     head_dim: int                   # D
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None       # for a longer context: None, or "rope_type" (linear, llama3, yarn) and its numbers
+    # For a longer context: None, or "rope_type" (linear, llama3, yarn) and its numbers
+    rope_scaling: dict | None
     tie_word_embeddings: bool
     max_position_embeddings: int
     qkv_bias: bool                  # Qwen2
@@ -52,11 +58,14 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- the decoder
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `apply_rope` multiplies with, in fp32: positions (T,) -> two (T, 1, D), cos twice, and sin with the sign of each half."""
+    """What `apply_rope` multiplies with, in fp32: positions (T,) -> two (T, 1, D), cos twice, and sin with
+    the sign of each half.
+    """
     frequencies = rope_frequencies(config, positions.device)
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
-    if config.rope_scaling and "attention_factor" in config.rope_scaling:  # YaRN sharpens attention as the context grows
+    # YaRN sharpens attention as the context grows
+    if config.rope_scaling and "attention_factor" in config.rope_scaling:
         cos = cos * config.rope_scaling["attention_factor"]
         sin = sin * config.rope_scaling["attention_factor"]
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -65,8 +74,8 @@ def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Ten
 def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
     """(D/2,): by how many radians each pair of a head turns from one position to the next.
 
-    For a longer context turns are slowed down by `factor`: all of them (linear), or the slow ones alone, which do not come round
-    within the old context (Llama 3.1, YaRN).
+    For a longer context turns are slowed down by `factor`: all of them (linear), or the slow ones alone,
+    which do not come round within the old context (Llama 3.1, YaRN).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta ** exponents
@@ -90,7 +99,9 @@ def llama3_ramp(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
 
 
 def yarn_ramp(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """(D/2,): the same, by a pair's number: it falls from 1 at the pair with `beta_fast` full turns to 0 at that with `beta_slow`."""
+    """(D/2,): the same, by a pair's number: it falls from 1 at the pair with `beta_fast` full turns to 0 at
+    that with `beta_slow`.
+    """
     scaling = config.rope_scaling
 
     def pair_with(turns: float) -> float:
@@ -147,7 +158,8 @@ class Attention(nn.Module):
     def mix(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """What lies between the two products: qkv (T, (H + 2 KV) D) -> (T, H D)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
-        q, k, v = heads.split((self.n_query, self.n_key, self.n_key), dim=1)  # (T, H, D), (T, KV, D), (T, KV, D)
+        # (T, H, D), (T, KV, D), (T, KV, D)
+        q, k, v = heads.split((self.n_query, self.n_key, self.n_key), dim=1)
         if self.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -185,19 +197,22 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The transformer. `forward` gives hidden states; `logits` applies the LM head where the caller wants it."""
+    """The transformer. `forward` gives hidden states; `logits` applies the LM head where the caller wants it.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed = nn.Embedding.from_pretrained(table, freeze=False)  # its own random start imports 800 modules
+        # Its own random start imports 800 modules
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.checkpoint_activations = False  # recompute each layer in the backward pass: less memory, a third more work
+        # Recompute each layer in the backward pass: less memory, a third more work
+        self.checkpoint_activations = False
         self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
 
     @property
@@ -226,7 +241,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights for training from scratch, as in GPT-2: N(0, initializer_range²), residual outputs over sqrt(2 layers)."""
+        """Random weights for training from scratch, as in GPT-2: N(0, initializer_range²), residual outputs
+        over sqrt(2 layers).
+        """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
@@ -239,13 +256,13 @@ class Decoder(nn.Module):
                 p.normal_(0.0, scale, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------- a batch is a tree
+# ---------------------------------------------------------------------------------------------- a batch is a 
 
 class Tree:
     """Sequences packed so that every prefix they share stands once.
 
-    Sorted, the sequences lie in their trie depth first: the tokens that continue token j, its subtree, are the contiguous run
-    j .. end[j]-1. So one rule says who sees whom, with no node in sight:
+    Sorted, the sequences lie in their trie depth first: the tokens that continue token j, its subtree, are
+    the contiguous run j .. end[j]-1. So one rule says who sees whom, with no node in sight:
 
         token q sees token j  <=>  j <= q < end[j]
 
@@ -258,8 +275,8 @@ class Tree:
     end        (T,) int64, one past the last token of its subtree
     paths      for each sequence, in the order given: where in `ids` its tokens stand, numpy int64 (length,)
 
-    Prefixes are found by comparing token ids, so no boundary between texts can go wrong. The result of the model is exactly that
-    of the separate sequences, gradients included.
+    Prefixes are found by comparing token ids, so no boundary between texts can go wrong. The result of the
+    model is exactly that of the separate sequences, gradients included.
 
         >>> tree = Tree([[1, 2, 3, 4], [1, 2, 5], [1, 6]])
         >>> tree.ids.tolist(), tree.end.tolist(), tree.paths[1].tolist()
@@ -324,5 +341,7 @@ def tree_attention(end: torch.Tensor) -> Attend:
 
 
 def head_chunk(device: torch.device | str) -> int:
-    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each makes a gradient of the whole head."""
+    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each makes a
+    gradient of the whole head.
+    """
     return 2048 if torch.device(device).type == "cuda" else 256

@@ -1,7 +1,7 @@
 """R-PRM: a process reward model that reasons before it judges (arXiv 2503.21295), equation by equation.
 
-A case is a problem, the previous steps and the step to judge. The model writes K analyses of it, each ending in a
-verdict; the reward of the step is the mean probability of Yes at the verdict:
+A case is a problem, the previous steps and the step to judge. The model writes K analyses of it, each ending
+in a verdict; the reward of the step is the mean probability of Yes at the verdict:
 
     R = 1/K * sum_k P(Yes | case, analysis_k)
 
@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
 
 
-# ---------------------------------------------------------------------------------------------- cases and prompts
+# ---------------------------------------------------------------------------------------------- cases and pro
 
 @dataclass(frozen=True)
 class Case:
@@ -48,7 +48,8 @@ class Case:
 
 
 class Prompt:
-    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in that order.
+    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in
+    that order.
 
     >>> prompt = Prompt("{problem} | {previous_steps} | {now_step}", "an example")
     >>> prompt.fill(Case("1 + 1 + 1?", ("1 + 1 = 2.",), "2 + 1 = 4."))
@@ -58,7 +59,8 @@ class Prompt:
     def __init__(self, text: str, where: str):
         """where: the name of the text's file, for errors."""
         self.text = text.strip()
-        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", self.text)  # text, name, text, name, ..., text
+        # Text, name, text, name, ..., text
+        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", self.text)
         names = self.pieces[1::2]
         if names == ["", "", ""]:
             names = ["problem", "previous_steps", "now_step"]
@@ -80,7 +82,9 @@ class Prompt:
 
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
-    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data; else the project's own."""
+    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data; else the
+    project's own.
+    """
     text, where = read_prompt(prompt_file, travelled, direct)
     return Prompt(text, where)
 
@@ -99,7 +103,9 @@ class Analysis:
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """The token ids of " Yes" and " No" after the verification question. BadInput if they are no single tokens."""
+    """The token ids of " Yes" and " No" after the verification question. BadInput if they are no single
+    tokens.
+    """
     question = tokenizer.encode(VERIFICATION)
     yes = tokenizer.encode(VERIFICATION + " Yes")
     no = tokenizer.encode(VERIFICATION + " No")
@@ -119,7 +125,9 @@ def tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How analyses are sampled (the paper: temperature 0.95, top-p 0.95, up to 4096 tokens; K = 10 in its tables)."""
+    """How analyses are sampled (the paper: temperature 0.95, top-p 0.95, up to 4096 tokens; K = 10 in its
+    tables).
+    """
     k: int = 10
     temperature: float = 0.95
     top_p: float = 0.95
@@ -138,13 +146,15 @@ class Sampler:
             for ticket, analyses in sampler.step():     # the cases that are complete
                 ...
 
-    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine takes down while
-    it decodes. Where the verdict was written in other words ("**Yes", "yes", "\\boxed{Yes}"), that pair says nothing at
-    this position. Then P(Yes) is read in a second pass, after the analysis with the verification line in place of its
-    verdict. So one pair of tokens is compared in all analyses, under all tokenizers; a sum over the forms of a word would
-    compare other sets of tokens from analysis to analysis.
+    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
+    takes down while it decodes. Where the verdict was written in other words ("**Yes", "yes",
+    "\\boxed{Yes}"), that pair says nothing at this position. Then P(Yes) is read in a second pass, after the
+    analysis with the verification line in place of its verdict. So one pair of tokens is compared in all
+    analyses, under all tokenizers; a sum over the forms of a word would compare other sets of tokens from
+    analysis to analysis.
 
-    engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell what was computed.
+    engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell
+    what was computed.
     """
 
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
@@ -153,11 +163,13 @@ class Sampler:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.sampling = sampling
-        self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, for a verdict to be read
+        # Kept free in the context, for a verdict to be read
+        self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1
         self.engine = engine_class(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
                                    sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
         self.engine.added = self.added_words
-        self.open_cases: dict[int, tuple[Case, list[int]]] = {}  # ticket -> the case and its prompt's token ids
+        # Ticket -> the case and its prompt's token ids
+        self.open_cases: dict[int, tuple[Case, list[int]]] = {}
 
     @property
     def context(self) -> int:
@@ -177,7 +189,9 @@ class Sampler:
         self.open_cases.clear()
 
     def add(self, case: Case) -> int:
-        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number alone."""
+        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number
+        alone.
+        """
         ids = self.prompt_ids(case)
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         ticket = self.engine.add(Request(ids, seeds))
@@ -203,7 +217,9 @@ class Sampler:
         return found
 
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
-        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room is found."""
+        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room
+        is found.
+        """
         waiting = iter(cases)
         self.restart()
         while True:
@@ -218,9 +234,12 @@ class Sampler:
         return self._complete(case, prompt, found) if self.sampling.complete else found
 
     def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words` put there."""
+        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words`
+        put there.
+        """
         found = []
-        elsewhere: dict[int, list[int]] = {}  # index of the analysis -> the ids after which a second pass reads P(Yes)
+        # Index of the analysis -> the ids after which a second pass reads P(Yes)
+        elsewhere: dict[int, list[int]] = {}
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
             verdict = parse_verdict(text)
@@ -239,12 +258,16 @@ class Sampler:
         return found
 
     def _up_to_verdict(self, ids: list[int], text: str) -> list[int]:
-        """An analysis cut before its verdict, then the verification line: ids up to where the answer would come."""
+        """An analysis cut before its verdict, then the verification line: ids up to where the answer would
+        come.
+        """
         kept = ids[:tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
         return kept + self._verification(self.tokenizer.decode(kept))
 
     def added_words(self, ids: list[int]) -> list[int]:
-        """What the engine puts after an analysis: the verification line, if a verdict is missing and is to be forced."""
+        """What the engine puts after an analysis: the verification line, if a verdict is missing and is to be
+        forced.
+        """
         if not self.sampling.force or self.sampling.complete:  # `complete` cuts the analysis back first
             return []
         text = self.tokenizer.decode(ids)
@@ -253,7 +276,9 @@ class Sampler:
         return self._verification(text)
 
     def _complete(self, case: Case, prompt: list[int], found: list[Analysis]) -> list[Analysis]:
-        """Analyses without a verdict get the line and an answer drawn from P(Yes); those cut off end with a sentence."""
+        """Analyses without a verdict get the line and an answer drawn from P(Yes); those cut off end with a
+        sentence.
+        """
         texts = {}  # index of the analysis -> what is left of it
         for i, a in enumerate(found):
             if a.verdict is None and a.finished:
@@ -320,18 +345,21 @@ def row_seed(seed: int, case: Case, k: int) -> int:
 
 
 def reward(analyses: Iterable[Analysis]) -> float | None:
-    """R = 1/K * sum_k P(Yes | case, analysis_k), over the analyses that have a P(Yes); None if none has one."""
+    """R = 1/K * sum_k P(Yes | case, analysis_k), over the analyses that have a P(Yes); None if none has one.
+    """
     p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
     return sum(p_yes) / len(p_yes) if p_yes else None
 
 
-# ---------------------------------------------------------------------------------------------- the two losses
+# ---------------------------------------------------------------------------------------------- the two losse
 
 def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> torch.Tensor:
-    """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at least fp32.
+    """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at
+    least fp32.
 
-    starts: where each sequence's response begins (at least 1). Each response token is predicted at the token before it.
-    Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass makes their logits again.
+    starts: where each sequence's response begins (at least 1). Each response token is predicted at the token
+    before it. Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass
+    makes their logits again.
     """
     device = tree.ids.device
     spans = list(zip(tree.paths, starts, strict=True))
@@ -370,9 +398,10 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
              nll: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
 
-    chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen reference.
-    DPO (arXiv 2305.18290, eq. 7; with label smoothing its "conservative" form), IPO (arXiv 2310.12036, eq. 17; its
-    log-ratios are means per token in some libraries, sums here), and `nll` times the chosen response's mean NLL.
+    chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen
+    reference. DPO (arXiv 2305.18290, eq. 7; with label smoothing its "conservative" form), IPO (arXiv
+    2310.12036, eq. 17; its log-ratios are means per token in some libraries, sums here), and `nll` times the
+    chosen response's mean NLL.
     """
     chosen_rewards = beta * (chosen - ref_chosen).detach()
     rejected_rewards = beta * (rejected - ref_rejected).detach()
@@ -387,7 +416,7 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
     return losses, chosen_rewards, rejected_rewards
 
 
-# ---------------------------------------------------------------------------------------------- one case, shown
+# ---------------------------------------------------------------------------------------------- one case, sho
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplerConfig):

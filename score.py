@@ -3,9 +3,10 @@
     python score.py --problem "Tom has 3 apples and buys 4. How many?" --step "He has 3 + 4 = 8 apples."
     python score.py --model FOLDER --input gsm8k.json math.json --k 1 4 10 --out scores.jsonl
 
-A step is predicted wrong when its reward is below the threshold; the prediction is the first such step, -1 if there is
-none. Error accuracy (exact match where there is an error), correct accuracy, and F1, their harmonic mean. A solution
-is judged no further than its first step predicted wrong, which gives the same prediction (--all-steps goes on).
+A step is predicted wrong when its reward is below the threshold; the prediction is the first such step, -1 if
+there is none. Error accuracy (exact match where there is an error), correct accuracy, and F1, their harmonic
+mean. A solution is judged no further than its first step predicted wrong, which gives the same prediction
+(--all-steps goes on).
 """
 import time
 from bisect import bisect
@@ -90,7 +91,9 @@ def judge_solution(config: Config, source: str, solution: Solution) -> None:
 
 
 def judge_benchmark(config: Config, solutions: "Solutions") -> None:
-    """Judge many solutions, write their lines, and print the table over them. Several ranks have a share each."""
+    """Judge many solutions, write their lines, and print the table over them. Several ranks have a share
+    each.
+    """
     own = ranks.share(range(len(solutions)))
     size = round_size(config)
     counts = Counter()
@@ -119,7 +122,8 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
                 bar.update()
                 bar.set_postfix_str(f"F1 {f1:.1f}, {speed:.0f} tokens/s")
         rows = tables.summary(sum(ranks.gather(counts), Counter()), solutions.sources, config.k)
-        if config.out and ranks.rank() == 0:  # before the scores are complete: a kill between the two would leave no table
+        # Before the scores are complete: a kill between the two would leave no table
+        if config.out and ranks.rank() == 0:
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
     tables.print_summary(rows)
     print_work(config, sampler, time.perf_counter() - start)
@@ -134,7 +138,9 @@ def print_work(config: Config, sampler: Sampler, seconds: float) -> None:
 
 
 class Solutions:
-    """The solutions of the input files, or that of the command line, read on demand. solutions[i] -> (source, Solution)."""
+    """The solutions of the input files, or that of the command line, read on demand. solutions[i] -> (source,
+    Solution).
+    """
 
     def __init__(self, problem: str | None, steps: tuple[str, ...], paths: tuple[str, ...], limit: int | None):
         stems = [Path(path).stem for path in paths]
@@ -169,15 +175,17 @@ class Judged(NamedTuple):
 
 def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
               all_steps: bool) -> Iterator[tuple[int, Judged]]:
-    """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as room is found.
+    """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as
+    room is found.
 
-    Many solutions are judged side by side. The steps of one come one after the other, since none is needed after the
-    first predicted wrong; with all_steps they need not wait for each other.
+    Many solutions are judged side by side. The steps of one come one after the other, since none is needed
+    after the first predicted wrong; with all_steps they need not wait for each other.
     """
     numbered = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}     # ticket -> (index of the solution, step)
-    open_ones: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}  # index -> source, solution, analyses by step
+    # Index -> source, solution, analyses by step
+    open_ones: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}
     sampler.restart()
     while True:
         while sampler.has_room:
@@ -234,7 +242,9 @@ def is_complete(steps: list[list[Analysis]], n_steps: int, ks: tuple[int, ...], 
 
 
 def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
-    """The first step whose reward over its first k analyses is below the threshold; -1 if none. A null reward predicts nothing."""
+    """The first step whose reward over its first k analyses is below the threshold; -1 if none. A null reward
+    predicts nothing.
+    """
     for t, analyses in enumerate(steps):
         value = reward(analyses[:k])
         if value is not None and value < threshold:
@@ -242,7 +252,7 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
     return -1
 
 
-# ---------------------------------------------------------------------------------------------- lines of scores.jsonl
+# ---------------------------------------------------------------------------------------------- lines of scor
 
 def score_lines(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
                 all_steps: bool, direct: bool) -> Iterator[dict]:

@@ -26,7 +26,8 @@ ARCHITECTURES = {
 def load_config(folder: str | Path, context: int | None = None) -> ModelConfig:
     """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented.
 
-    context: the longest sequence, instead of max_position_embeddings: rotary embeddings need no table, and some
+    context: the longest sequence, instead of max_position_embeddings: rotary embeddings need no table, and
+    some
              models are served with twice what their config.json says.
     """
     path = find_folder(folder) / "config.json"
@@ -99,9 +100,11 @@ def read_number(raw: dict, name: str, where: str, default: float | None = None) 
 
 
 def read_context(raw: dict, scaling: dict | None, where: str) -> int:
-    """The longest sequence: max_position_embeddings, or what YaRN makes of the old context where that is more.
+    """The longest sequence: max_position_embeddings, or what YaRN makes of the old context where that is
+    more.
 
-    Qwen2.5's long form is told by its rope_scaling alone: max_position_embeddings stays that of the short one.
+    Qwen2.5's long form is told by its rope_scaling alone: max_position_embeddings stays that of the short
+    one.
     """
     length = read_size(raw, "max_position_embeddings", where, default=32768)
     if scaling is not None and scaling["rope_type"] == "yarn":
@@ -117,7 +120,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling or None), from `rope_theta` + `rope_scaling` or Transformers 5's `rope_parameters`.
 
-    Where both stand, Transformers takes the older, and so do we. Defaults are filled in: the decoder has none.
+    Where both stand, Transformers takes the older, and so do we. Defaults are filled in: the decoder has
+    none.
     """
     field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     where_rope = f"{where}: field '{field}'"
@@ -155,7 +159,8 @@ def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
 
 
 def read_old_context(raw: dict, rope: dict, where: str, where_rope: str) -> int:
-    """The context that a model had before it was stretched. As in Transformers, it may stand in three fields."""
+    """The context that a model had before it was stretched. As in Transformers, it may stand in three fields.
+    """
     name = "original_max_position_embeddings"
     own = read_size(raw, "max_position_embeddings", where, default=32768)
     in_rope = read_number(rope, name, where_rope, default=own)
@@ -220,7 +225,8 @@ def asks_for_another_head(raw: dict, where: str) -> bool:
 
 
 def asks_for_other_layers(raw: dict, has_window: bool, where: str) -> bool:
-    """Whether `layer_types` names a layer without full attention. With no window, a sliding one is full too."""
+    """Whether `layer_types` names a layer without full attention. With no window, a sliding one is full too.
+    """
     full = ["full_attention"] if has_window else ["full_attention", "sliding_attention"]
     kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
     return any(kind not in full for kind in kinds)

@@ -29,7 +29,9 @@ def remedy(folder: str) -> str:
 
 
 def newest_snapshot(folder: Path) -> Path | None:
-    """The folder of files within models--OWNER--NAME, as the hub's cache lays it out; None in any other folder."""
+    """The folder of files within models--OWNER--NAME, as the hub's cache lays it out; None in any other
+    folder.
+    """
     reference = folder / "refs" / "main"
     if not reference.is_file():
         return None

@@ -34,7 +34,8 @@ from plumbing.files import expect
 SECONDS = 1.0  # of processor time; the longest of published templates take a tenth of a second
 MEMORY = 500_000_000  # bytes beyond what this process has already
 LONGEST = 1_000_000  # characters of a text
-TODAY = datetime.date(2024, 7, 26)  # for every template, so that a prompt is the same on every day; Llama 3.1's default
+# For every template, so that a prompt is the same on every day; Llama 3.1's default
+TODAY = datetime.date(2024, 7, 26)
 
 
 # -------------------------------------------------------------------------------- a checkpoint's template
@@ -42,7 +43,8 @@ TODAY = datetime.date(2024, 7, 26)  # for every template, so that a prompt is th
 # Stands for the user's message while a template is rendered. A template that quotes, escapes or cuts what it
 # is given changes it, and is refused.
 MARK = '\ue000the "message"\nof <a> & b\ue001'
-START, END = "\n\x0b", "\x0b\n"  # white space around it that no template has: it is gone where a template strips
+# White space around it that no template has: it is gone where a template strips
+START, END = "\n\x0b", "\x0b\n"
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,9 @@ def render(source: str, **variables: Any) -> str:
 
 
 def render_each(source: str, given: list[dict[str, Any]]) -> list[str | TemplateError]:
-    """The text, or the error, that a template makes of each of some variables, within the limits for them all."""
+    """The text, or the error, that a template makes of each of some variables, within the limits for them
+    all.
+    """
     if not hasattr(os, "fork"):
         return [render_here(source, variables) for variables in given]
     reader, writer = os.pipe()
@@ -209,7 +213,9 @@ def render_here(source: str, variables: dict[str, Any]) -> str | TemplateError:
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which training templates mark answers, shows what it holds."""
+    """{% generation %} ... {% endgeneration %}, with which training templates mark answers, shows what it
+    holds.
+    """
     tags = {"generation"}  # noqa: RUF012, as jinja2 names it
 
     def parse(self, parser: Parser) -> nodes.Scope:

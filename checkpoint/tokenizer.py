@@ -1,8 +1,8 @@
 """tokenizer.json and the chat template: texts to token ids and back.
 
 Texts are of two kinds. A *trusted* text (a chat template, a prompt file, pretraining text) may hold special
-tokens, and they are meant as such. The text of a user or a model is *plain*: a special token spelled out in it
-("<|im_end|>") becomes its characters, never the token, so it can neither end a turn nor open one.
+tokens, and they are meant as such. The text of a user or a model is *plain*: a special token spelled out in
+it ("<|im_end|>") becomes its characters, never the token, so it can neither end a turn nor open one.
 
 Some tokenizers (Llama 2, Mistral 7B) put a mark, "▁", before the first word of a text. A text that continues
 another does not get it. So a prompt is encoded as one text, and an answer as the continuation of its prompt.
@@ -71,7 +71,8 @@ class ChatTokenizer:
 
         pieces: the texts that it consists of, and whether each is trusted (a prompt file) or plain (a case):
 
-            [("<|im_start|>user\\n", True), ("Is 1 + 1 = 3?", False), ("<|im_end|>\\n<|im_start|>assistant", True)]
+            [("<|im_start|>user\\n", True), ("Is 1 + 1 = 3?", False), ("<|im_end|>\\n<|im_start|>assistant",
+            True)]
 
         They are encoded as one text, so words join across them. Unless a plain piece spells out a special
         token, the ids are those that Transformers gives for the joined text.
@@ -251,7 +252,8 @@ def load_tokenizer(folder: str | Path, system: str | None = None,
 
 
 def load_backend(path: Path, named: dict[str, str]) -> Tokenizer:
-    """The tokenizers library's tokenizer, which neither cuts nor pads, and knows the named tokens as special."""
+    """The tokenizers library's tokenizer, which neither cuts nor pads, and knows the named tokens as special.
+    """
     if not path.is_file():
         raise BadInput(f"{path}: no such file; the checkpoint needs its tokenizer.json")
     with calling_the_library(path):
@@ -321,7 +323,8 @@ def read_eos_ids(folder: Path, backend: Tokenizer, eos_token: str | None) -> lis
 
 
 def known_end(token: int, added: dict[int, AddedToken], backend: Tokenizer, where: str) -> int:
-    """An id that ends answers. In a tokenizer of another model it may be a word, and would end them anywhere."""
+    """An id that ends answers. In a tokenizer of another model it may be a word, and would end them anywhere.
+    """
     if expect(token, int, where) not in added:
         text = backend.id_to_token(token) if 0 <= token < 2 ** 32 else None
         raise BadInput(f"{where}: {token} is {'no token' if text is None else f'the word {text[:20]!r}'} of "
@@ -332,7 +335,8 @@ def known_end(token: int, added: dict[int, AddedToken], backend: Tokenizer, wher
 def add_turn_end(tokenizer: ChatTokenizer, turn_end: str) -> None:
     """Let the token that the template puts after an answer end one too.
 
-    The files of base models name "<|endoftext|>" alone, and a model trained on the template ends with another.
+    The files of base models name "<|endoftext|>" alone, and a model trained on the template ends with
+    another.
     """
     for i, token in tokenizer.backend.get_added_tokens_decoder().items():
         is_first = bool(token.content.strip()) and turn_end.lstrip().startswith(token.content)

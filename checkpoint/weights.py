@@ -165,7 +165,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: the single one, or those of the index.
 
-    Where both are there, the index is an older one that was left behind, and Transformers takes the single file.
+    Where both are there, the index is an older one that was left behind, and Transformers takes the single
+    file.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]

@@ -1,4 +1,5 @@
-"""The same numbers, sooner. Each file says what the plain thing is, why the fast one equals it, and what it gains.
+"""The same numbers, sooner. Each file says what the plain thing is, why the fast one equals it, and what it
+gains.
 
     attention.py   training and prefill on CPU: blocks of queries, shared keys met once
     flex.py        the same on a GPU, through flex_attention

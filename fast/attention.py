@@ -1,23 +1,27 @@
-"""Attention within a tree, on CPU: in blocks of queries that meet only the keys they can see, and shared keys apart.
+"""Attention within a tree, on CPU: in blocks of queries that meet only the keys they can see, and shared keys
+apart.
 
-Plain (model.tree_attention): one call of SDPA with a (T, T) mask, which computes all T² scores and throws most of them away.
+Plain (model.tree_attention): one call of SDPA with a (T, T) mask, which computes all T² scores and throws
+most of them away.
 
-Fast: the tree's rule, j <= q < end[j], is an interval, so queries q0 .. q1-1 can see key j only if j < q1 and end[j] > q0. Each block
-of queries gathers those keys, and the mask is written for them alone. And the keys that all later tokens see, a common prompt, are
-left out of the blocks: all queries meet them in one product. The two softmaxes of a query are then merged, exactly:
+Fast: the tree's rule, j <= q < end[j], is an interval, so queries q0 .. q1-1 can see key j only if j < q1 and
+end[j] > q0. Each block of queries gathers those keys, and the mask is written for them alone. And the keys
+that all later tokens see, a common prompt, are left out of the blocks: all queries meet them in one product.
+The two softmaxes of a query are then merged, exactly:
 
     over a set of keys S with scores s_j:   out_S = sum_j exp(s_j - L_S) v_j,   L_S = log sum_j exp(s_j)
     over two sets:  L = logaddexp(L_A, L_B),   out = exp(L_A - L) out_A + exp(L_B - L) out_B
 
-The backward pass needs the merged `out` and L and nothing else. With p_j = exp(s_j - L), the share of key j in the *whole* softmax,
+The backward pass needs the merged `out` and L and nothing else. With p_j = exp(s_j - L), the share of key j
+in the *whole* softmax,
 
     grad_v_j = p_j grad_out,   grad_s_j = p_j (grad_out · v_j - grad_out · out)
 
-so a kernel that is given the merged out and L in place of its own computes the right gradients for either set alone, and the
-gradients of a query's two sets add up.
+so a kernel that is given the merged out and L in place of its own computes the right gradients for either set
+alone, and the gradients of a query's two sets add up.
 
-Gain: DPO's trees need 5.25M query-key pairs where blocks of 256 wherever they fall need 6.44M and a full mask 22M; a layer of DPO's
-first tree 342 -> 272 ms forward and backward with the shared keys apart (bench/LOG.md).
+Gain: DPO's trees need 5.25M query-key pairs where blocks of 256 wherever they fall need 6.44M and a full mask
+22M; a layer of DPO's first tree 342 -> 272 ms forward and backward with the shared keys apart (bench/LOG.md).
 """
 from itertools import pairwise
 from typing import Callable
@@ -42,17 +46,20 @@ def tree_attention(end: torch.Tensor, past: int = 0) -> Callable:
 class TreeAttention:
     """Called as attend(layer, q, k, v) -> (T, H, D).
 
-    `past` keys and values may stand before the whole tree, and every token sees them (the instructions that prompts share).
+    `past` keys and values may stand before the whole tree, and every token sees them (the instructions that
+    prompts share).
 
-    A block has at most `block` queries. It ends where a subtree does, unless that would make it small, so that few of its queries
-    gather keys that only others see. `shared` keys at the front are met by all queries from `first` on together, in as many
-    `splits` as there are threads, since the kernel deals heads and splits to threads.
+    A block has at most `block` queries. It ends where a subtree does, unless that would make it small, so
+    that few of its queries gather keys that only others see. `shared` keys at the front are met by all
+    queries from `first` on together, in as many `splits` as there are threads, since the kernel deals heads
+    and splits to threads.
     """
 
     def __init__(self, end: torch.Tensor, past: int = 0, block: int = 128):
         T = len(end)
         branches = torch.nonzero(end < T)
-        branch = int(branches[0]) if len(branches) else 0  # every later token sees the tokens before the first branch
+        # Every later token sees the tokens before the first branch
+        branch = int(branches[0]) if len(branches) else 0
         self.shared = 0
         self.first = T
         self.splits = 1
@@ -62,7 +69,9 @@ class TreeAttention:
             self.first = T - (T - branch) // self.splits * self.splits
         end_with_past = torch.cat((end.new_full((past,), past + T), end + past))
         edges = self._block_edges(end, block)
-        self.blocks = []  # (first query, last query + 1, keys that are seen (n,), added to the scores: 0 or -inf (1, 1, queries, n))
+        # (first query, last query + 1, keys that are seen (n,), added to the scores: 0 or -inf (1, 1,
+        # queries, n))
+        self.blocks = []
         for start, stop in pairwise(edges):
             own = self.shared if start >= self.first else 0
             seen = own + torch.nonzero(end_with_past[own:past + stop] > past + start).squeeze(1)
@@ -89,7 +98,8 @@ class TreeAttention:
         out = []
         for start, stop, seen, mask in self.blocks:
             block = as_heads(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
-            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask.to(q.dtype), enable_gqa=True))  # (1, H, queries, D)
+            # (1, H, queries, D)
+            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask.to(q.dtype), enable_gqa=True))
         return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
 
     def late_queries(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -102,10 +112,11 @@ class TreeAttention:
 
 
 class BlockAttention(torch.autograd.Function):
-    """TreeAttention through PyTorch's flash kernel for CPU, q (T, H, D), k and v (past + T, KV, D) -> (T, H, D).
+    """TreeAttention through PyTorch's flash kernel for CPU, q (T, H, D), k and v (past + T, KV, D) -> (T, H,
+    D).
 
-    Left to autograd, each block would keep its gathered keys and values for the backward pass, and write down a gradient for all of
-    q, k and v. Here keys are gathered again, and gradients are added in place.
+    Left to autograd, each block would keep its gathered keys and values for the backward pass, and write down
+    a gradient for all of q, k and v. Here keys are gathered again, and gradients are added in place.
     """
 
     @staticmethod
@@ -119,7 +130,8 @@ class BlockAttention(torch.autograd.Function):
             out[start:stop] = block_out[0].transpose(0, 1)
             lse[start:stop] = block_lse[0].t()
         if tree.first < len(q):
-            shared_out, shared_lse = flash(*tree.late_queries(q), *tree.shared_keys(k, v))  # (splits, H, n, D), (splits, H, n)
+            # (splits, H, n, D), (splits, H, n)
+            shared_out, shared_lse = flash(*tree.late_queries(q), *tree.shared_keys(k, v))
             shared_out = shared_out.transpose(1, 2).flatten(0, 1)  # (splits * n, H, D)
             shared_lse = shared_lse.transpose(1, 2).flatten(0, 1)  # (splits * n, H)
             own = out[tree.first:]
@@ -151,8 +163,10 @@ class BlockAttention(torch.autograd.Function):
         if tree.first < len(q):
             late_grad, late_q, late_out, late_lse = tree.late_queries(grad, q, out, lse)
             more_q, more_k, more_v = flash(late_grad, late_q, *tree.shared_keys(k, v), late_out, late_lse, 0.0, False)
-            grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)  # (splits, H, n, D) -> (splits * n, H, D)
-            grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)        # (splits, KV, shared, D) -> (shared, KV, D)
+            # (splits, H, n, D) -> (splits * n, H, D)
+            grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)
+            # (splits, KV, shared, D) -> (shared, KV, D)
+            grad_k[:tree.shared] += more_k.sum(0).transpose(0, 1)
             grad_v[:tree.shared] += more_v.sum(0).transpose(0, 1)
         return grad_q, grad_k, grad_v, None
 

@@ -1,18 +1,21 @@
 """Decoding's keys and values, each kept and read as often as needed and no more.
 
-Plain (generate.py): every row has a copy of its prompt's keys and values, and each step reads all of them. But all prompts begin with
-the same instructions, and K rows share a prompt. So the keys that a row's query attends to stand in three places:
+Plain (generate.py): every row has a copy of its prompt's keys and values, and each step reads all of them.
+But all prompts begin with the same instructions, and K rows share a prompt. So the keys that a row's query
+attends to stand in three places:
 
     prefix    what all prompts share, once           all rows' queries meet it in one product
     prompts   the rest of each prompt, once a slot   the queries of the prompt's rows meet it in one product
     rows      what each row has sampled              each row's query meets it alone
 
-and the softmax over all of them is merged from three, exactly (the identity in fast/attention.py, with any number of sets):
+and the softmax over all of them is merged from three, exactly (the identity in fast/attention.py, with any
+number of sets):
 
-    weight_S = exp(L_S) / sum of exp(L_S'),   out = sum of weight_S out_S,   L_S = log sum exp of the scores over S
+    weight_S = exp(L_S) / sum of exp(L_S'),   out = sum of weight_S out_S,   L_S = log sum exp of the scores
+    over S
 
-Gain: prefix and prompt are read once and not R times; a step of 160 rows of SmolLM2 with 700 tokens of prompt reads 90 MB of keys
-and values instead of 1.5 GB.
+Gain: prefix and prompt are read once and not R times; a step of 160 rows of SmolLM2 with 700 tokens of prompt
+reads 90 MB of keys and values instead of 1.5 GB.
 
 Shapes: R rows, P slots, H query heads in KV groups of G, D head size.
 """
@@ -30,7 +33,9 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """The prompts of about the same length, side by side, so that one product reads them all: keys_values (2, layers, P, KV, L, D)."""
+    """The prompts of about the same length, side by side, so that one product reads them all: keys_values (2,
+    layers, P, KV, L, D).
+    """
 
     def __init__(self, like: torch.Tensor, length: int):
         """like: keys and values (2, layers, KV, n, D), of any length n."""
@@ -62,7 +67,9 @@ class Bucket:
 
 
 def bucket_length(n: int) -> int:
-    """The bucket for prompts of n tokens: two for each doubling (192, 256, 384, 512, ...), so that they are few and filled."""
+    """The bucket for prompts of n tokens: two for each doubling (192, 256, 384, 512, ...), so that they are
+    few and filled.
+    """
     step = max(32, 2 ** ((n - 1).bit_length() - 2))
     return -(-n // step) * step
 
@@ -79,9 +86,10 @@ class Cache:
         self.prefix = weight.new_zeros(2, c.num_hidden_layers, self.KV, 0, self.D)
         self.buckets: dict[int, Bucket] = {}
         self.slots: dict[int, Slot] = {}  # by ticket
-        self.rows = weight.new_zeros(2, c.num_hidden_layers, 0, self.KV, 0, self.D)  # (2, layers, at least R, KV, at least W, D)
+        # (2, layers, at least R, KV, at least W, D)
+        self.rows = weight.new_zeros(2, c.num_hidden_layers, 0, self.KV, 0, self.D)
 
-    # ------------------------------------------------------------------------------------------ prefix and prompts
+    # ------------------------------------------------------------------------------------------ prefix and pr
 
     @property
     def prefix_length(self) -> int:
@@ -118,7 +126,9 @@ class Cache:
         self.rows = with_room(self.rows, 4, width)
 
     def copy_rows(self, source: torch.Tensor, first: int, width: int) -> None:
-        """Rows first, first + 1, ... become copies of the rows `source`, as far as their first `width` tokens."""
+        """Rows first, first + 1, ... become copies of the rows `source`, as far as their first `width`
+        tokens.
+        """
         self.make_room(first + len(source))
         new = slice(first, first + len(source))
         self.rows[:, :, new, :, :width] = self.rows[:, :, :, :, :width].index_select(2, source)
@@ -134,7 +144,8 @@ class Cache:
         self.in_use = [(bucket.keys_values, bucket.mask()) for bucket in buckets]
         slots = [slot for bucket in buckets for slot in bucket.slots]
         slot_of = {slot.ticket: i for i, slot in enumerate(slots)}
-        self.slot = torch.tensor([slot_of[ticket] for ticket in tickets.tolist()], device=tickets.device)  # (R,)
+        # (R,)
+        self.slot = torch.tensor([slot_of[ticket] for ticket in tickets.tolist()], device=tickets.device)
         order = self.slot.argsort(stable=True)
         counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
         before = counts.cumsum(0) - counts
@@ -143,7 +154,9 @@ class Cache:
         self.by_slot = self.rows.new_zeros(len(slots), self.KV, int(counts.max()), self.G, self.D)
 
     def attend(self, layer: int, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows' queries over all three, merged: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the rows' own keys."""
+        """The rows' queries over all three, merged: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the
+        rows' own keys.
+        """
         R = len(q)
         width = mask.shape[3]
         q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)
@@ -154,8 +167,11 @@ class Cache:
         return merge(found).to(q.dtype).reshape(R, -1, self.D)
 
     def attend_prompts(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each slot's rows over its prompt, bucket by bucket: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""
-        self.by_slot[self.slot, :, self.index_in_slot] = q  # (P, KV, rows of a slot, G, D); padding holds whatever it held
+        """Each slot's rows over its prompt, bucket by bucket: q (R, KV, G, D) -> out (R, KV, G, D),
+        log-sum-exp (R, KV, G).
+        """
+        # (P, KV, rows of a slot, G, D); padding holds whatever it held
+        self.by_slot[self.slot, :, self.index_in_slot] = q
         queries = self.by_slot.flatten(2, 3)
         outs = []
         lses = []
@@ -183,7 +199,8 @@ class Cache:
 
 
 def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf, added to the scores.
+    """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf, added to
+    the scores.
 
     -> out (..., N, D), and log sum exp of the scores (..., N)
     """
@@ -200,7 +217,8 @@ def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
 def attend_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """attend_few for many queries of the same keys, (B, KV, N, D) and (B, KV, L, D), mask (B, 1, 1, L).
 
-    On CPU, PyTorch's blocked kernel has no scores to write down; for few queries it is slower, as its blocks of 32 stay empty.
+    On CPU, PyTorch's blocked kernel has no scores to write down; for few queries it is slower, as its blocks
+    of 32 stay empty.
     """
     if q.device.type != "cpu" or q.shape[2] < 16:
         return attend_few(q, k, v, mask)
@@ -208,7 +226,9 @@ def attend_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
 
 
 def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """One softmax from those over disjoint sets of keys: (out (..., D), log-sum-exp (...)) of each -> out (..., D), at least fp32."""
+    """One softmax from those over disjoint sets of keys: (out (..., D), log-sum-exp (...)) of each -> out
+    (..., D), at least fp32.
+    """
     weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each set's share
     merged = weights[0] * found[0][0]
     for weight, (out, _) in zip(weights[1:], found[1:], strict=True):
@@ -217,7 +237,9 @@ def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 
 def with_room(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """`store` with room for `size` along `dim`: a quarter more when it must grow, so that growth is rare; new room is 0."""
+    """`store` with room for `size` along `dim`: a quarter more when it must grow, so that growth is rare; new
+    room is 0.
+    """
     old = store.shape[dim]
     if old >= size:
         return store

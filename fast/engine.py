@@ -1,16 +1,22 @@
 """Continuous batching over a tree of continuations.
 
-Plain (generate.Engine): a batch of requests is decoded until its last row ends, with a row for each continuation. Fast:
+Plain (generate.Engine): a batch of requests is decoded until its last row ends, with a row for each
+continuation. Fast:
 
 - Finished rows leave the batch, and waiting prompts take their slots, so that no row is decoded in vain.
-- The K continuations of a prompt grow as a tree. Those that have sampled the same tokens so far are one row, which is computed once.
-  Each draws its own next token, and where they differ the row branches. A model that is sure of its words, as one is that was
-  trained to judge, has far fewer rows than continuations: the small world's computes a fifth of the tokens that it samples.
-- Prompts are prefilled as a tree below the prefix that all of them share, and the prefix is computed once (fast/cache.py).
-- The words that `added` puts behind a continuation run through its row, whose keys and values are there already.
+- The K continuations of a prompt grow as a tree. Those that have sampled the same tokens so far are one row,
+  which is computed once.
+  Each draws its own next token, and where they differ the row branches. A model that is sure of its words, as
+  one is that was trained to judge, has far fewer rows than continuations: the small world's computes a fifth
+  of the tokens that it samples.
+- Prompts are prefilled as a tree below the prefix that all of them share, and the prefix is computed once
+  (fast/cache.py).
+- The words that `added` puts behind a continuation run through its row, whose keys and values are there
+  already.
 
-Why it samples what the plain one does: a token depends on its row's logits and on uniform(seed, t), neither of which knows the batch.
-Gain: 10 times Transformers' `generate` on 2 cores (bench/README.md); `added` words 35% of the reward's time without it.
+Why it samples what the plain one does: a token depends on its row's logits and on uniform(seed, t), neither
+of which knows the batch. Gain: 10 times Transformers' `generate` on 2 cores (bench/README.md); `added` words
+35% of the reward's time without it.
 """
 from collections import deque
 from typing import Callable, NamedTuple
@@ -49,8 +55,10 @@ class Engine(generate.Engine):
         self.cache = Cache(self.model)
         self.rows = Rows.new(0, 0, 0, n=0, width=0, device=device)
         self.draws = Draws(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3)))
-        self.answers: dict[int, list[Continuation | None]] = {}       # ticket -> its K continuations, None = not ended yet
-        self.reading: dict[tuple[int, int], Continuation] = {}        # (ticket, number) -> one whose added words are being read
+        # Ticket -> its K continuations, None = not ended yet
+        self.answers: dict[int, list[Continuation | None]] = {}
+        # (ticket, number) -> one whose added words are being read
+        self.reading: dict[tuple[int, int], Continuation] = {}
         self.longest = 0        # tokens of the longest row
         self.arranged = False   # is the cache arranged for these rows and prompts?
         self.decoded_width = 0  # tokens of each row that a step reads
@@ -68,7 +76,9 @@ class Engine(generate.Engine):
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, list[Continuation]]]:
-        """One thing of the following: a slot is filled, finished rows leave, or every row gets a token. -> requests that are answered."""
+        """One thing of the following: a slot is filled, finished rows leave, or every row gets a token. ->
+        requests that are answered.
+        """
         if not self.ready and self.waiting:
             self.prefill_waiting()
         if self.ready and self.fits(self.ready[0].request):
@@ -104,7 +114,8 @@ class Engine(generate.Engine):
     def forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A tree below the prefix's first `past` tokens (all or none).
 
-        -> hidden states of the sequences' last tokens (S, C), keys and values of all tokens (2, layers, KV, T, D)
+        -> hidden states of the sequences' last tokens (S, C), keys and values of all tokens (2, layers, KV,
+        T, D)
         """
         prefix = self.cache.prefix
         attention = self.model.tree_attention(tree.end, past)
@@ -121,7 +132,8 @@ class Engine(generate.Engine):
     def fit_prefix(self, prompts: list[np.ndarray]) -> None:
         """Make the prefix one of these prompts too, and leave each at least one token of its own.
 
-        The first group decides. If a later prompt shares less, the prefix is cut there, for the prompts in slots as well.
+        The first group decides. If a later prompt shares less, the prefix is cut there, for the prompts in
+        slots as well.
         """
         first = prompts[0] if self.prefix_ids is None else self.prefix_ids
         shared = min(min(common_prefix(first, ids), len(ids) - 1) for ids in prompts)
@@ -200,9 +212,11 @@ class Engine(generate.Engine):
         return self.model.logits(hidden)
 
     def append(self, rows: slice, draws: slice, logits: torch.Tensor) -> None:
-        """Draw the next token of the continuations `draws`, all those of `rows`, from the rows' logits (n, V).
+        """Draw the next token of the continuations `draws`, all those of `rows`, from the rows' logits (n,
+        V).
 
-        It is written down with P(Yes) at its position. A row that is done stays as it is: what is drawn for it stands behind its end.
+        It is written down with P(Yes) at its position. A row that is done stays as it is: what is drawn for
+        it stands behind its end.
         """
         logits = at_least_fp32(logits)
         device = logits.device
@@ -229,13 +243,15 @@ class Engine(generate.Engine):
         self.rows.done[rows] |= ends | (self.rows.length[rows] >= self.rows.limit[rows])
 
     def branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
-        """Where continuations of one row have drawn different tokens, all but the first go on in new rows, copies of theirs so far.
+        """Where continuations of one row have drawn different tokens, all but the first go on in new rows,
+        copies of theirs so far.
 
         -> the row of each continuation of `draws` from now on.
         """
         row = self.draws.row[draws]
         V = self.model.config.vocab_size
-        pairs, which = torch.unique(row * V + token, return_inverse=True)  # (row, token) as a number; sorted, so by rows
+        # (row, token) as a number; sorted, so by rows
+        pairs, which = torch.unique(row * V + token, return_inverse=True)
         next_row = pairs // V
         is_new = torch.zeros(len(pairs), dtype=torch.bool)
         is_new[1:] = next_row[1:] == next_row[:-1]  # not the first of its row
@@ -257,7 +273,9 @@ class Engine(generate.Engine):
         return bool(self.rows.done.any())
 
     def retire(self) -> list[tuple[int, list[Continuation]]]:
-        """Take the rows that are done out of the batch, unless words are added to them. -> the requests that are answered with them."""
+        """Take the rows that are done out of the batch, unless words are added to them. -> the requests that
+        are answered with them.
+        """
         answered = []
         for row, numbers in self.draws_of_done_rows().items():
             ticket = int(self.rows.ticket[row])
@@ -296,7 +314,9 @@ class Engine(generate.Engine):
         return Continuation(ids[:-1] if finished else ids, p_yes, finished)
 
     def add_words(self, row: int, ended: Continuation) -> bool:
-        """Put the added words, if any, behind a continuation, in place of its end-of-text token: its row then runs through them."""
+        """Put the added words, if any, behind a continuation, in place of its end-of-text token: its row then
+        runs through them.
+        """
         words = self.added(ended.ids)
         if words:
             n = len(ended.ids)

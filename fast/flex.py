@@ -1,9 +1,10 @@
 """Attention within a tree, on a GPU: flex_attention with the tree's intervals as its mask.
 
-Plain (model.tree_attention): SDPA with a (T, T) mask. Fast: one kernel for all queries, which passes over the blocks of 128 × 128
-that nobody sees. Key j is seen by the queries begin[j] .. end[j]-1, with begin[j] = j. As that is an interval, the least and
-greatest beginning and end in a block of keys tell which pairs of blocks need no look (nothing is seen) and which no mask (all is).
-Gain: the share of the mask that is empty; to be measured on a card (bench/gpu.py).
+Plain (model.tree_attention): SDPA with a (T, T) mask. Fast: one kernel for all queries, which passes over the
+blocks of 128 × 128 that nobody sees. Key j is seen by the queries begin[j] .. end[j]-1, with begin[j] = j. As
+that is an interval, the least and greatest beginning and end in a block of keys tell which pairs of blocks
+need no look (nothing is seen) and which no mask (all is). Gain: the share of the mask that is empty; to be
+measured on a card (bench/gpu.py).
 """
 import math
 from functools import cache
@@ -36,7 +37,8 @@ class FlexTreeAttention:
         padded_q = as_padded_heads(q, queries)
         padded_k = as_padded_heads(k, keys)
         padded_v = as_padded_heads(v, keys)
-        out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask, enable_gqa=True)  # (1, H, queries, D)
+        # (1, H, queries, D)
+        out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask, enable_gqa=True)
         return out[0, :, :len(q)].transpose(0, 1)  # (T, H, D)
 
 
@@ -47,16 +49,20 @@ def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
 
 @cache
 def compiled_flex_attention() -> Callable:
-    """Compiled for each length that it meets; not when this file is imported, since that alone would take seconds."""
+    """Compiled for each length that it meets; not when this file is imported, since that alone would take
+    seconds.
+    """
     from torch.nn.attention.flex_attention import flex_attention
-    torch._dynamo.config.recompile_limit = 64  # of lengths, with and without gradients; beyond it, all scores would be written down
+    # Of lengths, with and without gradients; beyond it, all scores would be written down
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flex_mask(end: torch.Tensor, past: int):
     """The tree's rule as flex_attention's BlockMask, for `past` keys that all see, then the T of the tree.
 
-    Lengths are rounded up to powers of two, so that few are compiled. Nobody sees the padding's keys, and its queries see nothing.
+    Lengths are rounded up to powers of two, so that few are compiled. Nobody sees the padding's keys, and its
+    queries see nothing.
     """
     from torch.nn.attention.flex_attention import BlockMask
     T = len(end)
@@ -84,7 +90,9 @@ def padded_length(n: int) -> int:
 
 
 def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a table (query blocks, key blocks): how many key blocks each query block has, and which they are, in front of the others."""
+    """Of a table (query blocks, key blocks): how many key blocks each query block has, and which they are, in
+    front of the others.
+    """
     numbers = pairs.sum(1, dtype=torch.int32)
     indices = pairs.int().argsort(dim=1, descending=True, stable=True).int()
     return numbers[None, None], indices[None, None]

@@ -1,8 +1,9 @@
 """The decoding step recorded as a CUDA graph, for a GPU.
 
-Plain: a step is some thousands of small kernels, and starting them takes longer than running them. Fast: the step's pass is recorded once
-and replayed with one launch. A replay does what was recorded, at the same addresses: whatever changes from step to step is changed in
-place, in tensors, and shapes stand still. Hence what differs from the engine that this one extends:
+Plain: a step is some thousands of small kernels, and starting them takes longer than running them. Fast: the
+step's pass is recorded once and replayed with one launch. A replay does what was recorded, at the same
+addresses: whatever changes from step to step is changed in place, in tensors, and shapes stand still. Hence
+what differs from the engine that this one extends:
 
 - each continuation is a row of its own from the start, and rows never branch;
 - rows' keys are read in widths of WINDOW tokens, with a new recording when one is outgrown;
@@ -20,7 +21,8 @@ SHARE = 16        # rows are taken out when a sixteenth of them are done
 
 
 class CudaGraph:
-    """A function without arguments that reads and writes tensors on the GPU: run once, then recorded, then replayed.
+    """A function without arguments that reads and writes tensors on the GPU: run once, then recorded, then
+    replayed.
 
     The tensor that it returns is overwritten by the next call.
     """

@@ -2,11 +2,15 @@
 
 Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same results up to rounding:
 
-- Products in fp32 on CPU go through oneDNN instead of MKL: 5% of a training step on AMD, nearly twice for the head on few rows.
-- RMSNorm and SwiGLU have backward passes of their own, written out below. Autograd keeps the normalized x beside x, and silu(gate)
+- Products in fp32 on CPU go through oneDNN instead of MKL: 5% of a training step on AMD, nearly twice for the
+  head on few rows.
+- RMSNorm and SwiGLU have backward passes of their own, written out below. Autograd keeps the normalized x
+  beside x, and silu(gate)
   beside gate and up; these keep their inputs alone.
-- A product whose input is cheap to make, a norm's or SwiGLU's output, keeps what that input was made of, and makes it again for
-  its backward pass. With the two above, training keeps 2 C + H D + KV D ... numbers of a token less: 9.3 -> 6.0 GB for SFT (bench/LOG.md).
+- A product whose input is cheap to make, a norm's or SwiGLU's output, keeps what that input was made of, and
+  makes it again for
+  its backward pass. With the two above, training keeps 2 C + H D + KV D ... numbers of a token less: 9.3 ->
+  6.0 GB for SFT (bench/LOG.md).
 
 `speed_up` puts them into a model; parameters and their names stay.
 """
@@ -25,7 +29,9 @@ SWIGLU_ROWS = 256      # rows whose backward pass fits the caches of a CPU
 
 
 def speed_up(model: Decoder) -> Decoder:
-    """Replace the forward functions of a decoder's modules, and its attention over trees, by the fast ones. -> the same model."""
+    """Replace the forward functions of a decoder's modules, and its attention over trees, by the fast ones.
+    -> the same model.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = MethodType(linear_forward, module)
@@ -89,7 +95,8 @@ def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 class OneDNNLinear(torch.autograd.Function):
     """y = x W^T + b, so grad_x = grad_y W, grad_W = grad_y^T x, grad_b = sum of grad_y over the rows.
 
-    x is kept for the backward pass; or, where `made` is (make, source), the source is, and x is made again as make(source).
+    x is kept for the backward pass; or, where `made` is (make, source), the source is, and x is made again as
+    make(source).
     """
 
     @staticmethod
@@ -110,12 +117,13 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-# ---------------------------------------------------------------------------------------------- small operations
+# ---------------------------------------------------------------------------------------------- small operati
 
 class LeanRMSNorm(torch.autograd.Function):
     """y = n * weight with n = x * scale and scale = 1 / sqrt(mean(x²) + eps). x (..., C), weight (C,).
 
-    RMSNorm ignores the scale of x, so the gradient along x is zero: with g = grad_y * weight, grad_x = scale * (g - n * mean(g * n)).
+    RMSNorm ignores the scale of x, so the gradient along x is zero: with g = grad_y * weight, grad_x = scale
+    * (g - n * mean(g * n)).
     """
 
     @staticmethod
@@ -136,7 +144,9 @@ class LeanRMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up: gate_up (T, 2 I) -> (T, I). It keeps its input alone, and on CPU goes back over as many rows as the caches hold."""
+    """silu(gate) * up: gate_up (T, 2 I) -> (T, I). It keeps its input alone, and on CPU goes back over as
+    many rows as the caches hold.
+    """
 
     @staticmethod
     def forward(ctx, gate_up):

@@ -1,8 +1,9 @@
 """glibc told to keep freed memory, and Linux to give it in huge pages.
 
-Plain: large tensors go back to the system when they are freed, and each new one is zeroed page by page, a tenth of a training step on CPU.
-Fast: glibc keeps what is freed for the next tensors, in pages of 2 MB. Nothing that is computed changes.
-Gain (bench/LOG.md): 12 to 25% of sampling and training on 2 cores. GLIBC_TUNABLES does the same from outside the process only.
+Plain: large tensors go back to the system when they are freed, and each new one is zeroed page by page, a
+tenth of a training step on CPU. Fast: glibc keeps what is freed for the next tensors, in pages of 2 MB.
+Nothing that is computed changes. Gain (bench/LOG.md): 12 to 25% of sampling and training on 2 cores.
+GLIBC_TUNABLES does the same from outside the process only.
 """
 import ctypes
 import os
@@ -18,8 +19,9 @@ HUGE_PAGE = 2 ** 21    # bytes
 def keep_freed_memory() -> None:
     """Change this process's allocator; elsewhere than on Linux with glibc do nothing.
 
-    Huge pages are asked for by address only. So half of the machine's memory is reserved (which takes none of it), marked, and
-    given back to glibc as freed: what is allocated later lies there. The scripts call this, and no library function does.
+    Huge pages are asked for by address only. So half of the machine's memory is reserved (which takes none of
+    it), marked, and given back to glibc as freed: what is allocated later lies there. The scripts call this,
+    and no library function does.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -1,10 +1,11 @@
 """Top-p without sorting the vocabulary.
 
-Plain (generate.sample): sort all V probabilities, sum them up, look up u. But the token at u is mostly among the first few. So the
-CANDIDATES most likely tokens are taken (torch.topk), and where their sum reaches top_p the nucleus is known exactly. Where it falls
-short, the nucleus's mass lies between top_p and top_p + the least candidate's probability, since the token that crosses top_p is no
-likelier than that; if u times either bound falls on the same token, that token is the answer. Rows still undecided look at more.
-Gain: 113 ms of a 610 ms step for the sort of 64 of 160 rows, V = 49,152 (bench/LOG.md).
+Plain (generate.sample): sort all V probabilities, sum them up, look up u. But the token at u is mostly among
+the first few. So the CANDIDATES most likely tokens are taken (torch.topk), and where their sum reaches top_p
+the nucleus is known exactly. Where it falls short, the nucleus's mass lies between top_p and top_p + the
+least candidate's probability, since the token that crosses top_p is no likelier than that; if u times either
+bound falls on the same token, that token is the answer. Rows still undecided look at more. Gain: 113 ms of a
+610 ms step for the sort of 64 of 160 rows, V = 49,152 (bench/LOG.md).
 """
 import torch
 
@@ -18,7 +19,8 @@ def sample(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature
     """
     if temperature == 0:
         return logits.argmax(dim=-1)[row]
-    p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)  # in place: fresh memory costs more than the sums
+    # In place: fresh memory costs more than the sums
+    p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)
     token = torch.empty_like(row)
     draws = torch.arange(len(row), device=row.device)  # those still without a token
     for width in (*CANDIDATES, p.shape[1]):
@@ -39,10 +41,12 @@ def sample(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature
 def invert(p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the cumulative probability of its row passes u times the nucleus's, and whether that is sure.
 
-    p (R, N) most likely first, the `whole` vocabulary or its head; row (S,), u (S,) -> index (S,), sure (S,) bool.
+    p (R, N) most likely first, the `whole` vocabulary or its head; row (S,), u (S,) -> index (S,), sure (S,)
+    bool.
     """
     cumulative = p.cumsum(dim=-1)
-    nucleus = (cumulative - p < top_p).sum(dim=-1, keepdim=True)  # a token is in while those before it do not reach top_p
+    # A token is in while those before it do not reach top_p
+    nucleus = (cumulative - p < top_p).sum(dim=-1, keepdim=True)
     least = cumulative.gather(1, nucleus - 1)  # (R, 1), bounds of the nucleus's mass
     most = least
     if not whole:

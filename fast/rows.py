@@ -1,8 +1,9 @@
 """The columns of a batch, indexed and concatenated together.
 
-Plain (generate.py): a row per continuation, all of one length, from the first token to the last. Here rows come and go while others are
-decoded, so what is known of them stands in columns of equal length, and every change of the batch is an index into all of them:
-`rows.select(order)` keeps, drops or repeats rows, `rows.append(others)` adds some.
+Plain (generate.py): a row per continuation, all of one length, from the first token to the last. Here rows
+come and go while others are decoded, so what is known of them stands in columns of equal length, and every
+change of the batch is an index into all of them: `rows.select(order)` keeps, drops or repeats rows,
+`rows.append(others)` adds some.
 """
 from dataclasses import dataclass, fields
 from typing import Self
@@ -36,7 +37,8 @@ class Rows(Columns):
     start: torch.Tensor       # (R,) int64, tokens of its prompt
     length: torch.Tensor      # (R,) int64, tokens behind the prompt
     limit: torch.Tensor       # (R,) int64, the most it may have of them
-    added_end: torch.Tensor   # (R,) int64: 0, or where its added words end; up to there tokens are given, not sampled
+    # (R,) int64: 0, or where its added words end; up to there tokens are given, not sampled
+    added_end: torch.Tensor
     done: torch.Tensor        # (R,) bool
     tokens: torch.Tensor      # (R, W) int64, W at least the longest length
     p_yes: torch.Tensor       # (R, W) fp32, P(Yes) where each of them was sampled

@@ -66,7 +66,8 @@ def summary(counts: Counts, sources: list[str], ks: tuple[int, ...]) -> list[dic
     """A row for each source and K, and the average over the sources if there are several."""
     rows = []
     for k in sorted(set(ks)):
-        own = [summary_row(counts, source, k) for source in dict.fromkeys(sources)]  # a file given twice is one source
+        # A file given twice is one source
+        own = [summary_row(counts, source, k) for source in dict.fromkeys(sources)]
         rows += own
         if len(own) > 1 and all(row["f1"] is not None for row in own):
             rows.append(average_row(own))

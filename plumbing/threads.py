@@ -9,7 +9,8 @@ SMALL = 10_000_000  # parameters; the matrices of a smaller model gain nothing f
 def choose_threads(parameters: int, device: str) -> None:
     """One thread for a small model on CPU, and say so; else PyTorch's own choice. OMP_NUM_THREADS overrides.
 
-    Threads that share a small product wait for each other at its end, and beside another job that keeps a core busy they wait long.
+    Threads that share a small product wait for each other at its end, and beside another job that keeps a
+    core busy they wait long.
     """
     if parameters < SMALL and torch.device(device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
