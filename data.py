@@ -46,9 +46,12 @@ from rprm import load_sampler as load_local_sampler
 
 @dataclass(frozen=True)
 class CasesConfig:
-    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with rows of public formats, "
-                                      "which their fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, "
-                                      "OpenR, TRL's stepwise rows, R-PRM's seed and evaluation rows"]
+    input: Annotated[
+        tuple[str, ...],
+        "files, folders of shards, or - (standard input) with rows of public formats, "
+        "which their fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, "
+        "OpenR, TRL's stepwise rows, R-PRM's seed and evaluation rows",
+    ]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
     strict: Annotated[bool, "end at the first row with a defect, instead of dropping and counting it"] = False
@@ -63,7 +66,9 @@ def cases(config: CasesConfig) -> None:
     firsts: dict[str, str] = {}  # reason for which rows are dropped -> the first of them
     seen = set()                 # fingerprints of the cases so far
     n_solutions = 0
-    rows = chain.from_iterable(read_labelled_steps(path, counts, config.strict, firsts) for path in config.input)
+    rows = chain.from_iterable(
+        read_labelled_steps(path, counts, config.strict, firsts) for path in config.input
+    )
     with writing(config.out) as file:
         for row_id, steps in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
             n_solutions += 1
@@ -90,10 +95,17 @@ class ServedConfig(SamplerConfig):
     """The flags of everything that samples from a checkpoint here or from a model behind a server."""
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
     batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
-    rank_timeout: Annotated[float, "seconds after which the other ranks give up one that shows no sign of work",
-                            (1, 10 ** 9), MAY_CHANGE] = 1800.0
-    server: Annotated[str | None, "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead",
-                      MAY_CHANGE] = None
+    rank_timeout: Annotated[
+        float,
+        "seconds after which the other ranks give up one that shows no sign of work",
+        (1, 10**9),
+        MAY_CHANGE,
+    ] = 1800.0
+    server: Annotated[
+        str | None,
+        "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead",
+        MAY_CHANGE,
+    ] = None
     tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template "
                                      "(no weights needed)"] = None
     concurrency: Annotated[int, "with --server: requests under way at a time", (1, None), MAY_CHANGE] = 16
@@ -106,7 +118,9 @@ class ServedConfig(SamplerConfig):
     def __post_init__(self):
         """BadInput where flags do not go together, before anything is printed or saved (a key must not be).
         """
-        given = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        given = {
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
+        }
         if self.server is None:
             meaningless = ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
             why = "needs --server; give both or neither"
@@ -121,11 +135,15 @@ class ServedConfig(SamplerConfig):
             parse_url(self.server)
             read_key(self.api_key_env)
             if self.tokenizer is None:
-                raise BadInput("--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template "
-                               "(no weights needed)")
+                raise BadInput(
+                    "--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template "
+                    "(no weights needed)"
+                )
 
 
-def load_sampler(config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
+def load_sampler(
+    config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False
+) -> Sampler:
     """The sampler of a checkpoint folder, or with --server that of the model there."""
     if config.server is None:
         return load_local_sampler(config, k, force, complete, direct, config.batch_size)
@@ -138,8 +156,11 @@ class SampleConfig(ServedConfig):
     cases: Annotated[str, "cases.jsonl"]
     out: Annotated[str, "samples.jsonl to write"]
     n: Annotated[int, "analyses per case", (1, None)] = 4
-    complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack it, "
-                              "for a teacher that forgets the form"] = False
+    complete: Annotated[
+        bool,
+        "write the verification line and the model's answer into analyses that lack it, "
+        "for a teacher that forgets the form",
+    ] = False
     limit: Annotated[int | None, "only the first so many cases", (1, None)] = None
     resume: Annotated[bool, "go on with a killed run"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
@@ -279,7 +300,9 @@ def sft(config: SftConfig) -> None:
                 config.overwrite)
 
 
-def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]) -> dict[str, list[str]]:
+def select(
+    analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]
+) -> dict[str, list[str]]:
     """The texts of a case's usable analyses in the normal form, by whether their verdict is right, under
     `names`.
 
@@ -305,7 +328,7 @@ def select(analyses: list[Analysis], case: Case, counts: Counter, names: dict[bo
     return found
 
 
-# ---------------------------------------------------------------------------------------------- preference pa
+# ------------------------------------------------------------------------------------------- preference pairs
 
 @dataclass(frozen=True)
 class PairsConfig:
@@ -313,7 +336,9 @@ class PairsConfig:
     out: Annotated[str, "pairs.jsonl to write; the validation pairs go beside it, as NAME.validation.jsonl"]
     max_per_case: Annotated[int, "pairs of one case at most", (1, None)] = 4
     validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
-    balance: Annotated[bool, "as many pairs whose chosen verdict is Yes as No, by leaving some out at random"] = True
+    balance: Annotated[
+        bool, "as many pairs whose chosen verdict is Yes as No, by leaving some out at random"
+    ] = True
     prompt_file: Annotated[str | None, "the words around the case (default: those of the samples)"] = None
     seed: Annotated[int, "seed of the pairing, the split and the balance"] = 0
     overwrite: Annotated[bool, "replace an existing output"] = False
@@ -339,7 +364,12 @@ def pairs(config: PairsConfig) -> None:
             chosen = even_pairs(len(right), len(wrong), config.max_per_case, fingerprint(config.seed, case))
             counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(chosen)
             for i, j in chosen:
-                yield case, case.label, {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]}
+                yield (
+                    case,
+                    case.label,
+                    {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]},
+                )
+
     write_split(examples, config.out, config.samples, prompt, config.validation, config.balance, config.seed,
                 config.overwrite)
 
@@ -363,10 +393,18 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
     return found
 
 
-# ---------------------------------------------------------------------------------------------- what the filt
+# ------------------------------------------------------------------------------------- what the filters share
 
-def write_split(examples: Callable[[Counter], Iterator[Example]], out: str, samples: tuple[str, ...], prompt: Prompt,
-                validation: float, balance: bool, seed: int, overwrite: bool) -> None:
+def write_split(
+    examples: Callable[[Counter], Iterator[Example]],
+    out: str,
+    samples: tuple[str, ...],
+    prompt: Prompt,
+    validation: float,
+    balance: bool,
+    seed: int,
+    overwrite: bool,
+) -> None:
     """Split by problem, balance each side by verdict, write both files.
 
     examples(counts) yields the same examples at each call. Two passes over them hold a few bytes per example.
@@ -391,8 +429,10 @@ def write_split(examples: Callable[[Counter], Iterator[Example]], out: str, samp
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
     if not (keep & ~held_out).any():
         print_table("nothing kept", counts)
-        raise BadInput(f"{' '.join(samples)}: no example can be made from these samples (the table says why); "
-                       f"sample more, or leave out a filter")
+        raise BadInput(
+            f"{' '.join(samples)}: no example can be made from these samples (the table says why); "
+            f"sample more, or leave out a filter"
+        )
     with writing(train_path) as train_file, writing(validation_path) as validation_file:
         for n, (case, verdict, line) in enumerate(examples(Counter())):
             if keep[n]:
@@ -447,8 +487,11 @@ def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | P
         if path is not None and Path(path).is_file():
             print(f"prompt: the words of {path} go with the trained model")
             return Path(path).read_text(encoding="utf-8")
-    print(f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask it "
-          "in those of prompts/verify.txt; if the examples were made with others, give them as --prompt-file FILE")
+    print(
+        f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask "
+        "it in those of prompts/verify.txt; if the examples were made with others, give them as "
+        "--prompt-file FILE"
+    )
     return None
 
 

@@ -89,7 +89,10 @@ def yes_against_no(logits: torch.Tensor, yes_no: tuple[int, int]) -> torch.Tenso
 def check_finite(logits: torch.Tensor) -> None:
     """Broken weights show here, and not as an index error in the sampling."""
     if not bool(logits.isfinite().all()):
-        raise BadInput("--model: its logits are not finite; the weights or the sizes in config.json are broken: take another checkpoint")
+        raise BadInput(
+            "--model: its logits are not finite; the weights or the sizes in config.json are broken: "
+            "take another checkpoint"
+        )
 
 
 class Engine:
@@ -214,7 +217,9 @@ class Engine:
         self.read_added_words(requests, found)
         return found
 
-    def prefill(self, prompts: list[list[int]], owner: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def prefill(
+        self, prompts: list[list[int]], owner: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """All prompts in one pass, as a tree -> the logits after each row's prompt (R, V), and the rows'
         cache.
 

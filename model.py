@@ -256,7 +256,7 @@ class Decoder(nn.Module):
                 p.normal_(0.0, scale, generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------- a batch is a 
+# ------------------------------------------------------------------------------------------ a batch is a tree
 
 class Tree:
     """Sequences packed so that every prefix they share stands once.

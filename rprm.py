@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 DEFAULT_MODEL = HERE / "examples/arithmetic/base"
 
 
-# ---------------------------------------------------------------------------------------------- cases and pro
+# ------------------------------------------------------------------------------------------ cases and prompts
 
 @dataclass(frozen=True)
 class Case:
@@ -66,8 +66,10 @@ class Prompt:
             names = ["problem", "previous_steps", "now_step"]
             self.pieces[1::2] = names
         if sorted(names) != ["now_step", "previous_steps", "problem"]:
-            raise BadInput(f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each "
-                           f"(or three bare {{}}), found {names}; correct it")
+            raise BadInput(
+                f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each "
+                f"(or three bare {{}}), found {names}; correct it"
+            )
 
     def fill(self, case: Case) -> str:
         """The user's message for a case. One pass, so that braces in a problem stay what they are."""
@@ -165,8 +167,16 @@ class Sampler:
         self.sampling = sampling
         # Kept free in the context, for a verdict to be read
         self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1
-        self.engine = engine_class(model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
-                                   sampling.max_new_tokens, sampling.batch_size * sampling.k, self.room)
+        self.engine = engine_class(
+            model,
+            tokenizer.eos_ids,
+            yes_no_ids(tokenizer),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.max_new_tokens,
+            sampling.batch_size * sampling.k,
+            self.room,
+        )
         self.engine.added = self.added_words
         # Ticket -> the case and its prompt's token ids
         self.open_cases: dict[int, tuple[Case, list[int]]] = {}
@@ -178,9 +188,11 @@ class Sampler:
     def prompt_ids(self, case: Case) -> list[int]:
         ids = self.tokenizer.chat(self.prompt.fill(case))
         if len(ids) + self.room >= self.context:
-            raise BadInput(f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
-                           f"are needed, but the model's context is {self.context}; "
-                           f"leave this case out or use a model with a longer context")
+            raise BadInput(
+                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
+                f"are needed, but the model's context is {self.context}; "
+                f"leave this case out or use a model with a longer context"
+            )
         return ids
 
     def restart(self) -> None:
@@ -304,7 +316,9 @@ class Sampler:
     def direct(self, cases: list[Case]) -> list[Analysis]:
         """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
         sequences = [self.prompt_ids(case) + self._verification("") for case in cases]
-        return [Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(sequences)]
+        return [
+            Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(sequences)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,21 +326,27 @@ class SamplerConfig:
     """The flags of sampling from a checkpoint."""
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
-    top_p: Annotated[float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)] = 0.95
+    top_p: Annotated[
+        float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)
+    ] = 0.95
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
     seed: Annotated[int, "seed of the sampling"] = 0
     prompt_file: Annotated[str | None, "the words around the case "
                                        "(default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
     device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
-    plain: Annotated[bool, "run generate.py and model.py as they read, without fast/: the same numbers, later"] = False
+    plain: Annotated[
+        bool, "run generate.py and model.py as they read, without fast/: the same numbers, later"
+    ] = False
 
 
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
                  batch_size: int = 1) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
     prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, direct)
-    sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete)
+    sampling = Sampling(
+        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete
+    )
     if not config.plain:
         fast.keep_freed_memory()
     model = load_model(config.model, DTYPES[config.dtype], config.device)
@@ -340,7 +360,9 @@ def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = Fa
 
 def row_seed(seed: int, case: Case, k: int) -> int:
     """A 64-bit number from the seed, what the case says, and the sample's number."""
-    content = repr((seed, case.problem, tuple(case.previous_steps), case.now_step, k)).encode("utf-8", "surrogatepass")
+    content = repr((seed, case.problem, tuple(case.previous_steps), case.now_step, k)).encode(
+        "utf-8", "surrogatepass"
+    )
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
@@ -351,9 +373,11 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
     return sum(p_yes) / len(p_yes) if p_yes else None
 
 
-# ---------------------------------------------------------------------------------------------- the two losse
+# --------------------------------------------------------------------------------------------- the two losses
 
-def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> torch.Tensor:
+def response_logprobs(
+    model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None
+) -> torch.Tensor:
     """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at
     least fp32.
 
@@ -393,9 +417,17 @@ def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
     return -logprobs.sum() / n_tokens
 
 
-def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor,
-             chosen_lengths: torch.Tensor, beta: float, label_smoothing: float = 0.0, ipo: bool = False,
-             nll: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dpo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ipo: bool = False,
+    nll: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
 
     chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen
@@ -416,7 +448,7 @@ def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Ten
     return losses, chosen_rewards, rejected_rewards
 
 
-# ---------------------------------------------------------------------------------------------- one case, sho
+# -------------------------------------------------------------------------------------------- one case, shown
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SamplerConfig):
@@ -425,7 +457,9 @@ class Config(SamplerConfig):
     step: Annotated[tuple[str, ...], "the solution's steps; the last one is judged (with --problem)"] = ()
     k: Annotated[int, "analyses", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 512
-    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
+    force: Annotated[
+        bool, "read P(Yes) after an added verification line where an analysis has no verdict"
+    ] = True
 
 
 BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia sells to Ann 18. "
@@ -455,7 +489,9 @@ def case_of(problem: str | None, steps: tuple[str, ...]) -> Case:
     if problem is None:
         return BUILT_IN
     if not all(text.strip() for text in (problem, *steps)):
-        raise BadInput("--problem and --step must not be empty: write the text, or leave both out for the built-in case")
+        raise BadInput(
+            "--problem and --step must not be empty: write the text, or leave both out for the built-in case"
+        )
     return Case(problem, steps[:-1], steps[-1])
 
 
@@ -468,7 +504,9 @@ def show_case(case: Case) -> None:
 
 def show_analysis(number: int, a: Analysis) -> None:
     cut_off = "" if a.finished else ", cut off at --max-new-tokens"
-    print(f"\n--- analysis {number}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{cut_off}")
+    print(
+        f"\n--- analysis {number}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{cut_off}"
+    )
     print(a.text)
 
 

@@ -20,9 +20,9 @@ from typing import Annotated, Iterable, Iterator, NamedTuple
 from tqdm import tqdm
 
 from data import ServedConfig, in_order, load_sampler, round_size, rounds
-from formats.samples import read_analyses
 from formats import tables
 from formats.readers import Solution, read_solution, read_solutions
+from formats.samples import read_analyses
 from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
@@ -33,19 +33,30 @@ from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, sho
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ServedConfig):
-    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(DEFAULT_MODEL)
+    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(
+        DEFAULT_MODEL
+    )
     problem: Annotated[str | None, "one solution: the problem's text"] = None
     step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
-    input: Annotated[tuple[str, ...], "files, folders of shards, or - (standard input) with solutions: ProcessBench, PRMBench, "
-                                      "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows"] = ()
+    input: Annotated[
+        tuple[str, ...],
+        "files, folders of shards, or - (standard input) with solutions: ProcessBench, PRMBench, "
+        "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows",
+    ] = ()
     out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
-    k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)] = (10,)
+    k: Annotated[
+        tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)
+    ] = (10,)
     threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
     all_steps: Annotated[bool, "judge the steps after the first one predicted wrong too"] = False
-    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = False
+    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = (
+        False
+    )
     show: Annotated[bool, "print the analyses"] = False
     limit: Annotated[int | None, "only the first so many solutions of each file", (1, None)] = None
-    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no verdict"] = True
+    force: Annotated[
+        bool, "read P(Yes) after an added verification line where an analysis has no verdict"
+    ] = True
     resume: Annotated[bool, "go on with a killed run (with --out)"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -83,7 +94,11 @@ def judge_solution(config: Config, source: str, solution: Solution) -> None:
     start = time.perf_counter()
     with journal:
         if not lines:
-            lines = list(score_lines(sampler, [(source, solution)], config.k, config.threshold, config.all_steps, config.direct))
+            lines = list(
+                score_lines(
+                    sampler, [(source, solution)], config.k, config.threshold, config.all_steps, config.direct
+                )
+            )
             if config.out:
                 journal.write(lines[0])
     print_solution(lines[0], config.threshold, config.show)
@@ -113,7 +128,9 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
     with journal, bar:
         for numbers in rounds(own, done, size):
             some = map(solutions.__getitem__, numbers)
-            for line in score_lines(sampler, some, config.k, config.threshold, config.all_steps, config.direct):
+            for line in score_lines(
+                sampler, some, config.k, config.threshold, config.all_steps, config.direct
+            ):
                 tables.count_line(counts, line, config.k)
                 if config.out:
                     journal.write(line)
@@ -132,7 +149,10 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
 def print_work(config: Config, sampler: Sampler, seconds: float) -> None:
     """The last lines: what was computed, over all ranks."""
     [tokens] = ranks.total(sampler.engine.new_tokens)
-    print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)")
+    print(
+        f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled "
+        f"({tokens / seconds:.0f} tokens/s)"
+    )
     if config.server:
         print(sampler.engine.tally())
 
@@ -142,7 +162,9 @@ class Solutions:
     Solution).
     """
 
-    def __init__(self, problem: str | None, steps: tuple[str, ...], paths: tuple[str, ...], limit: int | None):
+    def __init__(
+        self, problem: str | None, steps: tuple[str, ...], paths: tuple[str, ...], limit: int | None
+    ):
         stems = [Path(path).stem for path in paths]
         self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
         self.files = [read_solutions(path) for path in paths]
@@ -173,8 +195,13 @@ class Judged(NamedTuple):
     steps: list[list[Analysis]]  # the analyses of each step that was judged
 
 
-def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
-              all_steps: bool) -> Iterator[tuple[int, Judged]]:
+def judge_all(
+    sampler: Sampler,
+    solutions: Iterable[tuple[str, Solution]],
+    ks: tuple[int, ...],
+    threshold: float,
+    all_steps: bool,
+) -> Iterator[tuple[int, Judged]]:
     """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as
     room is found.
 
@@ -215,8 +242,13 @@ def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: t
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
-def judge_directly(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
-                   all_steps: bool) -> Iterator[tuple[int, Judged]]:
+def judge_directly(
+    sampler: Sampler,
+    solutions: Iterable[tuple[str, Solution]],
+    ks: tuple[int, ...],
+    threshold: float,
+    all_steps: bool,
+) -> Iterator[tuple[int, Judged]]:
     """The same without analyses: all steps of a batch of solutions at a time."""
     numbered = enumerate(solutions)
     while batch := list(islice(numbered, sampler.sampling.batch_size)):
@@ -234,7 +266,9 @@ def case_of(solution: Solution, t: int) -> Case:
     return Case(solution.problem, solution.steps[:t], solution.steps[t])
 
 
-def is_complete(steps: list[list[Analysis]], n_steps: int, ks: tuple[int, ...], threshold: float, all_steps: bool) -> bool:
+def is_complete(
+    steps: list[list[Analysis]], n_steps: int, ks: tuple[int, ...], threshold: float, all_steps: bool
+) -> bool:
     """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
     if len(steps) == n_steps:
         return True
@@ -252,10 +286,16 @@ def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
     return -1
 
 
-# ---------------------------------------------------------------------------------------------- lines of scor
+# -------------------------------------------------------------------------------------- lines of scores.jsonl
 
-def score_lines(sampler: Sampler, solutions: Iterable[tuple[str, Solution]], ks: tuple[int, ...], threshold: float,
-                all_steps: bool, direct: bool) -> Iterator[dict]:
+def score_lines(
+    sampler: Sampler,
+    solutions: Iterable[tuple[str, Solution]],
+    ks: tuple[int, ...],
+    threshold: float,
+    all_steps: bool,
+    direct: bool,
+) -> Iterator[dict]:
     """Judge solutions -> their lines of scores.jsonl, in order."""
     judge = judge_directly if direct else judge_all
     for judged in in_order(judge(sampler, solutions, ks, threshold, all_steps)):
@@ -302,13 +342,19 @@ def print_solution(line: dict, threshold: float, show: bool) -> None:
         yes, no, missing = (sum(a.verdict is verdict for a in analyses) for verdict in (True, False, None))
         shown = "null " if value is None else f"{value:.3f}"
         predicted = "wrong" if value is not None and value < threshold else "right"
-        print(f"Step {t + 1}: reward {shown}  {predicted}  verdicts {yes} Yes, {no} No, {missing} missing  | {line['steps'][t]}")
+        print(
+            f"Step {t + 1}: reward {shown}  {predicted}  verdicts {yes} Yes, {no} No, {missing} missing  "
+            f"| {line['steps'][t]}"
+        )
         if show:
             print_analyses(analyses)
     judged = len(line["samples"])
     if judged < len(line["steps"]):
         print(f"(steps {judged + 1} to {len(line['steps'])} not judged: --all-steps goes on)")
-    print("first step predicted wrong: " + (f"step {line['prediction'] + 1}" if line["prediction"] >= 0 else "none"))
+    print(
+        "first step predicted wrong: "
+        + (f"step {line['prediction'] + 1}" if line["prediction"] >= 0 else "none")
+    )
 
 
 def print_analyses(analyses: list[Analysis]) -> None:

@@ -174,7 +174,9 @@ def read_attention_factor(rope: dict, factor: float, where: str) -> float:
 
     default = by_length(1)
     if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
-        default = by_length(read_number(rope, "mscale", where)) / by_length(read_number(rope, "mscale_all_dim", where))
+        default = by_length(read_number(rope, "mscale", where)) / by_length(
+            read_number(rope, "mscale_all_dim", where)
+        )
     return read_number(rope, "attention_factor", where, default=default)
 
 

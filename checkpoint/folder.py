@@ -24,7 +24,8 @@ def find_folder(folder: str | Path) -> Path:
 def remedy(folder: str) -> str:
     if HUB_NAME.fullmatch(folder) and not Path(folder).parent.is_dir():
         own = f"models/{Path(folder).name}"
-        return f"a model of the Hugging Face Hub is downloaded by: hf download {folder} --local-dir {own}; then give {own}"
+        command = f"hf download {folder} --local-dir {own}"
+        return f"a model of the Hugging Face Hub is downloaded by: {command}; then give {own}"
     return "give a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
 
 

@@ -87,8 +87,10 @@ class ChatTemplate:
         if system is not None and text == without_system:
             raise BadInput(f"{self.where}: the chat template does not show a system message; leave it out")
         if text.count(MARK) != 1:
-            raise BadInput(f"{self.where}: the chat template shows the user's message {text.count(MARK)} times, "
-                           "not once and as it is; correct it")
+            raise BadInput(
+                f"{self.where}: the chat template shows the user's message {text.count(MARK)} times, "
+                "not once and as it is; correct it"
+            )
         before, after = text.split(MARK)
         turn_end = ""
         if isinstance(answered, str) and MARK in answered:
@@ -227,7 +229,9 @@ class Generation(Extension):
 def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     """JSON as text. jinja2's own filter escapes what HTML would not bear."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def raise_exception(message: str) -> NoReturn:

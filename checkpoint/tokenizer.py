@@ -116,8 +116,10 @@ class ChatTokenizer:
             self.backend.encode_special_tokens = not trusted
             found = self.backend.encode(text, add_special_tokens=False)
         if found.ids and max(found.ids) >= self.vocab_size:
-            raise BadInput(f"tokenizer.json: token {max(found.ids)} in {text[:40]!r} has no row in the model's "
-                           f"vocabulary of {self.vocab_size}; take tokenizer and config from one checkpoint")
+            raise BadInput(
+                f"tokenizer.json: token {max(found.ids)} in {text[:40]!r} has no row in the model's "
+                f"vocabulary of {self.vocab_size}; take tokenizer and config from one checkpoint"
+            )
         return found
 
     def is_special(self, token: int) -> bool:
@@ -192,8 +194,10 @@ class ChatTokenizer:
             return [(before, True)]
         shown = system.strip()
         if before.count(shown) != 1:
-            raise BadInput(f"the system message {shown[:40]!r} spells out a special token, and the chat template "
-                           "does not show it once as it is; leave that token out")
+            raise BadInput(
+                f"the system message {shown[:40]!r} spells out a special token, and the chat template "
+                "does not show it once as it is; leave that token out"
+            )
         start, end = before.split(shown)
         return [(start, True), (shown, False), (end, True)]
 
@@ -350,8 +354,10 @@ def read_vocab_size(folder: Path, eos_ids: list[int]) -> int:
     size = expect(read_json(path), dict, str(path)).get("vocab_size") if path.is_file() else None
     size = 2 ** 63 if size is None else expect(size, int, f"{path}: field 'vocab_size'")
     if not all(0 <= i < size for i in eos_ids):
-        raise BadInput(f"{path}: field 'eos_token_id': {str(eos_ids)[:60]} are not all in the vocabulary of {size}; "
-                       "correct it")
+        raise BadInput(
+            f"{path}: field 'eos_token_id': {str(eos_ids)[:60]} are not all in the vocabulary of {size}; "
+            "correct it"
+        )
     return size
 
 

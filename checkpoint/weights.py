@@ -222,8 +222,10 @@ def check_tied_head(folder: str | Path, stored: dict[str, Stored]) -> None:
     One of the two is wrong, and nothing tells which: some libraries tie them all the same, others do not.
     """
     if stored[HEAD].shape != stored[EMBEDDING].shape or not same_tensors(stored, HEAD, EMBEDDING):
-        raise BadInput(f"{folder}: config.json: field 'tie_word_embeddings' is true, but {HEAD} is another tensor "
-                       f"than {EMBEDDING}; set the field to false if the head was trained, else leave that tensor out")
+        raise BadInput(
+            f"{folder}: config.json: field 'tie_word_embeddings' is true, but {HEAD} is another tensor "
+            f"than {EMBEDDING}; set the field to false if the head was trained, else leave that tensor out"
+        )
 
 
 def same_tensors(stored: dict[str, Stored], name: str, other: str) -> bool:

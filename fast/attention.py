@@ -91,7 +91,9 @@ class TreeAttention:
                 edges += inner[1:].tolist()
         return edges
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: Past | None = None) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: Past | None = None
+    ) -> torch.Tensor:
         k, v = after_past(past, k, v)
         if q.device.type == "cpu":
             return BlockAttention.apply(q, k, v, self)
@@ -155,14 +157,24 @@ class BlockAttention(torch.autograd.Function):
         for start, stop, seen, mask in tree.blocks:
             block = as_heads(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
             block_grad, block_out = as_heads(grad[start:stop], out[start:stop])
-            found = flash(block_grad, *block, block_out, lse[start:stop].t()[None], 0.0, False, attn_mask=mask.to(q.dtype))
+            found = flash(
+                block_grad,
+                *block,
+                block_out,
+                lse[start:stop].t()[None],
+                0.0,
+                False,
+                attn_mask=mask.to(q.dtype),
+            )
             block_q, block_k, block_v = (x[0].transpose(0, 1) for x in found)
             grad_q[start:stop] = block_q
             grad_k.index_add_(0, seen, block_k)
             grad_v.index_add_(0, seen, block_v)
         if tree.first < len(q):
             late_grad, late_q, late_out, late_lse = tree.late_queries(grad, q, out, lse)
-            more_q, more_k, more_v = flash(late_grad, late_q, *tree.shared_keys(k, v), late_out, late_lse, 0.0, False)
+            more_q, more_k, more_v = flash(
+                late_grad, late_q, *tree.shared_keys(k, v), late_out, late_lse, 0.0, False
+            )
             # (splits, H, n, D) -> (splits * n, H, D)
             grad_q[tree.first:] += more_q.transpose(1, 2).flatten(0, 1)
             # (splits, KV, shared, D) -> (shared, KV, D)

@@ -89,7 +89,7 @@ class Cache:
         # (2, layers, at least R, KV, at least W, D)
         self.rows = weight.new_zeros(2, c.num_hidden_layers, 0, self.KV, 0, self.D)
 
-    # ------------------------------------------------------------------------------------------ prefix and pr
+    # ------------------------------------------------------------------------------------- prefix and prompts
 
     @property
     def prefix_length(self) -> int:
@@ -198,7 +198,9 @@ class Cache:
         return out, lse
 
 
-def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_few(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf, added to
     the scores.
 
@@ -214,7 +216,9 @@ def attend_few(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     return out, lse
 
 
-def attend_many(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_many(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """attend_few for many queries of the same keys, (B, KV, N, D) and (B, KV, L, D), mask (B, 1, 1, L).
 
     On CPU, PyTorch's blocked kernel has no scores to write down; for few queries it is slower, as its blocks

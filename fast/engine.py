@@ -107,7 +107,9 @@ class Engine(generate.Engine):
         logits = self.model.logits(hidden)  # (prompts, V)
         check_finite(logits)
         for (ticket, request), path, row in zip(group, tree.paths, logits, strict=True):
-            self.ready.append(Prompt(ticket, request, keys_values, torch.from_numpy(path).to(self.model.device), row))
+            self.ready.append(
+                Prompt(ticket, request, keys_values, torch.from_numpy(path).to(self.model.device), row)
+            )
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
 
@@ -171,7 +173,9 @@ class Engine(generate.Engine):
         seed = torch.tensor(prompt.request.seeds, dtype=torch.int64, device=device)
         self.draws = self.draws.append(Draws(R + number % new, seed, number))
         self.arranged = False
-        self.append(slice(R, R + new), slice(len(self.draws) - K, len(self.draws)), prompt.logits.repeat(new, 1))
+        self.append(
+            slice(R, R + new), slice(len(self.draws) - K, len(self.draws)), prompt.logits.repeat(new, 1)
+        )
 
     # ------------------------------------------------------------------------------------------ decoding
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 BLOCK = 128  # tokens of a block in flex_attention's mask
 
 
-def after_past(past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def after_past(
+    past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
     if past is None:
         return k, v

@@ -56,7 +56,9 @@ def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
 
 
-def layer_forward(self: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable) -> torch.Tensor:
+def layer_forward(
+    self: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable
+) -> torch.Tensor:
     """model.Layer, with norms and SwiGLU made again in the backward pass."""
     qkv = linear_of(self.attention_norm, x, self.attention.qkv)
     mixed = self.attention.mix(qkv, cos, sin, attend)
@@ -117,7 +119,7 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-# ---------------------------------------------------------------------------------------------- small operati
+# ------------------------------------------------------------------------------------------- small operations
 
 class LeanRMSNorm(torch.autograd.Function):
     """y = n * weight with n = x * scale and scale = 1 / sqrt(mean(x²) + eps). x (..., C), weight (C,).

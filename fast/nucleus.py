@@ -12,7 +12,9 @@ import torch
 CANDIDATES = (64, 1024)  # so many tokens first, then so many, then all
 
 
-def sample(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
     """Draw S tokens, each from the distribution of a row. What generate.sample draws; uses `logits` up.
 
     logits (R, V); row (S,) int64, whose distribution each draw is from; u (S,) in [0, 1) -> tokens (S,) int64
@@ -38,7 +40,9 @@ def sample(logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature
     return token
 
 
-def invert(p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def invert(
+    p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the cumulative probability of its row passes u times the nucleus's, and whether that is sure.
 
     p (R, N) most likely first, the `whole` vocabulary or its head; row (S,), u (S,) -> index (S,), sure (S,)

@@ -23,7 +23,9 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
             raise BadInput(f"{here}.n_tokens: {str(n_tokens)[:40]} is out of range; correct it")
         finished = get_field(a, "finished", bool, here)
         forced = bool(a.get("forced", False))
-        found.append(Analysis(text, verdict, None if p_yes is None else float(p_yes), n_tokens, finished, forced))
+        found.append(
+            Analysis(text, verdict, None if p_yes is None else float(p_yes), n_tokens, finished, forced)
+        )
     return found
 
 

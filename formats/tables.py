@@ -128,9 +128,14 @@ def print_summary(rows: list[dict]) -> None:
     for row in rows:
         cells = [f"{cell(row[name], form):>{width}}" for _, name, width, form in COLUMNS]
         print(f"{row['source']:<16}" + "".join(cells))
-    print("(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; forced: those of\n"
-          " them that were read after an added verification line; null: steps without any P(Yes), never predicted wrong)")
-    unlabelled = sum(row["unlabelled"] for row in rows if row["k"] == rows[0]["k"] and row["source"] != "average")
+    print(
+        "(error and correct accuracy and F1 in percent; unparsed: analyses without a verdict of their own; "
+        "forced: those of\n them that were read after an added verification line; "
+        "null: steps without any P(Yes), never predicted wrong)"
+    )
+    unlabelled = sum(
+        row["unlabelled"] for row in rows if row["k"] == rows[0]["k"] and row["source"] != "average"
+    )
     if unlabelled:
         print(f"{unlabelled} solutions have no label and count in no accuracy")
 

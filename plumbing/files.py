@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, ClassVar, Iterable, Iterator
 
 from plumbing.errors import BadInput
 
-
 WHITE_SPACE = b" \t\r\n\f\v\xef\xbb\xbf"  # and UTF-8's byte-order mark, which may be all that a line has
 
 

@@ -14,4 +14,7 @@ def choose_threads(parameters: int, device: str) -> None:
     """
     if parameters < SMALL and torch.device(device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-        print(f"threads: 1, as a model of {parameters:,} parameters gains nothing from more (OMP_NUM_THREADS overrides)")
+        print(
+            f"threads: 1, as a model of {parameters:,} parameters gains nothing from more "
+            "(OMP_NUM_THREADS overrides)"
+        )
