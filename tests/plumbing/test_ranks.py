@@ -247,7 +247,7 @@ def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, ch
 
     Activations checkpointed, these are the inputs of the layers and of the last norm.
     """
-    monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a model of a size that memory is a question for
+    monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a large model, which memory is a question for
     model = fast.speed_up(load_model(make_folder("qwen2", False)))
     seen = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
