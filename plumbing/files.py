@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, ClassVar, Iterable, Iterator
 
 from plumbing.errors import BadInput
 
-
 WHITE_SPACE = b" \t\r\n\f\v\xef\xbb\xbf"  # and UTF-8's byte-order mark, which may be all that a line has
 
 
@@ -62,7 +61,8 @@ def existing(path: str | Path) -> Path:
 class Lines:
     """A JSON-lines file that is read on demand: lines[i] -> ("FILE:LINE", object) of the i-th non-empty line.
 
-    Memory holds two numbers for each line, and none of its content. The lines may be those of an open `file`; `path` is then its name.
+    Memory holds two numbers for each line, and none of its content. The lines may be those of an open `file`;
+    `path` is then its name.
     """
     before_number = ":"  # what stands between the file's name and the line's number
     hooks: ClassVar[dict[str, Any]] = {}  # of json.loads

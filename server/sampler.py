@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
+from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
 from plumbing.errors import BadInput
-from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
 from rprm import Analysis, Case, Prompt, Sampler, Sampling, load_prompt, row_seed, yes_no_ids
 from server.completions import Choice, ServerEngine, Token, YesNo
 from server.http import Refused, Server, read_key
