@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
@@ -69,17 +68,6 @@ class ServerSampler(Sampler):
         except BaseException:  # also Ctrl-C: nobody waits for what the other threads ask for
             self.engine.server.stopped.set()
             raise
-
-    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
-        """TEMPORARY, until rprm.Sampler has the loop and score.py pushes."""
-        waiting = iter(cases)
-        self.restart()
-        while True:
-            while self.has_room and (case := next(waiting, None)) is not None:
-                self.add(case)
-            if not self.busy:
-                return
-            yield from self.step()
 
     # ------------------------------------------------------------------------------------------ one case
 

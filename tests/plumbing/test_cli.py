@@ -11,8 +11,8 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from plumbing import cli
 from plumbing import files as plumbing_files
 from plumbing.cli import (

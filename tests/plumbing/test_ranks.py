@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import HANG, start, wait_for_lines
 from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, a fixture
 
 import data
@@ -29,6 +28,7 @@ import score
 import train_dpo
 import train_sft
 from checkpoint import load_config, load_model, load_tokenizer
+from conftest import HANG, start, wait_for_lines
 from data import Examples, MicroBatch, deal
 from formats.turns import read_example, read_pair
 from model import Tree
@@ -193,7 +193,8 @@ def test_two_ranks_give_the_curve_of_one(ran, name, read):
     assert one[0]["loss"] - one[-1]["loss"] > 0.1
     job = jobs[name][1]
     examples = Examples(job["train"], read, load_tokenizer(job["model"]), job["micro_tokens"], context=4096)
-    steps, numbers = training.epoch_batches(examples.kept, job["batch_size"], job["epochs"], max_steps=None, seed=0)
+    steps, numbers = training.epoch_batches(examples.kept, job["batch_size"], job["epochs"], max_steps=None,
+                                            seed=0)
     trees = [len(examples.pack(numbers(step))) for step in range(steps)]
     assert {n % 2 for n in trees} == {0, 1} and max(trees) > 2
     files = (folder / f"two/{name}.out/checkpoints").rglob("*.safetensors")
@@ -247,7 +248,7 @@ def test_the_memory_table_estimates_the_activations(make_folder, monkeypatch, ch
 
     Activations checkpointed, these are the inputs of the layers and of the last norm.
     """
-    monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a model of a size that memory is a question for
+    monkeypatch.setattr("fast.kernels.ONEDNN_SIZE", 0)  # as for a large model, which memory is a question for
     model = fast.speed_up(load_model(make_folder("qwen2", False)))
     seen = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

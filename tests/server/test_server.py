@@ -16,16 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HANG, ROOT, start
 
 import data
 import score
 from checkpoint import load_tokenizer
+from conftest import HANG, ROOT, start
 from data import ServedConfig, load_sampler
+from formats.verdicts import VERIFICATION
 from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput
-from formats.verdicts import VERIFICATION
 from rprm import Case, Prompt, reward
 from server import http as server_http
 from server import sampler as server_sampler
@@ -296,10 +296,16 @@ def test_where_the_tokens_do_not_tell_the_verdict_it_is_read_again(stand_in, tin
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang"])
 @pytest.mark.parametrize("before, words, after", [
-    ("Right.\n", "**", "** Yes, it is."), ("Right.\n", "", "\n\n No"), ("Right.\n", "**", "** **Yes**"), ("Right.\n", "", "\nno"), ("", "## ", " yes")])
+    ("Right.\n", "**", "** Yes, it is."),
+    ("Right.\n", "", "\n\n No"),
+    ("Right.\n", "**", "** **Yes**"),
+    ("Right.\n", "", "\nno"),
+    ("", "## ", " yes"),
+])
 def test_verdicts_in_other_words(stand_in, tiny_folder, dialect, before, words, after):
-    """P(Yes) where the usual word was written; else after the analysis with the verification line in its place."""
-    stand_in.dialect, stand_in.write = dialect, lambda prompt, seed: before + words + VERIFICATION + after
+    """P(Yes) where the usual word was written; else after the verification line in place of those words."""
+    stand_in.dialect = dialect
+    stand_in.write = lambda prompt, seed: before + words + VERIFICATION + after
     it = sampler(stand_in, tiny_folder, k=2)
     [(_, analyses)] = it.analyses(cases(1))
     usual = re.match(r"\W+(?= (Yes|No))", after)
