@@ -1,6 +1,8 @@
 """The two training scripts as a user runs them: data, schedule, overfitting, DPO, checkpoints, kills, refusals."""
+import contextlib
 import dataclasses
 import errno
+import gzip
 import json
 import math
 import os
@@ -221,6 +223,45 @@ def test_public_formats_train_as_our_own(tmp_path, tiny_folder):
         train_sft.main(sft_config(tmp_path, tiny_folder, lines))
         weights[name] = (tmp_path / "out/model/model.safetensors").read_bytes()
     assert weights["ours"] == weights["messages"] == weights["sharegpt"] != weights["alpaca"] == weights["ours again"]
+
+
+@pytest.mark.parametrize("script", [train_sft, train_dpo])
+def test_rows_train_the_same_whatever_they_are_kept_in(tmp_path, tiny_folder, script):
+    """JSON lines, packed, an array, parquet (where pyarrow is there), a folder of shards: the same weights and metrics."""
+    make, rows = (sft_config, sft_rows(6)) if script is train_sft else (dpo_config, pair_rows(6))
+    plain = Path(write(tmp_path / "a.jsonl", rows))
+    files = {"packed": tmp_path / "b.jsonl.gz", "array": tmp_path / "c.json", "folder": tmp_path / "shards"}
+    files["packed"].write_bytes(gzip.compress(plain.read_bytes()))
+    files["array"].write_text(json.dumps(rows, indent=1))
+    files["folder"].mkdir()
+    write(files["folder"] / "0.jsonl", rows[:4])
+    write(files["folder"] / "1.jsonl", rows[4:])
+    with contextlib.suppress(ImportError):
+        import pyarrow.parquet
+        files["parquet"] = tmp_path / "d.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), files["parquet"])
+    runs = {name: tmp_path / name for name in ("plain", *files)}
+    for name, path in {"plain": plain, **files}.items():
+        script.main(make(tmp_path, tiny_folder, rows, train=str(path), out=str(runs[name])))
+        settings = json.loads((runs[name] / "config.json").read_text())
+        assert len(settings["content of --train"]) == 16
+    for name in files:
+        assert same_run(runs["plain"], runs[name]) == [], name
+
+
+def test_other_shards_in_a_folder_are_not_resumed(tmp_path, tiny_folder):
+    (tmp_path / "shards").mkdir()
+    write(tmp_path / "shards/0.jsonl", sft_rows(4))
+    first = sft_config(tmp_path, tiny_folder, sft_rows(1), train=str(tmp_path / "shards"))
+    train_sft.main(first)
+    write(tmp_path / "shards/1.jsonl", sft_rows(4, seed=1))
+    with pytest.raises(BadInput, match="the content of --train is not what the run was begun with"):
+        train_sft.main(dataclasses.replace(first, resume=True, overwrite=False))
+
+
+def test_standard_input_is_not_trained_on(tmp_path, tiny_folder, capsys):
+    assert run_here(train_sft, "--model", tiny_folder, "--train", "-", "--out", tmp_path / "out") == 2
+    assert "error: -: training reads its examples more than once" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- examples that are left out
