@@ -69,7 +69,7 @@ def stepwise(row: dict, where: str, counts: Counter) -> Solution:
 
 
 def openr(row: dict, where: str, counts: Counter) -> Solution:
-    """OpenR's {question, process, label: [+ | -]}: each step of process has a tag behind it, ки or 5 line ends."""
+    """OpenR's {question, process, label: [+ | -]}: a tag follows each step of process, ки or 5 line ends."""
     process = get_field(row, "process", str, where)
     here = f"{where}: field 'label'"
     correct = [_sign(label, here) for label in get_field(row, "label", list, where)]
