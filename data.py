@@ -504,9 +504,10 @@ def fingerprint(seed: int, value: object) -> int:
 def print_table(title: str, counts: Counter) -> None:
     """Counts by name, what was kept first."""
     print(f"\n{title}")
+    width = max([50, *map(len, counts)])
     for name in sorted(counts, key=lambda name: (not name.startswith("kept"), name)):
         if counts[name]:
-            print(f"  {name:<50} {counts[name]:>9,}")
+            print(f"  {name:<{width}} {counts[name]:>9,}")
 
 
 # ------------------------------------------------------------------------------ training examples, in trees

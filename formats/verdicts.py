@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 QUESTION = "Is the step correct (Yes/No)?"
 VERIFICATION = f"Verification: {QUESTION}"
-# What may stand between the question and its answer (white space, markup, brackets, \\boxed{, <answer>), and
-# the answer.
+# What may stand between a question and its answer (white space, markup, \\boxed{, <answer>), and the answer.
 ANSWER = re.compile(r"(?:[^\w\\<]|_|\\[a-z]+|</?[a-z]+>)*(yes|no)(?![^\W_])", re.IGNORECASE)
-# A second answer after the first: "/No", "or No", or a word that stands alone, which that of "Yes, no error"
-# does not.
+# A second answer: "/No", "or No", or a word that stands alone, which the no of "Yes, no error" does not.
 SECOND_ANSWER = re.compile(r"\W*(?:/\W*(yes|no)\b|\bor\W+(yes|no)\b|(yes|no)\b(?!,? *\w))", re.IGNORECASE)
 THINKING_BEGINS = re.compile(r"<think(?:ing)?>|\[THINK\]")
 THINKING_ENDS = re.compile(r"</think(?:ing)?>|\[/THINK\]")
@@ -37,12 +35,10 @@ def analysis_start(text: str) -> int:
 
 
 def find_verdict(text: str) -> Verdict | None:
-    """The verdict of an analysis, wherever its last question stands and whatever surrounds the answer; None
-    if it has none.
+    """The answer to the last question of an analysis, whatever surrounds it; None if there is none.
 
-    All of these are a Yes:  ? Yes   ?** Yes   ? **Yes**   ?\\nYes   ? yes   ? \\boxed{Yes}   ? Yes, the step
-    is correct. None of these is one:    ? Yes or No   ? Yes/No   ? Yes No   ? Yesterday   ? Hm.   and a
-    question without any answer.
+        a Yes:   ? Yes   ?** Yes   ? **Yes**   ?\\nYes   ? yes   ? \\boxed{Yes}   ? Yes, the step is correct.
+        None:    ? Yes or No   ? Yes/No   ? Yes No   ? Yesterday   ? Hm.   ?
     """
     question = text.rfind(QUESTION, analysis_start(text))
     if question < 0:
@@ -69,8 +65,7 @@ def has_one_verdict(text: str) -> bool:
 
 
 def before_verdict(text: str) -> str:
-    """A text that has a verdict, up to the line of the question, or up to the words before it on the same
-    line.
+    """A text that has a verdict, up to the question's line, or up to the words before it on the same line.
 
     The heading "Verification:", the markup around it and an <answer> that begins there belong to the verdict.
     """
@@ -88,8 +83,7 @@ def before_verdict(text: str) -> str:
 
 
 def normal_form(text: str) -> str:
-    """An analysis that has a verdict, as it is trained on: without thinking, and with the verdict as its last
-    line.
+    """An analysis that has a verdict, as it is trained on: without thinking, the verdict as its last line.
 
         <think>Hm.</think>\\n\\nRight.\\n**Verification: Is the step correct (Yes/No)?** yes!\\nDone.
         Right.\\nVerification: Is the step correct (Yes/No)? Yes
@@ -106,7 +100,5 @@ def verdict_letter(text: str) -> int:
 
 
 def has_usual_word(text: str) -> bool:
-    """Is the word of a text's verdict written as " Yes" or " No", with the space, which are the tokens that
-    P(Yes) compares?
-    """
+    """Is a verdict's word " Yes" or " No", with the space? These are the tokens that P(Yes) compares."""
     return text[:verdict_letter(text)].endswith(" ") and text.startswith(("Yes", "No"), verdict_letter(text))

@@ -69,8 +69,7 @@ def stepwise(row: dict, where: str, counts: Counter) -> Solution:
 
 
 def openr(row: dict, where: str, counts: Counter) -> Solution:
-    """OpenR's {question, process, label: [+ | -]}: a tag follows each step of process, ки or five line ends.
-    """
+    """OpenR's {question, process, label: [+ | -]}: a tag follows each step of process, ки or 5 line ends."""
     process = get_field(row, "process", str, where)
     here = f"{where}: field 'label'"
     correct = [_sign(label, here) for label in get_field(row, "label", list, where)]

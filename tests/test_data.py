@@ -1,4 +1,7 @@
-"""The stages between the files: cases, samples, SFT examples and pairs. What is kept, what is dropped, and that it adds up."""
+"""The stages between the files.
+
+Cases, samples, SFT examples and pairs. What is kept, what is dropped, and that it adds up.
+"""
 import json
 import random
 import re
@@ -104,7 +107,10 @@ def bench_row(name: str, label: int, n_steps: int = 3) -> dict:
 
 
 def test_cases(tmp_path, capsys):
-    """A line per labelled step, from several files of several formats; equal cases once; the table says all."""
+    """A line per labelled step, from several files of several formats.
+
+    Equal cases once; the table says all.
+    """
     write(tmp_path / "a.json", [json.dumps([bench_row("x", 1), bench_row("y", -1)], indent=1)])
     seed = {"id": 9, "query": "Q", "previous-steps": "", "now-step": "s", "expert-judge": "Negative"}
     write(tmp_path / "b.jsonl", [seed, seed | {"id": 10}, seed | {"expert-judge": "Positive"}])
@@ -142,14 +148,21 @@ def test_cases_of_the_real_processbench(processbench, tmp_path, capsys):
 SHEPHERD = {"input": "Q? Step 1: a=1. ки\nStep 2: b=2. ки", "label": "Q? Step 1: a=1. +\nStep 2: b=2. -"}
 DEFECTS = [  # (row, why it is dropped, what is said of it)
     (bench_row("y", 7), "label out of range", "field 'label': 7 is out of range (-1 to 2)"),
-    (bench_row("z", -1) | {"steps": ["a", " "]}, "with a blank step", "field 'steps': needs at least one step"),
+    (
+        bench_row("z", -1) | {"steps": ["a", " "]},
+        "with a blank step",
+        "field 'steps': needs at least one step",
+    ),
     ({"input": "Q? a=1. ки", "label": "Q? a=1. +"}, "without Step 1:", "field 'input': needs a problem"),
     ({"instruction": "a", "x\x1b[2J\ny": "b"}, "of another shape", "fields instruction, x"),
 ]
 
 
 def test_rows_with_defects_are_dropped_and_counted(tmp_path, capsys):
-    """The good rows' cases are those of a file without the bad ones; the table says how many, why, and where the first stands."""
+    """The good rows' cases are those of a file without the bad ones.
+
+    The table says how many, why, and where the first stands.
+    """
     good = [bench_row("x", 1), SHEPHERD, bench_row("w", -1, 1)]
     write(tmp_path / "good.jsonl", good)
     write(tmp_path / "mixed.jsonl", [good[0], *(row for row, *_ in DEFECTS), good[1], DEFECTS[0][0], good[2]])
@@ -159,16 +172,24 @@ def test_rows_with_defects_are_dropped_and_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     without_ids = [[{**line, "id": None} for line in read(tmp_path / name)] for name in ("good", "mixed")]
     assert without_ids[0] == without_ids[1] and len(without_ids[0]) == 5
-    assert table(out) == kept | {f"dropped row: {reason}": 1 for _, reason, _ in DEFECTS} | {"dropped row: label out of range": 2}
+    assert table(out) == kept | {f"dropped row: {reason}": 1 for _, reason, _ in DEFECTS} | {
+        "dropped row: label out of range": 2
+    }
     for number, (_, reason, said) in enumerate(DEFECTS, 2):
-        assert re.search(f"^  the first dropped row: {re.escape(reason)}: {tmp_path}/mixed.jsonl:{number}: {re.escape(said)}", out, re.M)
+        assert re.search(
+            f"^  the first dropped row: {re.escape(reason)}: {tmp_path}/mixed.jsonl:{number}: {re.escape(said)}",
+            out,
+            re.M,
+        )
     assert "\x1b" not in out
 
 
 @pytest.mark.parametrize("row, reason, said", DEFECTS, ids=[reason for _, reason, _ in DEFECTS])
 def test_strict_makes_a_defect_an_error(tmp_path, capsys, row, reason, said):
     write(tmp_path / "a.jsonl", [bench_row("x", 1), row])
-    assert f"{tmp_path}/a.jsonl:2: {said}" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c", "--strict")
+    assert f"{tmp_path}/a.jsonl:2: {said}" in refused(
+        capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c", "--strict"
+    )
     assert names(tmp_path) == ["a.jsonl"]
 
 
@@ -177,13 +198,17 @@ def test_an_input_without_a_good_row_is_an_error(tmp_path, capsys, row, reason, 
     """Also beside a good input: a wrong file must not vanish in a table."""
     write(tmp_path / "a.jsonl", [row, row])
     write(tmp_path / "good.jsonl", [bench_row("x", 1)])
-    message = refused(capsys, "cases", "--input", tmp_path / "good.jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    message = refused(
+        capsys, "cases", "--input", tmp_path / "good.jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "c"
+    )
     assert f"{tmp_path}/a.jsonl:1: {said}" in message and names(tmp_path) == ["a.jsonl", "good.jsonl"]
 
 
 def test_malformed_json_is_an_error_without_strict_too(tmp_path, capsys):
     write(tmp_path / "a.jsonl", [bench_row("x", 1), '{"id": ', bench_row("y", 1)])
-    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in refused(capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c")
+    assert f"{tmp_path}/a.jsonl:2: not valid JSON" in refused(
+        capsys, "cases", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "c"
+    )
 
 
 def test_a_bad_row_leaves_no_cases(tmp_path, capsys):
@@ -292,7 +317,10 @@ def test_complete_gives_every_analysis_a_verdict(sampling, capsys):
 
 
 def test_a_resumed_sampling_must_be_the_same_one(sampling, capsys, monkeypatch):
-    """Another flag, other cases, a damaged line, or no --resume: refused, and what is there stays. Nothing left to do is no error."""
+    """Another flag, other cases, a damaged line, or no --resume.
+
+    Refused, and what is there stays. Nothing left to do is no error.
+    """
     monkeypatch.setattr(data, "ROUND", 1)
     out, flags = sampling
     data_py(*flags)
@@ -408,26 +436,62 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     assert read(tmp_path / "sft.validation.jsonl") == []
 
 
-OTHER_WORDS = [f"**{VERIFICATION}** Yes", f"{VERIFICATION} **Yes**", f"{VERIFICATION}\nYes", f"{VERIFICATION} yes", f"{VERIFICATION} \\boxed{{Yes}}",
-               f"{VERIFICATION} Yes, the step is correct.", f"<answer>\n{VERIFICATION} Yes\n</answer>", f"{VERIFICATION} Yes\nThat is all.",
-               f"<think>I must end with {VERIFICATION} No</think>{VERIFICATION} Yes"]
+OTHER_WORDS = [
+    f"**{VERIFICATION}** Yes",
+    f"{VERIFICATION} **Yes**",
+    f"{VERIFICATION}\nYes",
+    f"{VERIFICATION} yes",
+    f"{VERIFICATION} \\boxed{{Yes}}",
+    f"{VERIFICATION} Yes, the step is correct.",
+    f"<answer>\n{VERIFICATION} Yes\n</answer>",
+    f"{VERIFICATION} Yes\nThat is all.",
+    f"<think>I must end with {VERIFICATION} No</think>{VERIFICATION} Yes",
+]
 
 
 @pytest.mark.parametrize("command", ["sft", "pairs"])
 def test_verdicts_in_other_words_are_trained_on_in_the_normal_form(tmp_path, capsys, command):
-    """Every response ends with the one line; those that did not are counted, and what is then the same is taken once."""
+    """Every response ends with the one line.
+
+    Those that did not are counted, and what is then the same is taken once.
+    """
     texts = [f"({i}) Right.\n{words}" for i, words in enumerate(OTHER_WORDS)]
     wrong = [re.sub("(?<![(])[Yy]es", "No", text) for text in texts]
-    write(tmp_path / "s.jsonl", [sample_row(1, True, [*texts, *wrong, texts[0], f"(0) Right.\n{VERIFICATION} Yes"])])
-    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--no-balance", "--validation", 0, "--max-per-case", 99)
-    responses = [line[name] for line in read(tmp_path / "t.jsonl") for name in line if name in ("response", "chosen", "rejected")]
+    write(
+        tmp_path / "s.jsonl",
+        [sample_row(1, True, [*texts, *wrong, texts[0], f"(0) Right.\n{VERIFICATION} Yes"])],
+    )
+    data_py(
+        command,
+        "--samples",
+        tmp_path / "s.jsonl",
+        "--out",
+        tmp_path / "t.jsonl",
+        "--no-balance",
+        "--validation",
+        0,
+        "--max-per-case",
+        99,
+    )
+    responses = [
+        line[name]
+        for line in read(tmp_path / "t.jsonl")
+        for name in line
+        if name in ("response", "chosen", "rejected")
+    ]
     assert len(set(responses)) == (len(texts) if command == "sft" else 2 * len(texts))
     assert all(has_one_verdict(text) and text == normal_form(text) and "<" not in text for text in responses)
     counts = table(capsys.readouterr().out)
     others = 9 + (8 if command == "pairs" else 0)  # with No in its place, the fourth is in the normal form
-    assert counts["of these, verdict put into the normal form"] == others and counts["dropped: the same analysis again"] == 2
+    assert (
+        counts["of these, verdict put into the normal form"] == others
+        and counts["dropped: the same analysis again"] == 2
+    )
     if command == "pairs":
-        assert all(line["chosen"] != line["rejected"] for line in read(tmp_path / "t.jsonl")) and len(responses) == 2 * len(texts) ** 2
+        assert (
+            all(line["chosen"] != line["rejected"] for line in read(tmp_path / "t.jsonl"))
+            and len(responses) == 2 * len(texts) ** 2
+        )
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-balance"], ["--max-per-case", "1", "--validation", "0.5"]])
@@ -455,7 +519,10 @@ def test_sft_max_per_case(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["sft", "pairs"])
 def test_the_split_is_by_problem(tmp_path, command):
-    """No problem on both sides; about the asked share of them held out; the same whatever the order of the lines."""
+    """No problem on both sides.
+
+    About the asked share of them held out; the same whatever the order of the lines.
+    """
     texts = numbered(YES, 2) + numbered(NO, 2)
     rows = [sample_row(i, i % 2 == 0, texts, problem=f"Problem {i % 300}?") for i in range(900)]
     sides = []
@@ -490,7 +557,10 @@ def test_several_files_of_samples(tmp_path):
 
 @pytest.mark.parametrize("kind", ["cases", "samples"])
 def test_sft_direct(tmp_path, capsys, kind):
-    """The verdict line alone under the direct prompt, one per labelled case; cases will do as well as samples."""
+    """The verdict line alone under the direct prompt, one per labelled case.
+
+    Cases will do as well as samples.
+    """
     labels = [True, False, True, None, False]
     rows = [case_row(i, label) if kind == "cases" else sample_row(i, label, ["Hm."] * 3) for i, label in enumerate(labels)]
     write(tmp_path / "in.jsonl", rows)
@@ -520,7 +590,10 @@ def test_the_prompt_travels(tmp_path, short, command):
 # ---------------------------------------------------------------------------------------------- pairs
 
 def test_even_pairs_uses_every_response_as_often():
-    """For all small numbers: distinct pairs, as many as may be, each response of a side used equally often give or take one."""
+    """For all small numbers.
+
+    Distinct pairs, as many as may be, each response of a side used equally often give or take one.
+    """
     for right in range(9):
         for wrong in range(9):
             for most in (*range(1, 14), 40, 100):
@@ -541,7 +614,11 @@ def test_even_pairs_are_drawn_by_the_seed():
 
 
 def test_pairs_are_right_against_wrong(tmp_path, capsys):
-    """Chosen: verdict = label; rejected: the other verdict; both usable; each pair once; no response more often than needed."""
+    """Chosen.
+
+    Verdict = label; rejected: the other verdict; both usable; each pair once; no response more often than
+    needed.
+    """
     write(tmp_path / "s.jsonl", [
         sample_row(1, True, numbered(YES, 3) + numbered(NO, 2) + ["Hm.", f"{YES}\nDone {QUESTION}", analysis(f"Cut. {NO}", finished=False)]),
         sample_row(2, False, numbered(YES, 1) + numbered(NO, 4)),
@@ -565,7 +642,10 @@ def test_pairs_are_right_against_wrong(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--no-balance"], ["--validation", "0.5", "--max-per-case", "2"]])
 def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
-    """Kept, left out for the balance and not made are right × wrong, summed over the cases; both sides balanced."""
+    """Kept, left out for the balance and not made are right × wrong, summed over the cases.
+
+    Both sides balanced.
+    """
     rows = random_samples(300, seed=1)
     write(tmp_path / "s.jsonl", rows)
     data_py("pairs", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "p.jsonl", *flags)
@@ -585,29 +665,62 @@ def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
 
 # ---------------------------------------------------------------------------------------------- small data
 
+
 @pytest.mark.parametrize("problems", [1, 2, 3])
 @pytest.mark.parametrize("script, command", [(train_sft, "sft"), (train_dpo, "pairs")])
-def test_a_few_cases_go_through_the_whole_pipeline(tmp_path, tiny_folder, short, capsys, script, command, problems):
-    """As the README has it, with the validation file that was written, which is empty here; it is said twice."""
+def test_a_few_cases_go_through_the_whole_pipeline(
+    tmp_path, tiny_folder, short, capsys, script, command, problems
+):
+    """As the README has it, with the validation file that was written, which is empty here.
+
+    It is said twice.
+    """
     rows = [sample_row(i, i % 2 == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(4)]
     write(tmp_path / "s.jsonl", rows)
     data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--prompt-file", short)
     assert read(tmp_path / "t.validation.jsonl") == [] and len(read(tmp_path / "t.jsonl")) == 4
     assert f"{tmp_path}/t.validation.jsonl: is empty, as there are so few problems" in capsys.readouterr().out
-    script.main(script.Config(model=str(tiny_folder), train=str(tmp_path / "t.jsonl"), validation=str(tmp_path / "t.validation.jsonl"),
-                              out=str(tmp_path / "run"), device="cpu"))
-    assert f"{tmp_path}/t.validation.jsonl: is empty; training goes on without validation" in capsys.readouterr().out
+    script.main(
+        script.Config(
+            model=str(tiny_folder),
+            train=str(tmp_path / "t.jsonl"),
+            validation=str(tmp_path / "t.validation.jsonl"),
+            out=str(tmp_path / "run"),
+            device="cpu",
+        )
+    )
+    assert (
+        f"{tmp_path}/t.validation.jsonl: is empty; training goes on without validation"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("command", ["sft", "pairs"])
 def test_no_share_for_validation_takes_all_there_is_to_train_on(tmp_path, command):
-    """Whatever the seed puts where: a problem alone, or one with Yes and another with No, of which either goes to validation."""
+    """Whatever the seed puts where.
+
+    A problem alone, or one with Yes and another with No, of which either goes to validation.
+    """
     for problems in (1, 2):
-        write(tmp_path / "s.jsonl", [sample_row(i, i == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(2)])
+        write(
+            tmp_path / "s.jsonl",
+            [sample_row(i, i == 0, [YES, NO], problem=f"Problem {i % problems}?") for i in range(2)],
+        )
         sizes = set()
         for seed in range(12):
-            data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "t.jsonl", "--validation", 0.5, "--seed", seed, "--overwrite")
+            data_py(
+                command,
+                "--samples",
+                tmp_path / "s.jsonl",
+                "--out",
+                tmp_path / "t.jsonl",
+                "--validation",
+                0.5,
+                "--seed",
+                seed,
+                "--overwrite",
+            )
             sizes.add((len(read(tmp_path / "t.jsonl")), len(read(tmp_path / "t.validation.jsonl"))))
         assert sizes == {(2, 0)}
 

@@ -44,14 +44,41 @@ SHEPHERD = {"input": "Tom has 3. Step 1: 3 + 4 = 7 ки\nStep 2: 7 + 1 = 9 ки"
             "label": "Tom has 3. Step 1: 3 + 4 = 7 +\nStep 2: 7 + 1 = 9 -", "task": "GSM8K"}
 SEED_ROW = {"id": "a", "query": "Tom has 3.", "previous-steps": "Step 1: 3 + 4 = 7\nStep 2: so 7", "now-step": "Step 3: 8",
             "expert-judge": "Negative"}
-EVALUATION = {"id": 7, "origin_id": "gsm8k-0", "question": "Tom has 3.", "previous_steps": "Step 1: 3 + 4 = 7", "now_step": "Step 2: So 8.",
-              "label": 1}
-STEPWISE = {"prompt": "Tom has 3.", "completions": ["Step 1: 3 + 4 = 7", "Step 2: so 8"], "labels": [True, False]}
-OPENR = {"question": "Tom has 3.", "process": "Step 1: 3 + 4 = 7\n\n\n\n\nStep 2: so 8\n\n\n\n\n", "label": ["+", "-"]}
-PRMBENCH = {"modified_question": "Tom has 3.", "modified_process": ["3 + 4 = 7", "so 8"], "error_steps": [2], "classification": "circular",
-            "idx": "p1_0"}
-FORMATS = {"processbench": PROCESSBENCH, "prm800k": PRM800K, "shepherd": SHEPHERD, "seed_row": SEED_ROW, "evaluation": EVALUATION,
-           "stepwise": STEPWISE, "openr": OPENR, "prmbench": PRMBENCH}
+EVALUATION = {
+    "id": 7,
+    "origin_id": "gsm8k-0",
+    "question": "Tom has 3.",
+    "previous_steps": "Step 1: 3 + 4 = 7",
+    "now_step": "Step 2: So 8.",
+    "label": 1,
+}
+STEPWISE = {
+    "prompt": "Tom has 3.",
+    "completions": ["Step 1: 3 + 4 = 7", "Step 2: so 8"],
+    "labels": [True, False],
+}
+OPENR = {
+    "question": "Tom has 3.",
+    "process": "Step 1: 3 + 4 = 7\n\n\n\n\nStep 2: so 8\n\n\n\n\n",
+    "label": ["+", "-"],
+}
+PRMBENCH = {
+    "modified_question": "Tom has 3.",
+    "modified_process": ["3 + 4 = 7", "so 8"],
+    "error_steps": [2],
+    "classification": "circular",
+    "idx": "p1_0",
+}
+FORMATS = {
+    "processbench": PROCESSBENCH,
+    "prm800k": PRM800K,
+    "shepherd": SHEPHERD,
+    "seed_row": SEED_ROW,
+    "evaluation": EVALUATION,
+    "stepwise": STEPWISE,
+    "openr": OPENR,
+    "prmbench": PRMBENCH,
+}
 CASE = {"id": "c-0", "problem": "Tom has 3.", "previous_steps": ["He buys 4."], "now_step": "So 8.", "label": False}
 SAMPLES = {"id": "c-0", "case": CASE, "analyses": [
     {"text": f"Hm.\n{VERIFICATION} No", "verdict": False, "p_yes": 0.25, "n_tokens": 12, "finished": True, "forced": False},
@@ -175,7 +202,10 @@ def fuzz(inputs, use, n: int = N) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", FORMATS)
 def test_solutions(tmp_path, name, strict):
-    """As JSON lines, and every third file as an array. With `strict`, each row is read or refused; else dropped rows are counted."""
+    """As JSON lines, and every third file as an array.
+
+    With `strict`, each row is read or refused; else dropped rows are counted.
+    """
     path, turn = tmp_path / "rows.json", itertools.count()
 
     def use(content: bytes):
@@ -187,7 +217,10 @@ def test_solutions(tmp_path, name, strict):
                 assert isinstance(case.label, bool) and case.now_step.strip() and case.problem.strip()
                 assert all(isinstance(step, str) and step.strip() for step in case.previous_steps)
                 json.dumps(case.__dict__, ensure_ascii=False).encode()  # can be written
-        assert set(firsts) == {reason for reason in counts if reason.startswith("dropped row")} and not (strict and firsts)
+        assert set(firsts) == {reason for reason in counts if reason.startswith("dropped row")} and not (
+            strict and firsts
+        )
+
     fuzz(mutated_lines("solutions", [FORMATS[name]] * 2), use)
 
 
@@ -200,6 +233,7 @@ def test_solutions_to_score(tmp_path, name):
         for where, solution in read_solutions(path):
             assert isinstance(where, str) and isinstance(solution.id, str) and solution.problem.strip()
             assert solution.steps and (solution.label is None or -1 <= solution.label < len(solution.steps))
+
     first = EVALUATION | {"previous_steps": "", "now_step": "Step 1: 3 + 4 = 7"}
     fuzz(mutated_lines("score", [PROCESSBENCH] if name == "processbench" else [EVALUATION, first]), use)
 
@@ -212,6 +246,7 @@ def test_packed_rows(tmp_path):
         path.write_bytes(content)
         for where, row in read_rows(path):
             assert isinstance(where, str) and isinstance(row, dict)
+
     fuzz((mutate_bytes(rng, whole) if rng.random() < 0.7 else whole for _ in range(N)), use)
 
 
@@ -278,7 +313,10 @@ def test_config(tmp_path):
 
 
 def test_a_model_with_a_spoilt_config(folder):
-    """What the reader lets pass, the weights must fit; then the model computes something finite, or says that it cannot."""
+    """What the reader lets pass, the weights must fit.
+
+    Then the model computes something finite, or says that it cannot.
+    """
     rng, good = random.Random("model"), json.loads((folder / "config.json").read_text())
     torch.set_grad_enabled(False)
     try:
@@ -333,7 +371,7 @@ def test_tokenizer_files(folder, name, n):
     fuzz((json.dumps(mutate_value(rng, value)).encode() if i % 2 else mutate_bytes(rng, whole) for i in range(n)), use, n)
 
 
-# ---------------------------------------------------------------------------------------------- chat templates and prompts
+# --------------------------------------------------------------------------------- chat templates and prompts
 
 LLAMA = ("{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content']|trim %}"
          "{%- set messages = messages[1:] %}"

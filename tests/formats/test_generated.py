@@ -1,4 +1,8 @@
-"""Files of each format with defects of every kind, made by bench/formats.py in miniature: the counts are those they were made with."""
+"""Files of each format with defects of every kind, made by bench/formats.py in miniature.
+
+The counts are those they were made with.
+"""
+
 import importlib.util
 import json
 
