@@ -535,12 +535,13 @@ function dotLine(judge, number, t, isOpened) {
     const title = `analysis ${sample.number}: ${sample.verdict}, P(Yes) ${sample.pYes.toFixed(3)}`;
     return element("span", {class: `sample-dot ${sample.verdict}`, "--p": sample.pYes, "--pile": piles.get(pile), title});
   });
+  const tallest = Math.max(1, ...piles.values());
   const mean = known.length ? [element("span", {class: "mean", "--p": reward})] : [];
   const text = known.length ? `reward ${reward.toFixed(3)}` : "reward null";
   const spoken = `${judge.name}: ${text}; P(Yes) ${known.map(sample => sample.pYes.toFixed(3)).join(", ")}`;
   return element("div", {class: `dot-row${isOpened ? " in-focus" : ""}`},
     element("span", {class: "dot-name"}, judge.name),
-    element("div", {class: "dots", role: "img", "aria-label": spoken, "--height": Math.max(0, ...piles.values())},
+    element("div", {class: "dots", role: "img", "aria-label": spoken, "--height": tallest, "--rise": `${Math.min(5, 50 / tallest)}px`},
       element("span", {class: "threshold-tick"}), ...mean, ...dots),
     element("span", {class: "dot-reward"}, text));
 }

@@ -3,7 +3,7 @@
     write_page([Path("scores.sft.jsonl"), Path("scores.dpo.jsonl")], Path("report.html"), runs=[Path("runs/sft"), Path("runs/dpo")])
 
 The page is one file that asks no network for anything; a Content-Security-Policy with the hash of its one script holds the browser to that.
-It is put together from page.html, page.css and the scripts (SCRIPTS), and from data blocks:
+It is put together from page.html, its styles and scripts (STYLES, SCRIPTS), and from data blocks:
 
     <script type="text/plain" id="NAME">base64 of a zlib stream</script>
 
@@ -32,6 +32,7 @@ from plumbing.errors import BadInput
 from plumbing.files import writing
 
 HERE = Path(__file__).parent
+STYLES = ("look.css", "page.css")
 SCRIPTS = ("page_numbers.js", "page_charts.js", "page.js")
 TEXT_BYTES = 2_000_000  # of packed analyses in a page
 YES, NO, CUT_OFF, FORCED = 1, 2, 4, 8  # the bits of a flag
@@ -63,7 +64,7 @@ def write_page(scores: list[Path], out: Path, runs: Iterable[Path] = (), thresho
         "texts": texts.total,
         "texts_left_out": texts.left_out,
     }
-    head, tail = template("page.html", SCRIPTS).split("<!-- data -->")
+    head, tail = template("page.html", STYLES, SCRIPTS).split("<!-- data -->")
     with writing(out) as file:
         file.write(head)
         file.write(block("page", pack_json(page)))
@@ -234,15 +235,19 @@ def block(name: str, packed: str) -> str:
     return f'<script type="text/plain" id="{name}">{packed}</script>\n'
 
 
-def template(name: str, scripts: tuple[str, ...] = ()) -> str:
-    """A page of this folder with the style and its scripts, and with a policy that allows these alone."""
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = "\n".join((HERE / script).read_text(encoding="utf-8") for script in scripts)
+def template(name: str, styles: tuple[str, ...], scripts: tuple[str, ...] = ()) -> str:
+    """A page of this folder with its styles and scripts, and with a policy that allows these alone."""
+    style = joined(styles)
+    script = joined(scripts)
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {csp_hash(style)}"
     if scripts:
         policy += f"; script-src {csp_hash(script)}"
     page = (HERE / name).read_text(encoding="utf-8")
     return page.replace("{policy}", policy).replace("{style}", style).replace("{script}", script)
+
+
+def joined(names: tuple[str, ...]) -> str:
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
 
 
 def csp_hash(text: str) -> str:
