@@ -156,7 +156,7 @@ def show_legend(analyses: list[Written]) -> str:
         marks.append(f'<span class="likely{shade}">{low:g} to {high:g}</span>')
         low = high
     marks.append(f"<span>{low:g} to 1</span>")
-    return f'<p class="note legend">Probability of a token: {"".join(marks)}</p>\n'
+    return f'<p class="note legend">Probability of a token: {" ".join(marks)}</p>\n'
 
 
 def show_branch(analyses: list[Written], branch: Branch) -> str:
