@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -212,3 +213,44 @@ def processbench() -> list[dict]:
     if not path.is_file():
         pytest.skip(f"{path}: no ProcessBench there; put gsm8k.json of Qwen/ProcessBench at that place")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------- a real browser for the pages
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless chromium with a fresh profile; skips where there is none."""
+    if not CHROMIUM.is_file():
+        pytest.skip(f"{CHROMIUM}: no browser there; apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def watched_tab(browser, path: Path, width: int = 1280, scheme: str = "light"):
+    """The page in a tab. At the end: no error, no message on the console, no request but for the file."""
+    complaints = []
+    requests = []
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.goto(path.as_uri())
+    yield tab
+    tab.close()
+    assert complaints == []
+    assert requests == [path.as_uri()]
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(path, width, scheme) -> a tab."""
+    with ExitStack() as tabs:
+        yield lambda path, **how: tabs.enter_context(watched_tab(browser, path, **how))
