@@ -151,11 +151,15 @@ def sample(config: SampleConfig) -> None:
             asked.append(case_of(i))
             yield asked[-1][1]
     asked = deque()  # the (id, case)s whose analyses are not written yet
+    too_long = []    # the ids of the cases that have none
     own, size = ranks.share(range(min(len(lines), config.limit or len(lines)))), round_size(config)
     journal = Journal(config.out, config, size or 1)
     for where, line in journal.check({"id": name, "case": vars(case) | {"previous_steps": list(case.previous_steps)}}
                                      for name, case in map(case_of, own)):
-        count_analyses(counts, line["case"]["label"], read_analyses(line, where))
+        analyses = read_analyses(line, where)
+        count_analyses(counts, line["case"]["label"], analyses)
+        if not analyses:
+            too_long.append(line["id"])
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
     with journal, tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0) as bar:
         if ranks.rank() == 0:
@@ -165,12 +169,22 @@ def sample(config: SampleConfig) -> None:
                 case_id, case = asked.popleft()
                 journal.write({"id": case_id, "case": dataclasses.asdict(case), "analyses": [dataclasses.asdict(a) for a in analyses]})
                 count_analyses(counts, case.label, analyses)
+                if not analyses:
+                    too_long.append(case_id)
                 bar.update()
                 bar.set_postfix_str(f"{sampler.engine.new_tokens / (time.perf_counter() - start):.0f} tokens/s, "
                                     f"right {counts['verdict equal to the label'] / max(1, counts['analyses']):.0%}")
     print_table("analyses", sum(ranks.gather(counts), Counter()))
+    print_too_long([name for names in ranks.gather(too_long) for name in names])
     if config.server:
         print(sampler.engine.tally())
+
+
+def print_too_long(names: list[str]) -> None:
+    """Name what was not judged, since its prompt is longer than the context: the first ten, and how many more."""
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        print(f"not judged, as the prompt is longer than the model's context: {', '.join(names[:10])}{more}")
 
 
 def round_size(config: ServedConfig) -> int | None:
@@ -200,6 +214,8 @@ def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
 
 
 def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
+    if not analyses:
+        counts["cases longer than the context: no analyses"] += 1
     for a in analyses:
         counts["analyses"] += 1
         counts["verdict " + {True: "Yes", False: "No", None: "missing"}[a.verdict]] += 1

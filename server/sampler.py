@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing import ranks
@@ -49,8 +48,8 @@ class ServerSampler(Sampler):
         self.jobs = Jobs()
 
     def add(self, case: Case) -> int:
-        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding."""
-        return self.jobs.start(partial(self._analyse, case))
+        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding. Raises TooLong."""
+        return self.jobs.start(partial(self._analyse, case, self.prompt_ids(case)))
 
     @property
     def has_room(self) -> bool:
@@ -70,21 +69,9 @@ class ServerSampler(Sampler):
             self.engine.server.stopped.set()
             raise
 
-    def analyses(self, cases: Iterable[Case | None]) -> Iterator[tuple[int, list[Analysis]]]:
-        """TEMPORARY, until rprm.Sampler has the loop and score.py pushes."""
-        waiting = iter(cases)
-        self.restart()
-        while True:
-            while self.has_room and (case := next(waiting, None)) is not None:
-                self.add(case)
-            if not self.busy:
-                return
-            yield from self.step()
-
     # ------------------------------------------------------------------------------------------ one case
 
-    def _analyse(self, case: Case) -> list[Analysis]:
-        prompt = self.prompt_ids(case)
+    def _analyse(self, case: Case, prompt: list[int]) -> list[Analysis]:
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         try:
             choices = self.engine.sample(prompt, seeds)
