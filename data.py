@@ -174,10 +174,14 @@ def sample(config: SampleConfig) -> None:
     own = ranks.share(range(min(len(cases), config.limit or len(cases))))  # the numbers of this rank's cases
     size = round_size(config)
     counts = Counter()
+    too_long = []  # the ids of the cases that have no analyses
     journal = Journal(config.out, config, size or 1)
     items = (item_of(*cases[i]) for i in own)
     for where, line in journal.check(items):  # what a killed run left
-        count_analyses(counts, line["case"]["label"], read_analyses(line, where))
+        analyses = read_analyses(line, where)
+        count_analyses(counts, line["case"]["label"], analyses)
+        if not analyses:
+            too_long.append(line["id"])
 
     sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
     start = time.perf_counter()
@@ -192,13 +196,26 @@ def sample(config: SampleConfig) -> None:
                 line = item_of(case_id, case) | {"analyses": [dataclasses.asdict(a) for a in analyses]}
                 journal.write(line)
                 count_analyses(counts, case.label, analyses)
+                if not analyses:
+                    too_long.append(case_id)
                 speed = sampler.engine.new_tokens / (time.perf_counter() - start)
                 right = counts["verdict equal to the label"] / max(1, counts["analyses"])
                 bar.update()
                 bar.set_postfix_str(f"{speed:.0f} tokens/s, right {right:.0%}")
     print_table("analyses", sum(ranks.gather(counts), Counter()))
+    print_too_long([name for names in ranks.gather(too_long) for name in names])
     if config.server:
         print(sampler.engine.tally())
+
+
+def print_too_long(names: list[str]) -> None:
+    """Name what was not judged, since its prompt is longer than the context: the first ten, and how many
+    more.
+    """
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        shown = ", ".join(names[:10])
+        print(f"not judged, as the prompt is longer than the model's context: {shown}{more}")
 
 
 class CaseFile:

@@ -140,6 +140,10 @@ class Sampling:
     complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
+class TooLong(BadInput):
+    """The prompt of a case leaves no room in the model's context for an analysis."""
+
+
 class Sampler:
     """K analyses per case: one operation for the teacher, for preferences and for rewards.
 
@@ -186,9 +190,10 @@ class Sampler:
         return self.model.config.max_position_embeddings
 
     def prompt_ids(self, case: Case) -> list[int]:
+        """The prompt's token ids. Raises TooLong."""
         ids = self.tokenizer.chat(self.prompt.fill(case))
         if len(ids) + self.room >= self.context:
-            raise BadInput(
+            raise TooLong(
                 f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
                 f"are needed, but the model's context is {self.context}; "
                 f"leave this case out or use a model with a longer context"
@@ -201,8 +206,9 @@ class Sampler:
         self.open_cases.clear()
 
     def add(self, case: Case) -> int:
-        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number
-        alone.
+        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number.
+
+        Raises TooLong, and then takes nothing in.
         """
         ids = self.prompt_ids(case)
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
@@ -229,17 +235,24 @@ class Sampler:
         return found
 
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
-        """(index of the case, its K analyses), as they are completed: not in order. `cases` is read as room
-        is found.
+        """(index of the case, its K analyses), as they are completed. `cases` is read as room is found.
+
+        A case whose prompt is longer than the context has no analyses: (index, []).
         """
-        waiting = iter(cases)
+        waiting = enumerate(cases)
+        index_of: dict[int, int] = {}  # ticket -> index of the case
         self.restart()
         while True:
-            while self.has_room and (case := next(waiting, None)) is not None:
-                self.add(case)
+            while self.has_room and (new := next(waiting, None)) is not None:
+                index, case = new
+                try:
+                    index_of[self.add(case)] = index
+                except TooLong:
+                    yield index, []
             if not self.busy:
                 return
-            yield from self.step()
+            for ticket, analyses in self.step():
+                yield index_of.pop(ticket), analyses
 
     def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         found = self._read(prompt, continuations)
@@ -470,6 +483,7 @@ def main(config: Config) -> None:
     print_config(config)
     case = case_of(config.problem, config.step)
     sampler = load_sampler(config, config.k, config.force)
+    sampler.prompt_ids(case)  # says so, if it is longer than the context
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ mean. A solution is judged no further than its first step predicted wrong, which
 import time
 from bisect import bisect
 from collections import Counter, deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated, Iterable, Iterator, NamedTuple
 
 from tqdm import tqdm
 
-from data import ServedConfig, in_order, load_sampler, round_size, rounds
+from data import ServedConfig, in_order, load_sampler, print_too_long, round_size, rounds
 from formats import tables
 from formats.readers import Solution, read_solution, read_solutions
 from formats.samples import read_analyses
@@ -28,7 +28,7 @@ from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, write_json
 from plumbing.journal import Journal
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward, show_p_yes, show_verdict
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward, show_p_yes, show_verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,7 @@ def judge_solution(config: Config, source: str, solution: Solution) -> None:
             if config.out:
                 journal.write(lines[0])
     print_solution(lines[0], config.threshold, config.show)
+    print_too_long(too_long_steps(lines[0]))
     print_work(config, sampler, time.perf_counter() - start)
 
 
@@ -112,6 +113,7 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
     own = ranks.share(range(len(solutions)))
     size = round_size(config)
     counts = Counter()
+    too_long = []
     journal = nullcontext()
     done = 0
     items = (item_of(*solutions[i]) for i in own)
@@ -119,6 +121,7 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
         journal = Journal(config.out, config, size or 1)
         for where, line in journal.check(items):  # what a killed run left
             tables.count_line(counts, check_line(line, config.k, where), config.k)
+            too_long += too_long_steps(line)
         done = journal.done
     deque(items, maxlen=0)  # the rest of them: a bad solution is named before the work
 
@@ -132,6 +135,7 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
                 sampler, some, config.k, config.threshold, config.all_steps, config.direct
             ):
                 tables.count_line(counts, line, config.k)
+                too_long += too_long_steps(line)
                 if config.out:
                     journal.write(line)
                 f1 = tables.summary_row(counts, line["source"], max(config.k))["f1"] or 0
@@ -143,6 +147,7 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
         if config.out and ranks.rank() == 0:
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
     tables.print_summary(rows)
+    print_too_long([name for names in ranks.gather(too_long) for name in names])
     print_work(config, sampler, time.perf_counter() - start)
 
 
@@ -206,7 +211,8 @@ def judge_all(
     room is found.
 
     Many solutions are judged side by side. The steps of one come one after the other, since none is needed
-    after the first predicted wrong; with all_steps they need not wait for each other.
+    after the first predicted wrong; with all_steps they need not wait for each other. A step whose prompt is
+    longer than the context has no analyses.
     """
     numbered = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
@@ -215,6 +221,7 @@ def judge_all(
     open_ones: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}
     sampler.restart()
     while True:
+        answers: list[tuple[int, int, list[Analysis]]] = []  # (index of the solution, step, its analyses)
         while sampler.has_room:
             if not waiting and (new := next(numbered, None)):
                 i, (source, solution) = new
@@ -225,13 +232,17 @@ def judge_all(
                 break
             i, t = waiting.popleft()
             _, solution, _ = open_ones[i]
-            ticket = sampler.add(case_of(solution, t))
-            asked[ticket] = i, t
-        if not sampler.busy:
+            try:
+                ticket = sampler.add(case_of(solution, t))
+                asked[ticket] = i, t
+            except TooLong:
+                answers.append((i, t, []))
+        if not answers and not sampler.busy:
             return
-        for ticket, analyses in sampler.step():
+        if sampler.busy:
+            answers += [(*asked.pop(ticket), analyses) for ticket, analyses in sampler.step()]
+        for i, t, analyses in answers:
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
-            i, t = asked.pop(ticket)
             source, solution, by_step = open_ones[i]
             by_step[t] = analyses
             steps = [by_step[t] for t in sorted(by_step)]
@@ -253,13 +264,26 @@ def judge_directly(
     numbered = enumerate(solutions)
     while batch := list(islice(numbered, sampler.sampling.batch_size)):
         cases = [case_of(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
-        answers = iter(sampler.direct(cases))
+        answers = iter(direct_answers(sampler, cases))
         for i, (source, solution) in batch:
             steps = []
-            for analysis in islice(answers, len(solution.steps)):
+            for analyses in islice(answers, len(solution.steps)):
                 if not is_complete(steps, len(solution.steps), ks, threshold, all_steps):
-                    steps.append([analysis])
+                    steps.append(analyses)
             yield i, Judged(source, solution, steps)
+
+
+def direct_answers(sampler: Sampler, cases: list[Case]) -> list[list[Analysis]]:
+    """[its one analysis] for each case; [] where the prompt is longer than the context."""
+    answers: list[list[Analysis]] = [[] for _ in cases]
+    fitting = []  # indices of the cases that can be judged
+    for i, case in enumerate(cases):
+        with suppress(TooLong):
+            sampler.prompt_ids(case)
+            fitting.append(i)
+    for i, analysis in zip(fitting, sampler.direct([cases[i] for i in fitting])):
+        answers[i] = [analysis]
+    return answers
 
 
 def case_of(solution: Solution, t: int) -> Case:
@@ -332,6 +356,15 @@ def check_line(line: dict, ks: tuple[int, ...], where: str) -> dict:
     if not line["samples"] or set(predictions) != {str(k) for k in ks} or "rewards" not in line:
         raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
     return line
+
+
+def too_long_steps(line: dict) -> list[str]:
+    """The names of the steps that were not judged, since their prompts are longer than the context."""
+    return [
+        f"{line['source']} {line['id']} step {t}"
+        for t, analyses in enumerate(line["samples"], 1)
+        if not analyses
+    ]
 
 
 def print_solution(line: dict, threshold: float, show: bool) -> None:

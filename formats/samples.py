@@ -31,6 +31,8 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
 
 def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
     """Add a case's analyses to the table of a sampling."""
+    if not analyses:
+        counts["cases longer than the context: no analyses"] += 1
     names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
     for a in analyses:
         counts["analyses"] += 1

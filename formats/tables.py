@@ -44,6 +44,10 @@ def numbers_of(line: dict, k: int) -> dict[str, int]:
     }
 
 
+def percent(number: int, of: int) -> float | None:
+    return 100 * number / of if of else None
+
+
 def accuracies(found: int, wrong: int, kept: int, correct: int) -> dict[str, float | None]:
     """ProcessBench's three figures in percent. None where there is nothing to take them over.
 
@@ -51,8 +55,8 @@ def accuracies(found: int, wrong: int, kept: int, correct: int) -> dict[str, flo
     kept: of the `correct` ones, those in which no step was predicted wrong
     F1 is the harmonic mean of both accuracies, which is not the usual F1.
     """
-    error = 100 * found / wrong if wrong else None
-    right = 100 * kept / correct if correct else None
+    error = percent(found, wrong)
+    right = percent(kept, correct)
     if error is None or right is None:
         f1 = None
     elif error + right == 0:
@@ -85,8 +89,8 @@ def summary_row(counts: Counts, source: str, k: int) -> dict:
         "solutions": n("solutions"),
         "unlabelled": n("unlabelled"),
         **accuracies(n("wrong, predicted so"), n("wrong"), n("correct, predicted so"), n("correct")),
-        "unparsed": 100 * n("unparsed") / n("analyses"),
-        "truncated": 100 * n("truncated") / n("analyses"),
+        "unparsed": percent(n("unparsed"), n("analyses")),
+        "truncated": percent(n("truncated"), n("analyses")),
         "forced": n("forced"),
         "null_rewards": n("null_rewards"),
         "tokens_per_step": n("tokens") / n("steps"),
@@ -101,7 +105,8 @@ def average_row(rows: list[dict]) -> dict:
     """The average over the sources: figures are averaged, numbers of solutions and steps are summed."""
     average = {"source": "average", "k": rows[0]["k"]}
     for name in MEANS:
-        average[name] = sum(row[name] for row in rows) / len(rows)
+        values = [row[name] for row in rows]
+        average[name] = None if None in values else sum(values) / len(values)
     for name in SUMS:
         average[name] = sum(row[name] for row in rows)
     return average

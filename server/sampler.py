@@ -48,8 +48,8 @@ class ServerSampler(Sampler):
         self.jobs = Jobs()
 
     def add(self, case: Case) -> int:
-        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding."""
-        return self.jobs.start(partial(self._analyse, case))
+        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding. Raises TooLong."""
+        return self.jobs.start(partial(self._analyse, case, self.prompt_ids(case)))
 
     @property
     def has_room(self) -> bool:
@@ -71,8 +71,7 @@ class ServerSampler(Sampler):
 
     # ------------------------------------------------------------------------------------------ one case
 
-    def _analyse(self, case: Case) -> list[Analysis]:
-        prompt = self.prompt_ids(case)
+    def _analyse(self, case: Case, prompt: list[int]) -> list[Analysis]:
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         try:
             choices = self.engine.sample(prompt, seeds)

@@ -392,17 +392,26 @@ def test_a_sampling_that_cannot_start_leaves_nothing(sampling, capsys, changes, 
 
 
 def test_a_case_longer_than_the_context(sampling, capsys):
-    """Named in the error; no samples.jsonl is left that looks whole, and without the case the run goes on."""
+    """It has no analyses, is counted and named, and the others are sampled as without it; so also in a resumed run."""
     out, flags = sampling
-    for n in (1, 12):
-        write(out.parent / "cases.jsonl", [case_row(i) for i in range(n)] + [case_row(99, problem="So long. " * 3000)])
-        message = refused(capsys, *flags)
-        assert "problem 'So long. So long." in message and "context is 4096" in message
-        assert not out.exists()
-        write(out.parent / "cases.jsonl", [case_row(i) for i in range(n)])
-        data_py(*flags, "--resume")
-        assert [line["id"] for line in read(out)] == [f"c{i}" for i in range(n)]
-        out.unlink()
+    rows = [case_row(i) for i in range(9)]
+    data_py(*flags)
+    without = {line["id"]: line for line in read(out)}
+    write(out.parent / "cases.jsonl", [*rows[:4], case_row(99, problem="So long. " * 3000), *rows[4:]])
+    data_py(*flags, "--overwrite")
+    printed = capsys.readouterr().out
+    assert "cases longer than the context: no analyses" in printed
+    assert "not judged, as the prompt is longer than the model's context: c99\n" in printed
+    lines = read(out)
+    assert [line["id"] for line in lines] == ["c0", "c1", "c2", "c3", "c99", "c4", "c5", "c6", "c7", "c8"]
+    for line in lines:
+        texts = [a["text"] for a in line["analyses"]]
+        assert texts == ([a["text"] for a in without[line["id"]]["analyses"]] if line["id"] != "c99" else [])
+    whole = out.read_bytes()
+    out.rename(f"{out}.part")
+    Path(f"{out}.part").write_bytes(whole[:-20])
+    data_py(*flags, "--resume")
+    assert out.read_bytes() == whole and "context: c99\n" in capsys.readouterr().out
 
 
 def test_values_in_any_order_come_out_in_order():

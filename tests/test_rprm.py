@@ -23,7 +23,7 @@ from conftest import IM_END, IM_START, ROOT
 from model import Tree, tree_attention
 from formats import verdicts
 from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, parse_verdict
-from rprm import Analysis, Case, Prompt, Sampler, Sampling, load_prompt, reward, row_seed, yes_no_ids
+from rprm import Analysis, Case, Prompt, Sampler, Sampling, TooLong, load_prompt, reward, row_seed, yes_no_ids
 
 SHORT = "Judge.\nProblem: {problem}\nPrevious Steps: {previous_steps}\nNow Step: {now_step}"
 TOM = Case("Tom has 12 apples and buys 7 more.", (), "12 + 7 = 19 apples.", True)
@@ -508,9 +508,12 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, make_sampler):
     sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need)
     assert len(analyses_of(sampler, [PENS])) == 1
     sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need - 1)
-    for judge in (lambda: analyses_of(sampler, [PENS]), lambda: sampler.direct([PENS])):
-        with pytest.raises(BadInput, match=f"'A box holds 24 pens.'.*context is {need - 1}; "):
+    for judge in (lambda: sampler.add(PENS), lambda: sampler.direct([PENS])):
+        with pytest.raises(TooLong, match=f"'A box holds 24 pens.'.*context is {need - 1}; "):
             judge()
+    short = Case("P", (), "1.")
+    assert dict(sampler.analyses([PENS, short, PENS])).keys() == {0, 1, 2}
+    assert [len(found) for _, found in sorted(sampler.analyses([PENS, short, PENS]))] == [0, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------- the script

@@ -507,12 +507,52 @@ def test_bad_flags_end_with_one_line_and_leave_nothing(tmp_path, tiny, capsys, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "empty.json", "short.txt"]
 
 
-def test_a_solution_longer_than_the_context(tmp_path, tiny, capsys):
-    """One line of its own on stderr, and no scores.jsonl."""
-    write(tmp_path / "b.json", [row(f"r{i}", -1) for i in range(5)] + [row("long", -1) | {"problem": "So long. " * 3000}])
-    said = refused(capsys, *tiny, "--input", tmp_path / "b.json", "--k", 2, "--out", tmp_path / "s.jsonl")
-    assert said.startswith("error: problem 'So long. So long.") and "context is 4096" in said
-    assert not (tmp_path / "s.jsonl").exists() and not (tmp_path / "s.summary.json").exists()
+LONG = "So long. " * 3000  # longer than the tiny model's context
+
+
+@pytest.mark.parametrize("flags", [[], ["--all-steps"], ["--direct"]], ids=["plain", "all steps", "direct"])
+def test_a_step_longer_than_the_context_has_a_null_reward(tmp_path, tiny, capsys, monkeypatch, flags):
+    """It is counted and named, the others are judged as without it, and a resumed run takes it as it is."""
+    monkeypatch.setattr(data, "ROUND", 1)
+    others = [row(f"r{i}", -1) for i in range(5)]
+    middle = row("middle", 0)
+    middle["steps"][1] = LONG
+    rows = [*others[:2], row("long", 1) | {"problem": LONG}, middle, *others[2:]]
+    out = tmp_path / "s.jsonl"
+    flags = [*tiny, "--k", 1, 2, "--threshold", 0.01, *flags]
+    score_py(*flags, "--input", write(tmp_path / "b.json", rows), "--out", out)
+    printed = capsys.readouterr().out
+    lines = {line["id"]: line for line in read(out)}
+    assert list(lines) == [r["id"] for r in rows]
+    assert (lines["long"]["rewards"], lines["long"]["samples"]) == ([None] * 3, [[]] * 3)
+    assert lines["long"]["predictions"] == {"1": -1, "2": -1}
+    assert [value is None for value in lines["middle"]["rewards"]] == [False, True, True]
+    assert ("not judged, as the prompt is longer than the model's context: b long step 1, b long step 2, b long step 3, "
+            "b middle step 2, b middle step 3\n") in printed
+    assert [r["null_rewards"] for r in summary(out)] == [5, 5]
+
+    score_py(*flags, "--input", write(tmp_path / "others.json", others), "--out", tmp_path / "others.jsonl")
+    assert rewards_close(read(tmp_path / "others.jsonl")) == [lines[r["id"]] | {"source": "others"} for r in others]
+
+    whole, table = out.read_bytes(), summary(out)
+    out.rename(f"{out}.part")
+    Path(f"{out}.part").write_bytes(whole[:-30])
+    score_py(*flags, "--input", tmp_path / "b.json", "--out", out, "--resume")
+    assert out.read_bytes() == whole and summary(out) == table
+    assert "b long step 1, b long step 2" in capsys.readouterr().out
+
+
+def test_solutions_that_are_all_longer_than_the_context(tmp_path, tiny, capsys):
+    """There is a table without figures; a single solution says so too."""
+    rows = [row(f"r{i}", i) | {"problem": LONG} for i in (-1, 0)]
+    score_py(*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 1, "--out", tmp_path / "s.jsonl")
+    [table] = summary(tmp_path / "s.jsonl")
+    assert (table["unparsed"], table["truncated"], table["null_rewards"], table["tokens_per_step"]) == (None, None, 6, 0)
+    assert (table["error_accuracy"], table["correct_accuracy"]) == (0, 100)
+    assert ", b r0 step 3\n" in capsys.readouterr().out
+    score_py(*tiny, "--problem", LONG, "--step", "One.", "--k", 1)
+    out = capsys.readouterr().out
+    assert "Step 1: reward null " in out and "context: command line 0 step 1\n" in out
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from formats.verdicts import VERIFICATION
 from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput
-from rprm import Case, Prompt, reward
+from rprm import Case, Prompt, TooLong, reward
 from server import http as server_http
 from server import sampler as server_sampler
 from server.http import Refused, Server, parse_url
@@ -390,8 +390,10 @@ def test_the_context_bounds_the_analysis(stand_in, tiny_folder):
     list(it.analyses(cases(1)))
     [body] = stand_in.analyses_asked()
     assert body["max_tokens"] == 4000 - it.room - len(body["prompt"])
-    with pytest.raises(BadInput, match="context is 4000; leave this case out"):
-        list(it.analyses([Case("x " * 5000, (), "1.")]))
+    long = Case("x " * 5000, (), "1.")
+    with pytest.raises(TooLong, match="context is 4000; leave this case out"):
+        it.add(long)
+    assert [len(found) for found in in_order(it.analyses([long, *cases(1)]))] == [0, 4]
 
 
 def test_a_refused_reading_is_unknown_and_counted(stand_in, tiny_folder):
@@ -682,10 +684,10 @@ def test_after_an_error_nothing_is_tried_again(stand_in, tiny_folder):
         tried.set()
         it.engine.server.stopped.wait(60)
     it.engine.server.pause = pause
-    stand_in.plan = [(500, b"")] * 2
-    it.add(cases(1)[0])
+    stand_in.plan = [(500, b""), (400, {"error": {"message": "no"}}), (500, b"")]
+    it.add(cases(2)[0])
     assert tried.wait(30)
-    it.add(Case("x " * 5000, (), "1."))
+    it.add(cases(2)[1])
     with pytest.raises(BadInput, match="leave this case out"):
         it.step()
     with pytest.raises(BadInput, match="2 times in a row"):  # although three retries are allowed
