@@ -3,8 +3,8 @@
     python bench/plot.py     # after a change of bench/ratios.json, which holds what bench/run.py printed
 
 A row of ratios.json has the work, its unit, our rate, the plain path's (null: not measured), the peer's, the
-ratio of ours to the peer's before either was rounded, and the ratio that was wanted (null: none was). The plot
-goes to ratios.svg, the table between the markers of README.md.
+ratio of ours to the peer's before either was rounded, and the ratio that was wanted (null: none was). The
+plot goes to ratios.svg, the table between the markers of README.md.
 """
 import json
 import sys
