@@ -488,7 +488,7 @@ def own_prompt(path: str | Path) -> Path:
 
 def write_prompt(path: str | Path, prompt: Prompt) -> None:
     with writing(own_prompt(path)) as file:
-        file.write(prompt.text + "\n")
+        file.write(prompt.text if prompt.text.endswith("\n") else prompt.text + "\n")
 
 
 def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
@@ -626,10 +626,7 @@ class Examples:
 
     def turn(self, i: int) -> Turn:
         where, row = self.rows[i]
-        turn = self.read(row, where)
-        if turn.system is not None:
-            raise BadInput(f"{where}: a system message is not implemented; leave it out")
-        return turn
+        return self.read(row, where)
 
     def __getitem__(self, i: int) -> Unit:
         return self.encode(self.turn(i))
@@ -638,8 +635,8 @@ class Examples:
         """The ids of the prompt, and of each response with the end of its turn."""
         if turn.prompt is None:
             return self.encode_text(turn.responses[0])
-        prompt = self.tokenizer.chat(turn.prompt)
-        return prompt, [self.tokenizer.response(text) for text in turn.responses]
+        prompt = self.tokenizer.chat(turn.prompt, turn.system)
+        return prompt, [self.tokenizer.response(text, prompt) for text in turn.responses]
 
     def encode_text(self, text: str) -> Unit:
         """A plain text is all response, but for its first token, which nothing stands before to predict."""

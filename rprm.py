@@ -24,7 +24,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fast
-from checkpoint import DTYPES, PROMPT_FILE, ChatTokenizer, load_model, load_tokenizer, read_prompt
+from checkpoint import (
+    DTYPES,
+    PROMPT_FILE,
+    ChatTokenizer,
+    load_model,
+    load_tokenizer,
+    read_prompt,
+    read_template_args,
+)
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
@@ -58,9 +66,9 @@ class Prompt:
 
     def __init__(self, text: str, where: str):
         """where: the name of the text's file, for errors."""
-        self.text = text.strip()
-        # Text, name, text, name, ..., text
-        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", self.text)
+        self.text = text
+        # text, name, text, name, ..., text
+        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", text)
         names = self.pieces[1::2]
         if names == ["", "", ""]:
             names = ["problem", "previous_steps", "now_step"]
@@ -72,15 +80,20 @@ class Prompt:
             )
 
     def fill(self, case: Case) -> str:
-        """The user's message for a case. One pass, so that braces in a problem stay what they are."""
+        """The user's message for a case."""
+        return "".join(text for text, _ in self.fill_pieces(case)).strip()
+
+    def fill_pieces(self, case: Case) -> list[tuple[str, bool]]:
+        """The filled prompt in pieces: (text, whether it is the prompt's own). Braces in a problem stay as
+        they are.
+        """
         previous = [f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1)]
         values = {
             "problem": case.problem.strip(),
             "previous_steps": "\n".join(previous) or "There are no previous steps.",
             "now_step": f"Step {len(previous) + 1}: {case.now_step.strip()}",
         }
-        filled = [values[piece] if i % 2 else piece for i, piece in enumerate(self.pieces)]
-        return "".join(filled).strip()
+        return [(values[piece], False) if i % 2 else (piece, True) for i, piece in enumerate(self.pieces)]
 
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
@@ -88,6 +101,9 @@ def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = 
     project's own.
     """
     text, where = read_prompt(prompt_file, travelled, direct)
+    if prompt_file is None and travelled is not None and where != str(travelled):
+        print(f"prompt: the words of {where}, as there is no {travelled}; if the model was trained with others, "
+              "give them as --prompt-file FILE")
     return Prompt(text, where)
 
 
@@ -140,6 +156,14 @@ class Sampling:
     complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
+def is_conversation(prompt: Prompt, tokenizer: ChatTokenizer) -> bool:
+    """Is the prompt a whole conversation? It is if its own words hold special tokens; and it is said."""
+    found = tokenizer.has_special_tokens(prompt.text)
+    if found:
+        print("prompt: has special tokens of its own, so it is the whole conversation: no chat template is put around it")
+    return found
+
+
 class TooLong(BadInput):
     """The prompt of a case leaves no room in the model's context for an analysis."""
 
@@ -182,6 +206,7 @@ class Sampler:
             self.room,
         )
         self.engine.added = self.added_words
+        self.is_conversation = is_conversation(prompt, tokenizer)
         # Ticket -> the case and its prompt's token ids
         self.open_cases: dict[int, tuple[Case, list[int]]] = {}
 
@@ -191,7 +216,10 @@ class Sampler:
 
     def prompt_ids(self, case: Case) -> list[int]:
         """The prompt's token ids. Raises TooLong."""
-        ids = self.tokenizer.chat(self.prompt.fill(case))
+        if self.is_conversation:
+            ids = self.tokenizer.conversation(self.prompt.fill_pieces(case))
+        else:
+            ids = self.tokenizer.chat(self.prompt.fill(case))
         if len(ids) + self.room >= self.context:
             raise TooLong(
                 f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
@@ -310,7 +338,7 @@ class Sampler:
                 texts[i] = a.text.rstrip()
             elif a.verdict is None:
                 texts[i] = re.sub(r"(.*[.!?])?.*", r"\1", a.text, count=1, flags=re.S)
-        asked = [prompt + self.tokenizer.encode(text) + self._verification(text) for text in texts.values()]
+        asked = [prompt + self.tokenizer.continuation([], text) + self._verification(text) for text in texts.values()]
         for i, p_yes in zip(texts, self.engine.read_p_yes(asked), strict=True):
             if p_yes is None:  # only a server may not know it
                 continue
@@ -324,7 +352,7 @@ class Sampler:
     def _verification(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
         on_own_line = not text or text.endswith("\n")
-        return self.tokenizer.encode(VERIFICATION if on_own_line else "\n" + VERIFICATION)
+        return self.tokenizer.continuation(text, VERIFICATION if on_own_line else "\n" + VERIFICATION)
 
     def direct(self, cases: list[Case]) -> list[Analysis]:
         """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
@@ -348,6 +376,11 @@ class SamplerConfig:
                                        "(default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
     device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
+    context: Annotated[int | None, "tokens of prompt and analysis at most, instead of config.json's "
+                                   "max_position_embeddings", (1, None)] = None
+    system: Annotated[str | None, "a system message (default: the chat template's own, if it has one)"] = None
+    template_args: Annotated[str | None, "JSON object of further variables of the chat template, "
+                                         "as '{\"enable_thinking\": false}'"] = None
     plain: Annotated[
         bool, "run generate.py and model.py as they read, without fast/: the same numbers, later"
     ] = False
@@ -362,8 +395,8 @@ def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = Fa
     )
     if not config.plain:
         fast.keep_freed_memory()
-    model = load_model(config.model, DTYPES[config.dtype], config.device)
-    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
+    tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if config.plain:
         return Sampler(model, tokenizer, prompt, sampling)

@@ -22,7 +22,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import fast
-from checkpoint import DTYPES, TOKENIZER_FILES, load_model, load_tokenizer, save_checkpoint
+from checkpoint import (
+    DTYPES,
+    TOKENIZER_FILES,
+    load_model,
+    load_tokenizer,
+    read_template_args,
+    save_checkpoint,
+)
 from data import Examples, MicroBatch, deal, travelling_prompt, validation_examples
 from formats.turns import read_pair
 from model import Decoder
@@ -61,12 +68,12 @@ def main(config: Config) -> None:
 
     if not config.plain:
         fast.keep_freed_memory()
-    model = load_model(config.model, torch.float32, config.device, sharded=True)
+    model = load_model(config.model, torch.float32, config.device, sharded=True, context=config.context)
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if not config.plain:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, config.model)
     context = model.config.max_position_embeddings
     train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import fast
-from checkpoint import DTYPES, load_config, load_model, load_tokenizer, save_checkpoint
+from checkpoint import DTYPES, load_config, load_model, load_tokenizer, read_template_args, save_checkpoint
 from data import Examples, deal, travelling_prompt, validation_examples
 from formats.turns import read_example
 from model import Decoder
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     if not config.plain:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, folder)
     context = model.config.max_position_embeddings
     train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context)
@@ -123,9 +123,10 @@ def initial_model(config: Config) -> tuple[Decoder, Path]:
     if (config.model is None) == (config.from_scratch is None):
         raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
     if config.model:
-        return load_model(config.model, torch.float32, config.device, sharded=True), Path(config.model)
+        model = load_model(config.model, torch.float32, config.device, sharded=True, context=config.context)
+        return model, Path(config.model)
     folder = Path(config.from_scratch).parent
-    model = Decoder(load_config(folder))
+    model = Decoder(load_config(folder, config.context))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     ranks.shard(model, config.device)
     return model.to(config.device), folder

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from plumbing.errors import BadInput
+from plumbing.files import expect, parse_json
 
 PROMPT_FILE = "verification_prompt.txt"  # in a checkpoint: the words that it was trained with travel with it
 OWN_PROMPTS = Path(__file__).parents[1] / "prompts"  # the project's own
@@ -28,3 +29,10 @@ def read_prompt(prompt_file: str | Path | None, travelled: str | Path | None,
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8") from None
     return text, str(path)
+
+
+def read_template_args(text: str | None) -> dict:
+    """The variables of --template-args, a JSON object; none without it."""
+    if text is None:
+        return {}
+    return expect(parse_json(text, "--template-args"), dict, "--template-args")

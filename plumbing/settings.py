@@ -51,6 +51,11 @@ class TrainConfig:
                       MAY_CHANGE] = "cuda" if torch.cuda.is_available() else "cpu"
     rank_timeout: Annotated[float, "seconds after which the other ranks give up one that does not answer",
                             (1, 10 ** 9), MAY_CHANGE] = 1800.0
+    context: Annotated[int | None, "tokens of a sequence at most, instead of config.json's "
+                                   "max_position_embeddings", (1, None)] = None
+    system: Annotated[str | None, "a system message for rows that have none "
+                                  "(default: the chat template's own, if it has one)"] = None
+    template_args: Annotated[str | None, "JSON object of further variables of the chat template"] = None
     plain: Annotated[bool, "compute with model.py as it reads, without fast/: "
                            "the same numbers, later"] = False
     resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False

@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
+from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer, read_template_args
 from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import Analysis, Case, Prompt, Sampler, Sampling, load_prompt, row_seed, yes_no_ids
+from rprm import Analysis, Case, Prompt, Sampler, Sampling, is_conversation, load_prompt, row_seed, yes_no_ids
 from server.completions import Choice, ServerEngine, Token, YesNo
 from server.http import Refused, Server, read_key
 from server.jobs import Jobs
@@ -35,6 +35,7 @@ class ServerSampler(Sampler):
         self.prompt = prompt
         self.sampling = sampling
         self.room = room
+        self.is_conversation = is_conversation(prompt, tokenizer)
         self.jobs = Jobs()
 
     @property
@@ -95,12 +96,12 @@ class ServerSampler(Sampler):
             p_yes = None
             if verdict is not None and not has_usual_word(choice.text):
                 before = before_verdict(choice.text)
-                unread[i] = prompt + self.tokenizer.encode(before) + self._verification(before)
+                unread[i] = prompt + self.tokenizer.continuation([], before) + self._verification(before)
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
                 if at is None:
-                    unread[i] = prompt + self.tokenizer.encode(choice.text[:letter].rstrip(" "))
+                    unread[i] = prompt + self.tokenizer.continuation([], choice.text[:letter].rstrip(" "))
                 else:
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
             elif forces:
@@ -124,7 +125,7 @@ class ServerSampler(Sampler):
     def _ids(self, tokens: list[Token], text: str) -> list[int]:
         """The ids of the tokens, if the server told them; else those of the text."""
         has_ids = all(isinstance(token, int) for token in tokens)
-        return tokens if has_ids else self.tokenizer.encode(text)
+        return tokens if has_ids else self.tokenizer.continuation([], text)
 
     def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
         """The index of the token with the verdict's first letter; the text from there on is `rest`.
@@ -155,7 +156,7 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     """The sampler of --model at --server. config: data.ServedConfig."""
     if ranks.count() > 1:
         raise BadInput("--server: one process asks for all; leave torchrun out and raise --concurrency")
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.system, read_template_args(config.template_args))
     prompt = load_prompt(config.prompt_file, Path(config.tokenizer) / PROMPT_FILE, direct)
     sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed,
                         config.concurrency, force, complete)
@@ -165,7 +166,7 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     if models is not None and config.model not in models:
         raise BadInput(f"{server.url}: no model {config.model!r}; --model may be {', '.join(sorted(models))}")
     room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, to read a verdict
-    context = context_of((models or {}).get(config.model, {}))
+    context = config.context or context_of((models or {}).get(config.model, {}))
     yes_id, no_id = yes_no_ids(tokenizer)
     yes_no = YesNo((yes_id, " Yes"), (no_id, " No"))
     engine = ServerEngine(server, config.model, yes_no, sampling, context - room)
