@@ -26,9 +26,8 @@ ARCHITECTURES = {
 def load_config(folder: str | Path, context: int | None = None) -> ModelConfig:
     """Read config.json in either dialect. Raises BadInput that names the field of what is not implemented.
 
-    context: the longest sequence, instead of max_position_embeddings: rotary embeddings need no table, and
-    some
-             models are served with twice what their config.json says.
+    context: the longest sequence, instead of max_position_embeddings. Rotary embeddings need no table, and
+             some models are served with twice what their config.json says.
     """
     path = find_folder(folder) / "config.json"
     raw = expect(read_json(path), dict, str(path))
@@ -100,11 +99,9 @@ def read_number(raw: dict, name: str, where: str, default: float | None = None) 
 
 
 def read_context(raw: dict, scaling: dict | None, where: str) -> int:
-    """The longest sequence: max_position_embeddings, or what YaRN makes of the old context where that is
-    more.
+    """The longest sequence: max_position_embeddings, or what YaRN makes of the old context if that is more.
 
-    Qwen2.5's long form is told by its rope_scaling alone: max_position_embeddings stays that of the short
-    one.
+    Qwen2.5's long form differs from its short one in rope_scaling alone.
     """
     length = read_size(raw, "max_position_embeddings", where, default=32768)
     if scaling is not None and scaling["rope_type"] == "yarn":
@@ -120,8 +117,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
     """(theta, scaling or None), from `rope_theta` + `rope_scaling` or Transformers 5's `rope_parameters`.
 
-    Where both stand, Transformers takes the older, and so do we. Defaults are filled in: the decoder has
-    none.
+    Where both stand, Transformers takes the older, and so do we. Defaults are filled in.
     """
     field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     where_rope = f"{where}: field '{field}'"
@@ -159,8 +155,7 @@ def read_rope(raw: dict, where: str) -> tuple[float, dict | None]:
 
 
 def read_old_context(raw: dict, rope: dict, where: str, where_rope: str) -> int:
-    """The context that a model had before it was stretched. As in Transformers, it may stand in three fields.
-    """
+    """The context that a model had before it was stretched. As in Transformers, three fields may tell it."""
     name = "original_max_position_embeddings"
     own = read_size(raw, "max_position_embeddings", where, default=32768)
     in_rope = read_number(rope, name, where_rope, default=own)
@@ -174,9 +169,8 @@ def read_attention_factor(rope: dict, factor: float, where: str) -> float:
 
     default = by_length(1)
     if rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's
-        default = by_length(read_number(rope, "mscale", where)) / by_length(
-            read_number(rope, "mscale_all_dim", where)
-        )
+        default = by_length(read_number(rope, "mscale", where))
+        default /= by_length(read_number(rope, "mscale_all_dim", where))
     return read_number(rope, "attention_factor", where, default=default)
 
 
@@ -227,8 +221,7 @@ def asks_for_another_head(raw: dict, where: str) -> bool:
 
 
 def asks_for_other_layers(raw: dict, has_window: bool, where: str) -> bool:
-    """Whether `layer_types` names a layer without full attention. With no window, a sliding one is full too.
-    """
+    """Whether `layer_types` names a layer without full attention. Without a window, a sliding one has it."""
     full = ["full_attention"] if has_window else ["full_attention", "sliding_attention"]
     kinds = expect(raw.get("layer_types") or [], list, f"{where}: field 'layer_types'")
     return any(kind not in full for kind in kinds)

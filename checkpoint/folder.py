@@ -22,17 +22,16 @@ def find_folder(folder: str | Path) -> Path:
 
 
 def remedy(folder: str) -> str:
+    """What to do about a folder that is none."""
     if HUB_NAME.fullmatch(folder) and not Path(folder).parent.is_dir():
         own = f"models/{Path(folder).name}"
-        command = f"hf download {folder} --local-dir {own}"
-        return f"a model of the Hugging Face Hub is downloaded by: {command}; then give {own}"
+        download = f"hf download {folder} --local-dir {own}"
+        return f"a model of the Hugging Face Hub is downloaded by: {download}; then give {own}"
     return "give a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
 
 
 def newest_snapshot(folder: Path) -> Path | None:
-    """The folder of files within models--OWNER--NAME, as the hub's cache lays it out; None in any other
-    folder.
-    """
+    """The folder of files within models--OWNER--NAME, the hub's cache of a model; else None."""
     reference = folder / "refs" / "main"
     if not reference.is_file():
         return None

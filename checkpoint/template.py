@@ -34,8 +34,7 @@ from plumbing.files import expect
 SECONDS = 1.0  # of processor time; the longest of published templates take a tenth of a second
 MEMORY = 500_000_000  # bytes beyond what this process has already
 LONGEST = 1_000_000  # characters of a text
-# For every template, so that a prompt is the same on every day; Llama 3.1's default
-TODAY = datetime.date(2024, 7, 26)
+TODAY = datetime.date(2024, 7, 26)  # on every day, so that a prompt stays the same; Llama 3.1's default
 
 
 # -------------------------------------------------------------------------------- a checkpoint's template
@@ -43,8 +42,7 @@ TODAY = datetime.date(2024, 7, 26)
 # Stands for the user's message while a template is rendered. A template that quotes, escapes or cuts what it
 # is given changes it, and is refused.
 MARK = '\ue000the "message"\nof <a> & b\ue001'
-# White space around it that no template has: it is gone where a template strips
-START, END = "\n\x0b", "\x0b\n"
+START, END = "\n\x0b", "\x0b\n"  # white space around it, which is gone where a template strips the message
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,8 @@ class ChatTemplate:
         if system is not None and text == without_system:
             raise BadInput(f"{self.where}: the chat template does not show a system message; leave it out")
         if text.count(MARK) != 1:
-            raise BadInput(
-                f"{self.where}: the chat template shows the user's message {text.count(MARK)} times, "
-                "not once and as it is; correct it"
-            )
+            raise BadInput(f"{self.where}: the chat template shows the user's message {text.count(MARK)} "
+                           "times, not once and as it is; correct it")
         before, after = text.split(MARK)
         turn_end = ""
         if isinstance(answered, str) and MARK in answered:
@@ -145,9 +141,7 @@ def render(source: str, **variables: Any) -> str:
 
 
 def render_each(source: str, given: list[dict[str, Any]]) -> list[str | TemplateError]:
-    """The text, or the error, that a template makes of each of some variables, within the limits for them
-    all.
-    """
+    """The text, or the error, that a template makes of each of the given; the limits are for all of them."""
     if not hasattr(os, "fork"):
         return [render_here(source, variables) for variables in given]
     reader, writer = os.pipe()
@@ -215,9 +209,7 @@ def render_here(source: str, variables: dict[str, Any]) -> str | TemplateError:
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which training templates mark answers, shows what it
-    holds.
-    """
+    """{% generation %} ... {% endgeneration %}, by which training templates mark answers, shows its text."""
     tags = {"generation"}  # noqa: RUF012, as jinja2 names it
 
     def parse(self, parser: Parser) -> nodes.Scope:
@@ -228,10 +220,9 @@ class Generation(Extension):
 
 def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """JSON as text. jinja2's own filter escapes what HTML would not bear."""
+    """JSON as text. jinja2's own filter is for HTML, and escapes "<"."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: str) -> NoReturn:

@@ -4,8 +4,8 @@ Texts are of two kinds. A *trusted* text (a chat template, a prompt file, pretra
 tokens, and they are meant as such. The text of a user or a model is *plain*: a special token spelled out in
 it ("<|im_end|>") becomes its characters, never the token, so it can neither end a turn nor open one.
 
-Some tokenizers (Llama 2, Mistral 7B) put a mark, "▁", before the first word of a text. A text that continues
-another does not get it. So a prompt is encoded as one text, and an answer as the continuation of its prompt.
+Some tokenizers (Llama 2, Mistral 7B) put a mark, "▁", before the first word of a text. What continues a text
+does not get it. So a prompt is encoded as one text, and an answer as the continuation of its prompt.
 """
 import threading
 from collections.abc import Iterable
@@ -71,8 +71,7 @@ class ChatTokenizer:
 
         pieces: the texts that it consists of, and whether each is trusted (a prompt file) or plain (a case):
 
-            [("<|im_start|>user\\n", True), ("Is 1 + 1 = 3?", False), ("<|im_end|>\\n<|im_start|>assistant",
-            True)]
+            [("<|im_start|>user ", True), ("Is 1 + 1 = 3?", False), ("<|im_end|><|im_start|>judge ", True)]
 
         They are encoded as one text, so words join across them. Unless a plain piece spells out a special
         token, the ids are those that Transformers gives for the joined text.
@@ -116,10 +115,9 @@ class ChatTokenizer:
             self.backend.encode_special_tokens = not trusted
             found = self.backend.encode(text, add_special_tokens=False)
         if found.ids and max(found.ids) >= self.vocab_size:
-            raise BadInput(
-                f"tokenizer.json: token {max(found.ids)} in {text[:40]!r} has no row in the model's "
-                f"vocabulary of {self.vocab_size}; take tokenizer and config from one checkpoint"
-            )
+            raise BadInput(f"tokenizer.json: token {max(found.ids)} in {text[:40]!r} has no row in the "
+                           f"model's vocabulary of {self.vocab_size}; "
+                           "take tokenizer and config from the same checkpoint")
         return found
 
     def is_special(self, token: int) -> bool:
@@ -194,10 +192,8 @@ class ChatTokenizer:
             return [(before, True)]
         shown = system.strip()
         if before.count(shown) != 1:
-            raise BadInput(
-                f"the system message {shown[:40]!r} spells out a special token, and the chat template "
-                "does not show it once as it is; leave that token out"
-            )
+            raise BadInput(f"the system message {shown[:40]!r} spells out a special token, and the chat "
+                           "template does not show it once as it is; leave that token out")
         start, end = before.split(shown)
         return [(start, True), (shown, False), (end, True)]
 
@@ -256,8 +252,7 @@ def load_tokenizer(folder: str | Path, system: str | None = None,
 
 
 def load_backend(path: Path, named: dict[str, str]) -> Tokenizer:
-    """The tokenizers library's tokenizer, which neither cuts nor pads, and knows the named tokens as special.
-    """
+    """The library's tokenizer. It neither cuts nor pads, and takes the named tokens for special ones."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; the checkpoint needs its tokenizer.json")
     with calling_the_library(path):
@@ -327,8 +322,7 @@ def read_eos_ids(folder: Path, backend: Tokenizer, eos_token: str | None) -> lis
 
 
 def known_end(token: int, added: dict[int, AddedToken], backend: Tokenizer, where: str) -> int:
-    """An id that ends answers. In a tokenizer of another model it may be a word, and would end them anywhere.
-    """
+    """An id that ends answers. In another model's tokenizer it may be a word: they would end anywhere."""
     if expect(token, int, where) not in added:
         text = backend.id_to_token(token) if 0 <= token < 2 ** 32 else None
         raise BadInput(f"{where}: {token} is {'no token' if text is None else f'the word {text[:20]!r}'} of "
@@ -339,8 +333,7 @@ def known_end(token: int, added: dict[int, AddedToken], backend: Tokenizer, wher
 def add_turn_end(tokenizer: ChatTokenizer, turn_end: str) -> None:
     """Let the token that the template puts after an answer end one too.
 
-    The files of base models name "<|endoftext|>" alone, and a model trained on the template ends with
-    another.
+    Base models' files name "<|endoftext|>" alone, and a model trained on the template ends with another.
     """
     for i, token in tokenizer.backend.get_added_tokens_decoder().items():
         is_first = bool(token.content.strip()) and turn_end.lstrip().startswith(token.content)
@@ -354,10 +347,8 @@ def read_vocab_size(folder: Path, eos_ids: list[int]) -> int:
     size = expect(read_json(path), dict, str(path)).get("vocab_size") if path.is_file() else None
     size = 2 ** 63 if size is None else expect(size, int, f"{path}: field 'vocab_size'")
     if not all(0 <= i < size for i in eos_ids):
-        raise BadInput(
-            f"{path}: field 'eos_token_id': {str(eos_ids)[:60]} are not all in the vocabulary of {size}; "
-            "correct it"
-        )
+        raise BadInput(f"{path}: field 'eos_token_id': {str(eos_ids)[:60]} are not all in the vocabulary "
+                       f"of {size}; correct it")
     return size
 
 

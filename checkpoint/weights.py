@@ -165,8 +165,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files: the single one, or those of the index.
 
-    Where both are there, the index is an older one that was left behind, and Transformers takes the single
-    file.
+    Where both are there, the index was left behind by an older version: Transformers takes the single file.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
@@ -222,10 +221,9 @@ def check_tied_head(folder: str | Path, stored: dict[str, Stored]) -> None:
     One of the two is wrong, and nothing tells which: some libraries tie them all the same, others do not.
     """
     if stored[HEAD].shape != stored[EMBEDDING].shape or not same_tensors(stored, HEAD, EMBEDDING):
-        raise BadInput(
-            f"{folder}: config.json: field 'tie_word_embeddings' is true, but {HEAD} is another tensor "
-            f"than {EMBEDDING}; set the field to false if the head was trained, else leave that tensor out"
-        )
+        raise BadInput(f"{folder}: config.json: field 'tie_word_embeddings' is true, but {HEAD} is another "
+                       f"tensor than {EMBEDDING}; set the field to false if the head was trained, else leave "
+                       "that tensor out")
 
 
 def same_tensors(stored: dict[str, Stored], name: str, other: str) -> bool:

@@ -20,7 +20,7 @@ def test_which_prompt_is_taken(tmp_path):
 
 
 def test_the_text_is_the_files_own(tmp_path):
-    """Two characters that look like a line's end stay two; a byte-order mark is no text; a line's end is one character."""
+    """The two characters backslash and n stay two; a byte-order mark is no text; every line ends alike."""
     path = tmp_path / "prompt.txt"
     path.write_bytes("\ufeff<|im_start|>system\\nHelp.\r\n {} \n\n".encode())
     assert read_prompt(path, None) == ("<|im_start|>system\\nHelp.\n {} \n\n", str(path))

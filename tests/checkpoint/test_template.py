@@ -1,4 +1,4 @@
-"""Chat templates that would take for ever or fill the memory are refused; others render as in plain jinja2."""
+"""Chat templates that would take for ever or fill the memory are refused; others render as in jinja2."""
 import os
 import resource
 import signal
@@ -12,38 +12,44 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from checkpoint import template
 from checkpoint.template import LONGEST, render
 
-GIVEN = dict(messages=[{"role": "user", "content": "Hello"}], add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+GIVEN = dict(messages=[{"role": "user", "content": "Hello"}], add_generation_prompt=True, bos_token="<s>",
+             eos_token="</s>")
 
 GROWING = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}STEP{% endfor %}{{ ns.x }}"
 BOMBS = [
     "{% for i in range(10 ** 9) %}x{% endfor %}",
-    "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}",
-    "{% set r = range(1000) | list %}{% for i in r %}{% for j in r %}{% for k in r %}x{% endfor %}{% endfor %}{% endfor %}",
+    "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}x{% endfor %}{% endfor %}"
+    "{% endfor %}",
+    "{% set r = range(1000) | list %}{% for i in r %}{% for j in r %}{% for k in r %}x{% endfor %}"
+    "{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
     "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    GROWING.replace("STEP", "{% set ns.x = ns.x ~ ns.x %}"), GROWING.replace("STEP", "{% set ns.x = ns.x + ns.x %}"),
-    GROWING.replace("STEP", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"), GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] %}"),
+    GROWING.replace("STEP", "{% set ns.x = ns.x ~ ns.x %}"),
+    GROWING.replace("STEP", "{% set ns.x = ns.x + ns.x %}"),
+    GROWING.replace("STEP", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
+    GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] %}"),
     GROWING.replace("STEP", "{% set ns.x = ns.x | replace('a', 'aa') %}"),
     GROWING.replace("STEP", "{% set ns.x = ns.x.replace('a', 'aa') %}"),
-    GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] | join %}"), GROWING.replace("STEP", "{% set ns.x = (ns.x, ns.x) | string %}"),
-    "{{ 'a' * 10 ** 10 }}", "{{ 10 ** 10 * 'a' }}", "{{ [1] * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}", "{{ 'a' | center(10 ** 10) }}",
-    "{{ 'a'.center(10 ** 10) }}",
-    "{{ 'a'.zfill(10 ** 10) }}", "{{ '\t'.expandtabs(10 ** 10) }}", "{{ '%9999999999d' % 1 }}", "{{ '%*d' % (10 ** 10, 1) }}",
-    "{{ '%9999999999s' | format('a') }}",
-    "{{ '{:9999999999}'.format(1) }}", "{{ '{:{}}'.format(1, 10 ** 10) }}", "{{ '{a:9999999999}'.format_map({'a': 1}) }}",
-    "{{ [1] | tojson(indent=10 ** 10) }}",
-    "{{ 'a' | indent(10 ** 10, true) }}", "{{ 1.5 | round(10 ** 9, 'ceil') }}", "{{ [1] | batch(10 ** 10, 'x') | list }}",
-    "{{ [1] | slice(10 ** 10) | list }}",
-    "{{ lipsum(10 ** 6) }}", "{{ (['a' * 1000] * 1000) | join('b' * 1000) }}",
+    GROWING.replace("STEP", "{% set ns.x = [ns.x, ns.x] | join %}"),
+    GROWING.replace("STEP", "{% set ns.x = (ns.x, ns.x) | string %}"), "{{ 'a' * 10 ** 10 }}",
+    "{{ 10 ** 10 * 'a' }}", "{{ [1] * 10 ** 10 }}", "{{ 10 ** (10 ** 10) }}",
+    "{{ 'a' | center(10 ** 10) }}", "{{ 'a'.center(10 ** 10) }}", "{{ 'a'.zfill(10 ** 10) }}",
+    "{{ '\t'.expandtabs(10 ** 10) }}", "{{ '%9999999999d' % 1 }}", "{{ '%*d' % (10 ** 10, 1) }}",
+    "{{ '%9999999999s' | format('a') }}", "{{ '{:9999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10 ** 10) }}", "{{ '{a:9999999999}'.format_map({'a': 1}) }}",
+    "{{ [1] | tojson(indent=10 ** 10) }}", "{{ 'a' | indent(10 ** 10, true) }}",
+    "{{ 1.5 | round(10 ** 9, 'ceil') }}", "{{ [1] | batch(10 ** 10, 'x') | list }}",
+    "{{ [1] | slice(10 ** 10) | list }}", "{{ lipsum(10 ** 6) }}",
+    "{{ (['a' * 1000] * 1000) | join('b' * 1000) }}",
     "{{ range(10 ** 5) | map('string') | map('center', 100) | join }}",
-    "{% set x = 'a' * 900000 %}{{ [" + "x[:-1]," * 3000 + "] | length }}", "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "{{ messages }}" * 10000,
+    "{% set x = 'a' * 900000 %}{{ [" + "x[:-1]," * 3000 + "] | length }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ messages }}" * 10000,
 ]
 
 
 @pytest.mark.parametrize("source", BOMBS, ids=[source[:40] for source in BOMBS])
 def test_a_bomb_is_refused(source, monkeypatch):
-    """A test of any one of these that is not bounded never ends, or ends this process: so none is run without the bound."""
+    """Without a bound each of them never ends, or ends this process: so none is run without one."""
     monkeypatch.setattr(template, "SECONDS", 0.3)
     with pytest.raises(TemplateError):
         render(source, **GIVEN)
@@ -52,29 +58,32 @@ def test_a_bomb_is_refused(source, monkeypatch):
 @pytest.mark.parametrize("source", [
     "{{ bos_token }}{% for m in messages %}[{{ m.role | upper ~ ':' ~ m['content'] | trim }}]{% endfor %}",
     "{{ messages[0].content[1:3] }}{{ messages[::-1] | length }}",
-    "{% macro show(m, end='.') %}{{ m.content + end }}{% endmacro %}{{ show(messages[0]) }}{{ show(messages[0], end='!') }}",
+    "{% macro show(m, end='.') %}{{ m.content + end }}{% endmacro %}{{ show(messages[0]) }}"
+    "{{ show(messages[0], end='!') }}",
     "{% for m in messages if m.role == 'user' %}{{ loop.index0 }}{{ loop.last }}{{ loop.length }}"
     "{{ loop.cycle('a', 'b') }}{% else %}none{% endfor %}",
     "{% set ns = namespace(found=false, n=0) %}{% for i in range(5) %}{% set ns.n = ns.n + i %}"
     "{% if i == 3 %}{% break %}{% endif %}{% endfor %}{{ ns.n }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}"
     "{{ nothing | default('x') }}",
-    "{{ '%s-%d' % ('a', 3) }}{{ '{:>5}'.format('b') }}{{ 'a,b'.split(',')[-1].lstrip('b') }}{% filter upper %}abc{% endfilter %}",
+    "{{ '%s-%d' % ('a', 3) }}{{ '{:>5}'.format('b') }}{{ 'a,b'.split(',')[-1].lstrip('b') }}"
+    "{% filter upper %}abc{% endfilter %}",
     "{% set x %}{{ messages[0].content }}{% endset %}{{ x ~ 1 ~ none ~ [1, 'a'] }}"
     "{% for k, v in messages[0].items() %}{{ k }}{{ v }}{% endfor %}",
     "{% for k in messages[0] | dictsort %}{{ k }}{% endfor %}"
     "{{ 7 // 2 }}{{ 7 % 4 }}{{ -1 * 2 }}{{ 2 ** 5 }}{{ 'a' in 'abc' }}{{ not messages }}",
 ])
 def test_the_bound_changes_nothing_else(source):
-    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    plain = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     assert render(source, **GIVEN) == plain.from_string(source).render(**GIVEN) != ""
 
 
 def test_a_long_system_prompt_is_within_the_bound(monkeypatch):
-    """20,000 characters of source, joined, trimmed and shown a few times, take less than a tenth of the time and memory."""
+    """20,000 characters of source, joined, trimmed and shown, take less than a tenth of time and memory."""
     text = "You solve problems. " * 1000
     source = "{% set system %}" + text + "{% endset %}"
-    source += "{% for m in messages %}{{ '<|im_start|>system\n' + system | trim + '<|im_end|>' ~ m.content }}{% endfor %}"
+    source += "{% for m in messages %}{{ '<start>' + system | trim + '<end>' ~ m.content }}{% endfor %}"
     monkeypatch.setattr(template, "SECONDS", template.SECONDS / 10)
     monkeypatch.setattr(template, "MEMORY", template.MEMORY // 10)
     assert render(source, **GIVEN).count("You solve") == 1000
@@ -89,17 +98,19 @@ def test_a_text_that_is_too_long_is_refused():
 # -------------------------------------------------------------------------------- the child process
 
 def test_time_and_memory_are_the_childs(monkeypatch):
-    """This process ends neither with the child's time nor with its memory, and keeps no process and no file."""
+    """This process does not end with the child's time and memory, and is left no process and no file."""
     files = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(template, "SECONDS", 0.1)
-    for source, said in (("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "0.1 s or 500 MB"),
-                         ("{{ 'a' * 600000000 }}", "MemoryError"), ("{{ nothing.at.all }}", "undefined"), ("{% if %}", "expression")):
+    endless = "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
+    for source, said in ((endless, "0.1 s or 500 MB"), ("{{ 'a' * 600000000 }}", "MemoryError"),
+                         ("{{ nothing.at.all }}", "undefined"), ("{% if %}", "expression")):
         with pytest.raises(TemplateError, match=said):
             render(source, **GIVEN)
         assert len(os.listdir("/proc/self/fd")) == files
         with pytest.raises(ChildProcessError):  # none is left to wait for
             os.waitpid(-1, os.WNOHANG)
-    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0) and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
     assert len("a" * 600_000_000) == 600_000_000
 
 

@@ -1,6 +1,6 @@
-"""Texts that are put together have the ids that Transformers gives for the whole, with every family of tokenizers.
+"""Texts that are put together have the ids that Transformers gives for the whole, with every tokenizer.
 
-Llama 2's and Mistral's mark the first word of a text ("▁"); tiny ones are made here in the ways in which they do it.
+Llama 2's and Mistral's mark the first word of a text ("▁"). Tiny ones are made here, in each way of doing it.
 """
 import json
 import random
@@ -19,16 +19,16 @@ from rprm import VERIFICATION, yes_no_ids
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-FLAVOURS = ("first", "always", "legacy")  # which texts get a mark: the first, all after special tokens; and Llama 2's way
+FLAVOURS = ("first", "always", "legacy")  # at the beginning; after special tokens too; that in Llama 2's way
 TEMPLATES = {
-    "marks of their own": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"  # Mistral v0.3
-                          "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-    "no space": "<s>{% for m in messages %}<|user|>{{ m.content }}<|assistant|>{% endfor %}",
+    "special": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+               "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",  # Mistral 7B v0.3
+    "special, no space": "<s>{% for m in messages %}<|user|>{{ m.content }}<|assistant|>{% endfor %}",
     "plain text": "{{ bos_token }}### Question\n{{ messages[0].content }}\n\n### Answer\n",
     "the message first": "{{ messages[0].content }}\nAnswer:",
 }
-MESSAGES = ["Tom has 12 apples.", " how many pens?", "\n\nStep 1: half of 36 is 18\n", "é ½ 中文", "7", "-1 ▁ x"]
-ANSWERS = ["Yes, the sum is right.\n" + VERIFICATION + " Yes", " No", "\nThe step is right.", "72 pens", "pens\n"]
+MESSAGES = ["Tom has 12 apples.", " how many pens?", "\n\nStep 1: half of 36 is 18\n", "é ½ 中文", "7", "- ▁"]
+ANSWERS = [f"Yes, the sum is right.\n{VERIFICATION} Yes", " No", "\nThe step is right.", "72 pens", "pens\n"]
 
 
 def make_tokenizer(flavour: str) -> Tokenizer:
@@ -55,8 +55,8 @@ def write_folder(folder: Path, tokenizer: Tokenizer, template: str) -> Path:
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "chat_template": template, "clean_up_tokenization_spaces": False})
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template})
     return folder
 
 
@@ -74,7 +74,8 @@ def test_chats_equal_transformers(marking_folder):
     tokenizer, expected = load_tokenizer(marking_folder), AutoTokenizer.from_pretrained(marking_folder)
     for message in MESSAGES:
         chat = [{"role": "user", "content": message}]
-        assert tokenizer.chat(message) == expected.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        whole = expected.apply_chat_template(chat, add_generation_prompt=True)
+        assert tokenizer.chat(message) == whole["input_ids"]
 
 
 def test_a_continuation_has_the_ids_of_the_whole_text(marking_folder):
@@ -87,7 +88,8 @@ def test_a_continuation_has_the_ids_of_the_whole_text(marking_folder):
         whole = expected(text + answer + "</s>", add_special_tokens=False)["input_ids"]
         assert prompt + tokenizer.response(answer) == whole
         assert prompt + tokenizer.response(answer, prompt) == whole
-        assert tokenizer.continuation([], answer) == tokenizer.continuation("", answer) == whole[len(prompt):-1]
+        for before in ([], "", prompt):
+            assert tokenizer.continuation(before, answer) == whole[len(prompt):-1]
         line = VERIFICATION if answer.endswith("\n") else "\n" + VERIFICATION
         longer = expected(text + answer + line, add_special_tokens=False)["input_ids"]
         for before in (whole[:-1], whole[len(prompt):-1], answer):
@@ -96,7 +98,7 @@ def test_a_continuation_has_the_ids_of_the_whole_text(marking_folder):
 
 
 def test_an_answer_after_a_special_token_begins_as_the_family_has_it(marking, tmp_path):
-    tokenizer = load_tokenizer(write_folder(tmp_path / "x", marking, TEMPLATES["marks of their own"]))
+    tokenizer = load_tokenizer(write_folder(tmp_path / "x", marking, TEMPLATES["special"]))
     begins = marking.encode("</s>Yes", add_special_tokens=False).ids[1:]
     assert tokenizer.continuation([tokenizer.backend.token_to_id("[/INST]")], "Yes") == begins
     assert tokenizer.continuation([5, 6, 300], "Yes") == tokenizer.continuation("x", "Yes")
@@ -111,7 +113,8 @@ def test_the_verdicts_words_are_single_tokens(marking_folder):
     assert tokenizer.continuation("Hm.\n", VERIFICATION + " Yes")[-1] == yes
 
 
-@pytest.mark.parametrize("text", ["Yes", " Yes", "\nYes", "\n\n" + VERIFICATION, "", " ", "é", "12", ".5", "x\n", "<|im_end|>"])
+@pytest.mark.parametrize("text", [
+    "Yes", " Yes", "\nYes", "\n\n" + VERIFICATION, "", " ", "é", "12", ".5", "x\n", "<|im_end|>"])
 def test_without_marks_a_continuation_is_the_texts_own_encoding(tiny_folder, text):
     """Byte-level BPE: whatever stands before."""
     tokenizer = load_tokenizer(tiny_folder)
@@ -139,7 +142,7 @@ def test_a_byte_level_tokenizer_may_add_a_space(tiny_folder, tmp_path):
 
 
 def test_tokens_that_take_the_white_space_beside_them(marking, tmp_path):
-    """Phi-3's turn marks do: "<|user|>\\n" is one token, and so it is where the message spells out another."""
+    """Phi-3's turn marks do: "<|user|>\\n" is one token, also where the message spells out another."""
     backend = Tokenizer.from_str(marking.to_str())
     backend.add_special_tokens([AddedToken("<|user|>", rstrip=True, normalized=False),
                                 AddedToken("<|assistant|>", lstrip=True, rstrip=True, normalized=False)])
@@ -151,18 +154,20 @@ def test_tokens_that_take_the_white_space_beside_them(marking, tmp_path):
         text = expected.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         prompt = tokenizer.chat(message)
         assert prompt == expected(text, add_special_tokens=False)["input_ids"]
-        assert prompt + tokenizer.continuation(prompt, "\n Yes") == expected(text + "\n Yes", add_special_tokens=False)["input_ids"]
+        longer = expected(text + "\n Yes", add_special_tokens=False)["input_ids"]
+        assert prompt + tokenizer.continuation(prompt, "\n Yes") == longer
     assert tokenizer.chat("\n a</s>") == [5, *tokenizer.section(5, "a</s>"), 2, 6]
 
 
 # -------------------------------------------------------------------------------- whole conversations
 
-# A prompt file of the official shape: a ChatML conversation, three bare fields, and line ends of which some are the two
-# characters backslash and n.
-OFFICIAL = ("<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\nJudge the last step of a solution.\\n"
-            "Question: {}\nPrevious Steps: {}\\nNow Step: {}\n\nEnd with one line: Verification: Is the step correct (Yes/No)? X"
-            "<|im_end|>\\n<|im_start|>assistant\n")
-ODD = ["", " ", "\n", "x\n", " x", "é ½ 中文 🙂", "{}", "\\frac{1}{2} \\n", "-1", "\ue000", "\t\t", "<|im_", "|>", "12.50 $"]
+# A prompt file of the official shape: a ChatML conversation with three bare fields. Some of its line ends are
+# the two characters backslash and n.
+OFFICIAL = (
+    "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n<|im_start|>user\nJudge the last step.\\n"
+    "Question: {}\nPrevious Steps: {}\\nNow Step: {}\n\nEnd with one line: Verification: Is the step correct "
+    "(Yes/No)? X<|im_end|>\\n<|im_start|>assistant\n")
+ODD = ["", " ", "\n", "x\n", " x", "é ½ 中文 🙂", "{}", "\\frac{1}{2} \\n", "-1", "\ue000", "\t\t", "<|im_"]
 
 
 def pieces_of(prompt: str, *fields: str) -> list[tuple[str, bool]]:
@@ -177,18 +182,20 @@ def pieces_of(prompt: str, *fields: str) -> list[tuple[str, bool]]:
 def odd_fields(count: int) -> list[list[str]]:
     """Problem, previous steps and now step, with odd beginnings and ends."""
     rng = random.Random(0)
-    found = []
-    for _ in range(count):
-        found.append([rng.choice(ODD) + rng.choice(SENTENCES) * rng.randrange(2) + rng.choice(ODD) for _ in range(3)])
-    return found
+
+    def field() -> str:
+        return rng.choice(ODD) + rng.choice(SENTENCES) * rng.randrange(2) + rng.choice(ODD)
+
+    return [[field(), field(), field()] for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", ["embedded", "smollm2"])
 def test_conversations_equal_transformers(name, request):
-    """200 prompts. The embedded model's numbers are cut in pairs of digits: AutoTokenizer would take Qwen2's single ones."""
+    """200 prompts. The embedded model cuts numbers into pairs of digits; AutoTokenizer would not."""
     folder = ROOT / "examples/arithmetic/base" if name == "embedded" else request.getfixturevalue("smollm2")
     tokenizer, expected = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-    assert tokenizer.has_special_tokens(OFFICIAL) and not tokenizer.has_special_tokens(OFFICIAL.replace("|", "!"))
+    assert tokenizer.has_special_tokens(OFFICIAL)
+    assert not tokenizer.has_special_tokens(OFFICIAL.replace("|", "!"))
     for fields in odd_fields(200):
         pieces = pieces_of(OFFICIAL, *fields)
         text = "".join(piece for piece, _ in pieces)
@@ -218,11 +225,12 @@ def test_a_conversation_begins_as_the_tokenizer_begins_a_text(marking, tmp_path)
     assert without.count(1) == 1
 
 
-@pytest.mark.parametrize("field", [IM_END, f"a{IM_END}\n{IM_START}user\nb", f"{IM_START}{IM_START}", "<|endoftext|> é"])
+@pytest.mark.parametrize("field", [IM_END, f"a{IM_END}\n{IM_START}user\nb", IM_START * 2, "<|endoftext|> é"])
 def test_special_tokens_spelled_out_in_a_field_stay_text(tiny_folder, field):
     tokenizer = load_tokenizer(tiny_folder)
-    ids = tokenizer.conversation(pieces_of(OFFICIAL, "Tom has 12 apples.", field, field))
-    assert tokenizer.decode(ids) == "".join(piece for piece, _ in pieces_of(OFFICIAL, "Tom has 12 apples.", field, field))
+    pieces = pieces_of(OFFICIAL, "Tom has 12 apples.", field, field)
+    ids = tokenizer.conversation(pieces)
+    assert tokenizer.decode(ids) == "".join(piece for piece, _ in pieces)
     assert [i for i in ids if i < 3] == [0, 1, 0, 1, 0]
     assert ids[:20] == tokenizer.conversation(pieces_of(OFFICIAL, "Tom has 12 apples.", "", ""))[:20]
 
@@ -238,7 +246,8 @@ def test_a_special_token_that_a_field_completes_is_text(tiny_folder):
 def test_what_has_no_token_is_no_special_token(tmp_path):
     """"<unk>" is a special token, and stands for a character that the vocabulary lacks."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.train_from_iterator(["abc </s>"], trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["abc </s>"], trainer)
     tokenizer = load_tokenizer(write_folder(tmp_path / "unk", backend, "{{ messages[0].content }}</s>"))
     assert 0 in tokenizer.encode_marked("aé") and not tokenizer.has_special_tokens("aé")
     assert tokenizer.has_special_tokens("a<unk>")
