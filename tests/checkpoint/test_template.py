@@ -41,6 +41,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", BOMBS, ids=[source[:40] for source in BOMBS])
 def test_a_bomb_is_refused(source, monkeypatch):
     """A test of any one of these that is not bounded never ends, or ends this process: so none is run without the bound."""
