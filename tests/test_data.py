@@ -374,6 +374,7 @@ def test_a_bad_case_names_file_line_and_field(sampling, capsys, kind):
     ({"--model": "absent/folder"}, "absent/folder"), ({"--prompt-file": "absent.txt"}, "absent.txt: no such prompt file"),
     ({"--cases": "absent.jsonl"}, "absent.jsonl: no such file"), ({"--n": 0}, None), ({"--max-new-tokens": 0}, None),
 ])
+@pytest.mark.slow
 def test_a_sampling_that_cannot_start_leaves_nothing(sampling, capsys, changes, said):
     """So that the corrected command runs as it is, without --overwrite."""
     out, flags = sampling
@@ -526,6 +527,7 @@ def test_sft_max_per_case(tmp_path, capsys):
         assert table(capsys.readouterr().out).get("dropped: over --max-per-case", 0) == max(0, 6 - most) + max(0, 3 - most)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "pairs"])
 def test_the_split_is_by_problem(tmp_path, command):
     """No problem on both sides.

@@ -276,6 +276,7 @@ def branches() -> dict[str, list[list[int]]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", branches())
 def test_every_kind_of_batch_is_exact(engine_of, model, kind):
     requests = [Request(r.ids, [seed + i for seed in r.seeds]) for i, r in enumerate(requests_of(branches()[kind], 2))]

@@ -296,6 +296,7 @@ def test_a_step_is_judged_with_the_steps_before_it(tmp_path, tiny, tiny_folder):
             assert line["rewards"][t] == pytest.approx(sum(a.p_yes for a in found) / 2, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(tmp_path, tiny):
     rows = [row(f"r{i}", [-1, 0, 1][i % 3], 2 + i % 3) for i in range(7)]
     write(tmp_path / "b.json", rows)

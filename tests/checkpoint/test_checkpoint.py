@@ -171,6 +171,7 @@ def test_the_prompt_travels_with_the_checkpoint(tiny_folder, tmp_path):
     assert not (tmp_path / "without" / PROMPT_FILE).exists()
 
 
+@pytest.mark.slow
 def test_saving_replaces_the_whole_of_an_old_folder(tiny_folder, make_folder, tmp_path):
     saved, other = tmp_path / "saved", make_folder("llama", False)
     save_checkpoint(saved, load_model(tiny_folder), tiny_folder, prompt="old", shard_bytes=100_000)

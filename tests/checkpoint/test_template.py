@@ -47,6 +47,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", BOMBS, ids=[source[:40] for source in BOMBS])
 def test_a_bomb_is_refused(source, monkeypatch):
     """Without a bound each of them never ends, or ends this process: so none is run without one."""

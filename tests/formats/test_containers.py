@@ -238,6 +238,7 @@ def test_a_broken_parquet_file(tmp_path, write_parquet):
 # ---------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lines", "gzip", "standard input", "parquet"])
 def test_memory_is_flat(tmp_path, stdin, request, kind, monkeypatch):
     """Eight megabytes of rows in a tenth of that: in Python's memory stand the lines' places alone."""

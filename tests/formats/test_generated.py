@@ -11,6 +11,7 @@ import pytest
 from bench import formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", formats.CONTAINERS)
 @pytest.mark.parametrize("name", formats.FORMATS)
 def test_the_counts_are_those_that_the_file_was_made_with(tmp_path, name, container):

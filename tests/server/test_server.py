@@ -455,6 +455,7 @@ PASSING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", PASSING, ids=lambda wrong: str(wrong)[:30])
 def test_what_may_pass_is_tried_again(stand_in, tiny_folder, wrong):
     good = found(stand_in, tiny_folder, cases(2), concurrency=1)
@@ -553,6 +554,7 @@ def test_a_refused_case_is_named(stand_in, tiny_folder):
 
 # ------------------------------------------------------------------------------------------ flags and the key
 
+@pytest.mark.slow
 def test_without_a_server_nothing_of_it_is_imported():
     """PyTorch brings http.client itself, so it is taken away before the scripts are imported."""
     code = """
