@@ -7,22 +7,17 @@ What several analyses have in common stands once, as it is computed once. Each t
 probability, and each analysis ends in its verdict and P(Yes). The page has no script; <details> fold a
 branch. All text is escaped.
 """
-
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
-from formats.page import template
+from formats.markup import template
 from plumbing.files import writing
 
 STYLES = ("look.css", "case_page.css")
-SHADES = (
-    0.05,
-    0.2,
-    0.5,
-    0.9,
-)  # a token less likely than the first has the darkest ground; from the last on it has none
+# A token less likely than the first of these has the darkest ground; from the last on it has none.
+SHADES = (0.05, 0.2, 0.5, 0.9)
 
 
 class Written(NamedTuple):

@@ -7,7 +7,6 @@
 A point's step counts the optimizer steps that were made. A long curve is thinned: each of its points is then
 the mean of as many steps in a row.
 """
-
 import math
 from pathlib import Path
 

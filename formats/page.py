@@ -16,7 +16,6 @@ holds the browser to that. It is made of page.html, its styles and scripts (STYL
 Texts are unpacked when a step is opened. No text of a file stands in the page's markup: base64 has no letter
 that HTML gives a meaning to, and the scripts put texts in as text.
 """
-
 import base64
 import hashlib
 import heapq
@@ -30,11 +29,11 @@ from typing import Any, Container, Iterable, Iterator
 import numpy as np
 
 from formats.curves import read_curves
+from formats.markup import template
 from formats.score_lines import ScoreLine, read_score_lines
 from plumbing.errors import BadInput
 from plumbing.files import writing
 
-HERE = Path(__file__).parent
 STYLES = ("look.css", "page.css")
 SCRIPTS = ("page_numbers.js", "page_charts.js", "page_figures.js", "page_list.js", "page.js")
 TEXT_BYTES = 2_000_000  # of packed analyses in a page
@@ -50,8 +49,8 @@ def write_page(
 ) -> str:
     """Write the page of files of scores, and of the curves of training runs. -> a line on what it holds.
 
-    The numbers of all analyses are in the page. So are their texts, up to `text_bytes` when packed. Those that
-    do not fit are left out, the least interesting first (`interest`); the page and the line say how many.
+    The numbers of all analyses are in the page. So are their texts, up to `text_bytes` when packed. What
+    does not fit is left out, the least interesting first (`interest`); the page and the line say how many.
     """
     solutions = Solutions()
     texts = Texts(text_bytes)
@@ -261,23 +260,3 @@ def pack_json(value: Any) -> str:
 def block(name: str, packed: str) -> str:
     """A data block. The name is never taken from a file."""
     return f'<script type="text/plain" id="{name}">{packed}</script>\n'
-
-
-def template(name: str, styles: tuple[str, ...], scripts: tuple[str, ...] = ()) -> str:
-    """A page of this folder with its styles and scripts, and with a policy that allows these alone."""
-    style = joined(styles)
-    script = joined(scripts)
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {csp_hash(style)}"
-    if scripts:
-        policy += f"; script-src {csp_hash(script)}"
-    page = (HERE / name).read_text(encoding="utf-8")
-    return page.replace("{policy}", policy).replace("{style}", style).replace("{script}", script)
-
-
-def joined(names: tuple[str, ...]) -> str:
-    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
-
-
-def csp_hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

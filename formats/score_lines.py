@@ -1,9 +1,8 @@
 """Lines of scores.jsonl, read and checked: what a judge said of each solution.
 
-for where, line in read_score_lines("scores.jsonl"):
-    line.solution.label, line.analyses[0][0].p_yes
+    for where, line in read_score_lines("scores.jsonl"):
+        line.solution.label, line.analyses[0][0].p_yes
 """
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Iterator
 
 from formats.readers import read_solution
 from formats.rows import Solution
+from formats.samples import read_analyses
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_jsonl
 from rprm import Analysis, reward
@@ -73,27 +73,3 @@ def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[
             )
         rewards.append(mean)
     return rewards
-
-
-def read_analyses(row: dict, where: str) -> list[Analysis]:
-    """The analyses of a line of samples.jsonl."""
-    found = []
-    for i, a in enumerate(get_field(row, "analyses", list, where)):
-        here = f"{where}: field 'analyses'[{i}]"
-        text = get_field(expect(a, dict, here), "text", str, here)
-        verdict, p_yes = a.get("verdict"), a.get("p_yes")
-        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
-            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
-        if not 0 <= get_field(a, "n_tokens", int, here) < 2**31:
-            raise BadInput(f"{here}.n_tokens: {str(a['n_tokens'])[:40]} is out of range; correct it")
-        found.append(
-            Analysis(
-                text,
-                verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                p_yes=None if p_yes is None else float(p_yes),
-                n_tokens=a["n_tokens"],
-                finished=get_field(a, "finished", bool, here),
-                forced=bool(a.get("forced", False)),
-            )
-        )
-    return found

@@ -1,5 +1,4 @@
 """The page of one case: its tree is the trie of the analyses' tokens, the one that model.Tree packs."""
-
 import random
 from html.parser import HTMLParser
 from pathlib import Path

@@ -1,5 +1,4 @@
 """The curves of training runs: read, thinned, and drawn in the page."""
-
 import json
 from pathlib import Path
 

@@ -1,5 +1,4 @@
 """The page of scores: its figures are those of score.py; what a reader does with it works in a browser."""
-
 import json
 import random
 from collections import Counter
