@@ -1,45 +1,54 @@
-"""One HTML page that shows the K analyses of a case as the tree in which they branch: the trie of their tokens.
+"""One HTML page of the K analyses of a case, as the tree in which they branch: the trie of their tokens.
 
-    write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [
-        Written([" The", " sum", " is", " right"], [0.9, 0.5, 1.0, 0.7], [0.4, 0.5, 0.5, 0.9], verdict=True, p_yes_at_verdict=0.97), ...])
+    first = Written([" 3", "+", "4"], [0.9, 0.5, 1.0], [0.4, 0.5, 0.9], verdict=True, p_yes_at_verdict=0.9)
+    write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [first, ...])
 
-What several analyses have in common stands once, as it is computed once. Each token is shaded by its probability, and each analysis
-ends in its verdict and P(Yes). The page has no script: a branch is folded by its <details>. All text is escaped.
+What several analyses have in common stands once, as it is computed once. Each token is shaded by its
+probability, and each analysis ends in its verdict and P(Yes). The page has no script; <details> fold a
+branch. All text is escaped.
 """
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
-from formats.page import template
+from formats.markup import template
 from plumbing.files import writing
 
 STYLES = ("look.css", "case_page.css")
-SHADES = (0.05, 0.2, 0.5, 0.9)  # a token less likely than the first has the darkest ground; from the last on it has none
+# A token less likely than the first of these has the darkest ground; from the last on it has none.
+SHADES = (0.05, 0.2, 0.5, 0.9)
 
 
 class Written(NamedTuple):
     """An analysis, token by token."""
+
     tokens: list[str]
     probabilities: list[float] | None  # of each token, given those before it
-    p_yes: list[float]                 # P(Yes) where each token was written
-    verdict: bool | None               # None: there is none
-    p_yes_at_verdict: float | None     # with no verdict: read after an added line
-    ids: list[int] | None = None       # the tokens' ids, by which analyses branch; None: by their texts
+    p_yes: list[float]  # P(Yes) where each token was written
+    verdict: bool | None  # None: there is none
+    p_yes_at_verdict: float | None  # with no verdict: read after an added line
+    ids: list[int] | None = None  # the tokens' ids, by which analyses branch; None: by their texts
 
 
 @dataclass
 class Branch:
     """Tokens that some analyses have in common, and what follows them."""
-    numbers: list[int]        # of the analyses, from 0
-    start: int                # tokens [start, stop) of each of them
+
+    numbers: list[int]  # of the analyses, from 0
+    start: int  # tokens [start, stop) of each of them
     stop: int
-    ended: list[int]          # those that end here
+    ended: list[int]  # those that end here
     branches: list["Branch"]  # how the others go on, at least two of them where none ends here
 
 
-def write_case_page(out: Path, problem: str, previous_steps: Sequence[str], now_step: str,
-                    continuations: Sequence[Written | tuple]) -> None:
+def write_case_page(
+    out: Path,
+    problem: str,
+    previous_steps: Sequence[str],
+    now_step: str,
+    continuations: Sequence[Written | tuple],
+) -> None:
     """Write the page; the analyses are numbered in the order in which they are given."""
     analyses = [Written(*continuation) for continuation in continuations]
     root = grow(analyses, list(range(len(analyses))), 0)
@@ -48,7 +57,9 @@ def write_case_page(out: Path, problem: str, previous_steps: Sequence[str], now_
         show_reward(analyses),
         show_sizes(analyses, root),
         show_legend(analyses),
-        '<ul class="tree">\n', show_branch(analyses, root), "</ul>\n",
+        '<ul class="tree">\n',
+        show_branch(analyses, root),
+        "</ul>\n",
     ]
     head, tail = template("case_page.html", STYLES).split("<!-- case -->")
     with writing(out) as file:
@@ -56,6 +67,7 @@ def write_case_page(out: Path, problem: str, previous_steps: Sequence[str], now_
 
 
 # ---------------------------------------------------------------------------------------------- the trie
+
 
 def grow(analyses: list[Written], numbers: list[int], start: int) -> Branch:
     """The branch of those analyses, which agree on all tokens before `start`."""
@@ -94,9 +106,11 @@ def size(branch: Branch) -> int:
 
 # ---------------------------------------------------------------------------------------------- the page
 
+
 def show_case(problem: str, previous_steps: Sequence[str], now_step: str) -> str:
     steps = "".join(f"<li>{escape(step)}</li>" for step in previous_steps)
-    now = f'<li class="now" aria-current="step">{escape(now_step)} <span class="note">(the step to judge)</span></li>'
+    note = '<span class="note">(the step to judge)</span>'
+    now = f'<li class="now" aria-current="step">{escape(now_step)} {note}</li>'
     return f'<p class="problem">{escape(problem)}</p>\n<ol class="steps">{steps}{now}</ol>\n'
 
 
@@ -107,12 +121,15 @@ def show_reward(analyses: list[Written]) -> str:
         return "<h2>Reward: null</h2>\n<p>No analysis has a P(Yes).</p>\n"
     reward = sum(known) / len(known)
     terms = " + ".join(f"{value:.3f}" for value in known)
-    return (f"<h2>Reward: {reward:.4f}</h2>\n<p>The mean of P(Yes) at the verdicts: ({terms}) / {len(known)}</p>\n"
-            + show_dots(analyses, reward))
+    return (
+        f"<h2>Reward: {reward:.4f}</h2>\n"
+        f"<p>The mean of P(Yes) at the verdicts: ({terms}) / {len(known)}</p>\n"
+        + show_dots(analyses, reward)
+    )
 
 
 def show_dots(analyses: list[Written], reward: float) -> str:
-    """P(Yes) as dots on a line from 0 to 1, piled up where they would hide each other, and a tick at the mean."""
+    """P(Yes) as dots on a line from 0 to 1, piled up where they would hide each other; a tick at the mean."""
     width = 400
     left = 14
     piles: dict[int, list[tuple[float, str]]] = {}
@@ -121,7 +138,8 @@ def show_dots(analyses: list[Written], reward: float) -> str:
             x = left + analysis.p_yes_at_verdict * width
             verdict = name_of(analysis.verdict)
             title = f"analysis {number}: {verdict}, P(Yes) {analysis.p_yes_at_verdict:.3f}"
-            piles.setdefault(round(x / 8), []).append((x, f'class="{verdict}" r="4"><title>{title}</title></circle>'))
+            circle = f'class="{verdict}" r="4"><title>{title}</title></circle>'
+            piles.setdefault(round(x / 8), []).append((x, circle))
     highest = max(len(pile) for pile in piles.values())
     rise = min(6, 60 / highest)
     bottom = 10 + rise * highest
@@ -131,20 +149,29 @@ def show_dots(analyses: list[Written], reward: float) -> str:
             circles.append(f'<circle cx="{x:.1f}" cy="{bottom - 7 - rise * height:.1f}" {rest}')
     half = left + width / 2
     mean = left + reward * width
-    lines = (f'<line class="half" x1="{half}" x2="{half}" y1="0" y2="{bottom:.1f}"/>'
-             f'<line class="axis" x1="{left}" x2="{left + width}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>'
-             f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{bottom:.1f}" y2="{bottom + 8:.1f}"/>')
-    ticks = "".join(f'<text x="{left + value * width}" y="{bottom + 20:.1f}" text-anchor="middle">{text}</text>'
-                    for value, text in ((0, "0"), (0.5, "½"), (1, "1")))
-    return (f'<svg class="dots" viewBox="0 0 {width + 2 * left} {bottom + 24:.1f}" role="img" '
-            f'aria-label="P(Yes) of the analyses on a line from 0 to 1; their mean is {reward:.4f}">'
-            f'{lines}{"".join(circles)}{ticks}</svg>\n')
+    lines = (
+        f'<line class="half" x1="{half}" x2="{half}" y1="0" y2="{bottom:.1f}"/>'
+        f'<line class="axis" x1="{left}" x2="{left + width}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>'
+        f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{bottom:.1f}" y2="{bottom + 8:.1f}"/>'
+    )
+    ticks = "".join(
+        f'<text x="{left + value * width}" y="{bottom + 20:.1f}" text-anchor="middle">{text}</text>'
+        for value, text in ((0, "0"), (0.5, "½"), (1, "1"))
+    )
+    return (
+        f'<svg class="dots" viewBox="0 0 {width + 2 * left} {bottom + 24:.1f}" role="img" '
+        f'aria-label="P(Yes) of the analyses on a line from 0 to 1; their mean is {reward:.4f}">'
+        f"{lines}{''.join(circles)}{ticks}</svg>\n"
+    )
 
 
 def show_sizes(analyses: list[Written], root: Branch) -> str:
     tokens = sum(len(analysis.tokens) for analysis in analyses)
-    return (f"<h2>Tree</h2>\n<p>{len(analyses)} analyses of {tokens} tokens in all make a tree of {size(root)} tokens: what they have in "
-            f"common stands once, and each draws its own next token where they branch.</p>\n")
+    return (
+        f"<h2>Tree</h2>\n<p>{len(analyses)} analyses of {tokens} tokens in all make a tree of {size(root)} "
+        "tokens: what they have in common stands once, and each draws its own next token where they "
+        "branch.</p>\n"
+    )
 
 
 def show_legend(analyses: list[Written]) -> str:
@@ -160,15 +187,18 @@ def show_legend(analyses: list[Written]) -> str:
 
 
 def show_branch(analyses: list[Written], branch: Branch) -> str:
-    """A branch as an item of a list: which analyses go this way, the tokens, the verdicts of those that end, and the branches."""
+    """A branch as an item of a list: which analyses go this way, the tokens, the verdicts of those that end
+    here, and the branches that follow."""
     first = analyses[branch.numbers[0]]
     tokens = "".join(show_token(first, i) for i in range(branch.start, branch.stop))
     ends = show_ends(analyses, branch.ended)
     following = "".join(show_branch(analyses, one) for one in branch.branches)
     if following:
         following = f"<ul>\n{following}</ul>\n"
-    return (f"<li><details open><summary>{show_way(analyses, branch)}</summary>\n"
-            f'<p class="tokens">{tokens}</p>\n{ends}{following}</details></li>\n')
+    return (
+        f"<li><details open><summary>{show_way(analyses, branch)}</summary>\n"
+        f'<p class="tokens">{tokens}</p>\n{ends}{following}</details></li>\n'
+    )
 
 
 def show_way(analyses: list[Written], branch: Branch) -> str:
@@ -177,7 +207,8 @@ def show_way(analyses: list[Written], branch: Branch) -> str:
     first = analyses[branch.numbers[0]]
     if branch.start == branch.stop or first.probabilities is None:
         return way
-    return f"{way} · {escape(repr(first.tokens[branch.start]))} has probability {first.probabilities[branch.start]:.3f}"
+    token = escape(repr(first.tokens[branch.start]))
+    return f"{way} · {token} has probability {first.probabilities[branch.start]:.3f}"
 
 
 def show_token(analysis: Written, i: int) -> str:
@@ -199,7 +230,7 @@ def shade_of(probability: float) -> str:
 
 
 def show_ends(analyses: list[Written], numbers: list[int]) -> str:
-    """A line for each verdict with which analyses end: those that are the same to the end have one verdict, but for its P(Yes)'s last digits."""
+    """A line for each verdict and P(Yes) with which analyses end."""
     lines: dict[str, list[int]] = {}
     for number in numbers:
         lines.setdefault(show_verdict(analyses[number]), []).append(number)
@@ -226,8 +257,10 @@ def name_analyses(numbers: list[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    listed = ", ".join(str(first + 1) if first == last else f"{first + 1}–{last + 1}" for first, last in runs)
-    return f"{'Analyses' if len(numbers) > 1 else 'Analysis'} {listed}"
+    listed = []
+    for first, last in runs:
+        listed.append(str(first + 1) if first == last else f"{first + 1}–{last + 1}")
+    return f"{'Analyses' if len(numbers) > 1 else 'Analysis'} {', '.join(listed)}"
 
 
 def name_of(verdict: bool | None) -> str:

@@ -4,8 +4,8 @@
         {"title": "Loss", "series": [{"name": "train", "points": [[1, 0.78], [2, 0.75], ...]},
                                      {"name": "validation", "points": [[5, 0.77], ...]}]}, ...]}
 
-A point's step counts the optimizer steps that were made. A long run is thinned: each point of a thinned curve is the mean of
-as many steps in a row.
+A point's step counts the optimizer steps that were made. A long curve is thinned: each of its points is then
+the mean of as many steps in a row.
 """
 import math
 from pathlib import Path
@@ -28,7 +28,7 @@ Points = list[list[float]]  # [step, value]
 
 
 def read_curves(run: str | Path) -> dict:
-    """The curves of a run, given as its folder or its metrics.jsonl. A metric that the run has not logged has no panel."""
+    """The curves of a run, given as its folder or its metrics.jsonl. What was not logged has no panel."""
     path = Path(run)
     if path.is_dir():
         path = path / "metrics.jsonl"
@@ -49,7 +49,7 @@ def read_curves(run: str | Path) -> dict:
 
 
 def read_points(path: Path) -> tuple[dict[tuple[str, str], Points], int, int]:
-    """The points of each (metric, split); the number of optimizer steps; how many values are not finite, and left out."""
+    """The points of each (metric, split), the number of steps, and how many values are not finite."""
     points = {(metric, split): [] for metric in NAMES for split in SPLITS}
     steps = 0
     not_finite = 0
@@ -57,7 +57,9 @@ def read_points(path: Path) -> tuple[dict[tuple[str, str], Points], int, int]:
         step = get_field(row, "step", int, where) + 1
         split = get_field(row, "split", str, where)
         if split not in SPLITS:
-            raise BadInput(f"{where}: field 'split': {split[:40]!r} is neither {' nor '.join(SPLITS)}; correct it")
+            raise BadInput(
+                f"{where}: field 'split': {split[:40]!r} is neither {' nor '.join(SPLITS)}; correct it"
+            )
         steps = max(steps, step)
         for metric in NAMES:
             if row.get(metric) is None:
@@ -71,7 +73,7 @@ def read_points(path: Path) -> tuple[dict[tuple[str, str], Points], int, int]:
 
 
 def series_name(metrics: tuple[str, ...], metric: str, split: str) -> str:
-    """"validation", or where a panel has several metrics "chosen, validation"."""
+    """ "validation", or where a panel has several metrics "chosen, validation"."""
     if len(metrics) == 1:
         return split
     return f"{metric.split('_')[0]}, {split}"
@@ -82,7 +84,7 @@ def thinned(points: Points) -> Points:
     width = math.ceil(len(points) / MOST_POINTS)
     found = []
     for start in range(0, len(points), width):
-        group = points[start:start + width]
+        group = points[start : start + width]
         step = sum(point[0] for point in group) / len(group)
         value = sum(point[1] for point in group) / len(group)
         found.append([step, value])

@@ -1,18 +1,20 @@
-"""One HTML page to look at scores with: every solution, step and analysis, and the figures that are made of them.
+"""One HTML page to look at scores with: every solution, step and analysis, and the figures made of them.
 
-    write_page([Path("scores.sft.jsonl"), Path("scores.dpo.jsonl")], Path("report.html"), runs=[Path("runs/sft"), Path("runs/dpo")])
+    scores = [Path("scores.sft.jsonl"), Path("scores.dpo.jsonl")]
+    write_page(scores, Path("report.html"), runs=[Path("runs/sft"), Path("runs/dpo")])
 
-The page is one file that asks no network for anything; a Content-Security-Policy with the hash of its one script holds the browser to that.
-It is put together from page.html, its styles and scripts (STYLES, SCRIPTS), and from data blocks:
+The page is one file that asks no network for anything. A Content-Security-Policy with the hash of its script
+holds the browser to that. It is made of page.html, its styles and scripts (STYLES, SCRIPTS), and data blocks:
 
     <script type="text/plain" id="NAME">base64 of a zlib stream</script>
 
-    page                     JSON: the judges, the threshold, the curves of training runs
-    solutions                JSON: source, id, problem, steps and label of each solution
-    judge-J-NAME             numbers of the judge J, as flat arrays (`Judge`)
-    texts-J-I                JSON: [[text of analysis, ...] of each judged step], of judge J and solution I; unpacked when a step is opened
+    page            JSON: the judges, the threshold, the curves of training runs
+    solutions       JSON: source, id, problem, steps and label of each solution
+    judge-J-NAME    numbers of the judge J, as flat arrays (`Judge`)
+    texts-J-I       JSON: for each step of solution I that judge J has judged, the texts of its analyses
 
-No text of a file ever stands in the page's markup: base64 has no letter that HTML gives a meaning to, and the scripts put texts in as text.
+Texts are unpacked when a step is opened. No text of a file stands in the page's markup: base64 has no letter
+that HTML gives a meaning to, and the scripts put texts in as text.
 """
 import base64
 import hashlib
@@ -27,23 +29,28 @@ from typing import Any, Container, Iterable, Iterator
 import numpy as np
 
 from formats.curves import read_curves
+from formats.markup import template
 from formats.score_lines import ScoreLine, read_score_lines
 from plumbing.errors import BadInput
 from plumbing.files import writing
 
-HERE = Path(__file__).parent
 STYLES = ("look.css", "page.css")
-SCRIPTS = ("page_numbers.js", "page_charts.js", "page.js")
+SCRIPTS = ("page_numbers.js", "page_charts.js", "page_figures.js", "page_list.js", "page.js")
 TEXT_BYTES = 2_000_000  # of packed analyses in a page
 YES, NO, CUT_OFF, FORCED = 1, 2, 4, 8  # the bits of a flag
 
 
-def write_page(scores: list[Path], out: Path, runs: Iterable[Path] = (), threshold: float = 0.5,
-               text_bytes: int = TEXT_BYTES) -> str:
-    """Write the page of some files of scores, and of the curves of some training runs. -> a line that says what is in it.
+def write_page(
+    scores: list[Path],
+    out: Path,
+    runs: Iterable[Path] = (),
+    threshold: float = 0.5,
+    text_bytes: int = TEXT_BYTES,
+) -> str:
+    """Write the page of files of scores, and of the curves of training runs. -> a line on what it holds.
 
-    Numbers of all analyses are in the page; so are their texts, up to `text_bytes` when packed. Texts that do not fit are left out,
-    those of the least interest first (`interest`), and both the page and the line say how many.
+    The numbers of all analyses are in the page. So are their texts, up to `text_bytes` when packed. What
+    does not fit is left out, the least interesting first (`interest`); the page and the line say how many.
     """
     solutions = Solutions()
     texts = Texts(text_bytes)
@@ -82,13 +89,15 @@ def describe(out: Path, n_solutions: int, judges: list["Judge"], texts: "Texts")
     """The line for the user."""
     line = f"page: {out} ({out.stat().st_size / 1e6:.1f} MB; {n_solutions} solutions, {len(judges)} judges"
     if texts.left_out:
-        line += (f"; the analyses' texts of {texts.left_out} of {texts.total} judged solutions do not fit into "
-                 f"{texts.limit / 1e6:.1f} MB and are left out")
+        line += (
+            f"; the analyses' texts of {texts.left_out} of {texts.total} judged solutions do not fit into "
+            f"{texts.limit / 1e6:.1f} MB and are left out"
+        )
     return line + ")"
 
 
 def judge_names(paths: list[Path]) -> list[str]:
-    """What the page calls the judges: "scores.dpo.jsonl" is dpo, "runs/dpo/scores.jsonl" too; else the file's name without .jsonl.
+    """What the page calls the judges: scores.dpo.jsonl and runs/dpo/scores.jsonl are dpo, base.jsonl is base.
 
     Where two would be called the same, all are called by their paths.
     """
@@ -101,21 +110,32 @@ def judge_names(paths: list[Path]) -> list[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------- what is collected
+# ---------------------------------------------------------------------------------------- what is collected
+
 
 class Solutions:
-    """The solutions of all judges, in the order in which they are first met. Judges are compared on those that are the same in
-    everything: source, id, problem, steps and label."""
+    """The solutions of all judges, in the order in which they are first met.
+
+    Judges are compared on those that are the same in everything: source, id, problem, steps and label.
+    """
 
     def __init__(self):
         self.rows: list[dict] = []
         self.numbers: dict[bytes, int] = {}  # hash of a solution -> where in `rows` it is
 
     def add(self, line: ScoreLine, taken: Container[int]) -> int:
-        """-> the number of the line's solution. One that a judge has twice is two: `taken` are those that it had before."""
+        """-> the number of the line's solution.
+
+        A solution that a judge has twice is two: `taken` are the numbers that this judge had before.
+        """
         solution = line.solution
-        row = {"source": line.source, "id": solution.id, "problem": solution.problem, "steps": solution.steps,
-               "label": solution.label}
+        row = {
+            "source": line.source,
+            "id": solution.id,
+            "problem": solution.problem,
+            "steps": solution.steps,
+            "label": solution.label,
+        }
         key = json.dumps(row).encode()
         while True:
             key = hashlib.blake2b(key, digest_size=16).digest()
@@ -155,7 +175,11 @@ class Judge:
                 self.flags.append(flags_of(analysis))
 
     def header(self) -> dict:
-        return {"name": self.name, "k": max(self.samples), "float": "float32" if self.fits_float32() else "float64"}
+        return {
+            "name": self.name,
+            "k": max(self.samples),
+            "float": "float32" if self.fits_float32() else "float64",
+        }
 
     def fits_float32(self) -> bool:
         """Is no digit of P(Yes) lost in fp32, as is so for those that were computed here?"""
@@ -182,14 +206,16 @@ def flags_of(analysis: Any) -> int:
 
 
 class Texts:
-    """Packed texts of the analyses, a block for each judged solution, at most `limit` bytes in all: the most interesting ones."""
+    """Packed texts of the analyses, a block for each judged solution: the most interesting `limit` bytes."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.size = 0
         self.total = 0
         self.left_out = 0
-        self.blocks: list[tuple[int, int, str, str]] = []  # a heap of (interest, -order, name, packed): the first is the first to go
+        self.blocks: list[
+            tuple[int, int, str, str]
+        ] = []  # a heap of (interest, -order, name, packed): the first is the first to go
 
     def add(self, name: str, line: ScoreLine, threshold: float) -> None:
         packed = pack_json([[analysis.text for analysis in step] for step in line.analyses])
@@ -222,6 +248,7 @@ def interest(line: ScoreLine, threshold: float) -> int:
 
 # ---------------------------------------------------------------------------------------------- the file
 
+
 def pack(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
@@ -233,23 +260,3 @@ def pack_json(value: Any) -> str:
 def block(name: str, packed: str) -> str:
     """A data block. The name is never taken from a file."""
     return f'<script type="text/plain" id="{name}">{packed}</script>\n'
-
-
-def template(name: str, styles: tuple[str, ...], scripts: tuple[str, ...] = ()) -> str:
-    """A page of this folder with its styles and scripts, and with a policy that allows these alone."""
-    style = joined(styles)
-    script = joined(scripts)
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src {csp_hash(style)}"
-    if scripts:
-        policy += f"; script-src {csp_hash(script)}"
-    page = (HERE / name).read_text(encoding="utf-8")
-    return page.replace("{policy}", policy).replace("{style}", style).replace("{script}", script)
-
-
-def joined(names: tuple[str, ...]) -> str:
-    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
-
-
-def csp_hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -8,15 +8,20 @@
 //     table: {head: ["judge", "K", "F1"], rows: [["dpo", 1, 55]]},
 //   })
 //
-// Each figure carries its numbers as a table too, for those who do not see it. Text enters the page as text only.
+// Each figure carries its numbers as a table too, for those who do not see it.
+// Texts enter the page as text only.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 400, HEIGHT = 240;
-const LEFT = 54, RIGHT = 12, TOP = 10, BOTTOM = 40; // margins around the plot
+const WIDTH = 400,
+  HEIGHT = 240;
+const LEFT = 54,
+  RIGHT = 12,
+  TOP = 10,
+  BOTTOM = 40; // margins around the plot
 
-// ------------------------------------------------------------------------------------------------ elements
+// -------------------------------------------------------------------------------------- elements
 
-/** element("p", {class: "note", onclick: f}, "text", child, ...): on… are listeners; true and false set and leave out an attribute. */
+/** element("p", {class: "note", onclick: f, hidden: true}, "text", child, ...). False ones are left out. */
 function element(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
@@ -40,7 +45,10 @@ function fillTable(table, caption, head, rows) {
   const headRow = element("tr", {}, ...head.map(title => element("th", {scope: "col"}, title)));
   const bodyRows = rows.map(cells => element("tr", {}, ...cells.map(tableCell)));
   table.replaceChildren(
-    element("caption", {}, caption), element("thead", {}, headRow), element("tbody", {}, ...bodyRows));
+    element("caption", {}, caption),
+    element("thead", {}, headRow),
+    element("tbody", {}, ...bodyRows),
+  );
   return table;
 }
 
@@ -53,19 +61,30 @@ function fixed(value, digits = 1) {
   return value === null || Number.isNaN(value) ? "–" : value.toFixed(digits);
 }
 
-// ------------------------------------------------------------------------------------------------ charts
+// -------------------------------------------------------------------------------------- charts
 
 function chart({title, note, x, y, marks, table}) {
-  const scaleX = value => LEFT + (value - x.min) / (x.max - x.min) * (WIDTH - LEFT - RIGHT);
-  const scaleY = value => HEIGHT - BOTTOM - (value - y.min) / (y.max - y.min) * (HEIGHT - TOP - BOTTOM);
-  const svg = svgElement("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}; its numbers are in the table below`});
+  const scaleX = value => LEFT + ((value - x.min) / (x.max - x.min)) * (WIDTH - LEFT - RIGHT);
+  const scaleY = value => HEIGHT - BOTTOM - ((value - y.min) / (y.max - y.min)) * (HEIGHT - TOP - BOTTOM);
+  const svg = svgElement("svg", {
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+    role: "img",
+    "aria-label": `${title}; its numbers are in the table below`,
+  });
   svg.append(...axes(x, y, scaleX, scaleY));
   for (const mark of marks) svg.append(...MARKS[mark.kind](mark, scaleX, scaleY, x, y));
-  return element("figure", {},
+  return element(
+    "figure",
+    {},
     element("figcaption", {}, element("strong", {}, title), " ", element("span", {class: "note"}, note)),
     svg,
-    element("details", {}, element("summary", {}, "Numbers"),
-      element("div", {class: "scroll"}, fillTable(element("table"), title, table.head, table.rows))));
+    element(
+      "details",
+      {},
+      element("summary", {}, "Numbers"),
+      element("div", {class: "scroll"}, fillTable(element("table"), title, table.head, table.rows)),
+    ),
+  );
 }
 
 function axes(x, y, scaleX, scaleY) {
@@ -74,15 +93,35 @@ function axes(x, y, scaleX, scaleY) {
   for (const value of y.ticks ?? niceTicks(y.min, y.max)) {
     const height = scaleY(value);
     parts.push(svgElement("line", {class: "gridline", x1: LEFT, x2: WIDTH - RIGHT, y1: height, y2: height}));
-    parts.push(svgElement("text", {class: "tick", x: LEFT - 6, y: height + 4, "text-anchor": "end"}, label(y, value)));
+    parts.push(
+      svgElement("text", {class: "tick", x: LEFT - 6, y: height + 4, "text-anchor": "end"}, label(y, value)),
+    );
   }
   for (const value of x.ticks ?? niceTicks(x.min, x.max)) {
-    parts.push(svgElement("text", {class: "tick", x: scaleX(value), y: bottom + 16, "text-anchor": "middle"}, label(x, value)));
+    parts.push(
+      svgElement(
+        "text",
+        {class: "tick", x: scaleX(value), y: bottom + 16, "text-anchor": "middle"},
+        label(x, value),
+      ),
+    );
   }
   parts.push(svgElement("line", {class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: bottom, y2: bottom}));
-  parts.push(svgElement("text", {class: "axis-label", x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 6, "text-anchor": "middle"}, x.label));
+  parts.push(
+    svgElement(
+      "text",
+      {class: "axis-label", x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 6, "text-anchor": "middle"},
+      x.label,
+    ),
+  );
   const middle = (TOP + bottom) / 2;
-  parts.push(svgElement("text", {class: "axis-label", "text-anchor": "middle", transform: `translate(11 ${middle}) rotate(-90)`}, y.label));
+  parts.push(
+    svgElement(
+      "text",
+      {class: "axis-label", "text-anchor": "middle", transform: `translate(11 ${middle}) rotate(-90)`},
+      y.label,
+    ),
+  );
   return parts;
 }
 
@@ -115,29 +154,47 @@ const MARKS = {
     const path = places.map(place => place.map(number => number.toFixed(1)).join(" ")).join(" L");
     const parts = points.length > 1 ? [svgElement("path", {class: `curve ${className}`, d: `M${path}`})] : [];
     if (dots || points.length === 1) {
-      parts.push(...places.map(([cx, cy]) => svgElement("circle", {class: `dot ${className}`, cx, cy, r: 3})));
+      parts.push(
+        ...places.map(([cx, cy]) => svgElement("circle", {class: `dot ${className}`, cx, cy, r: 3})),
+      );
     }
     return parts;
   },
   /** Rings around single points. */
   rings({points, className}, scaleX, scaleY) {
-    return points.map(([px, py]) => svgElement("circle", {class: `ring ${className}`, cx: scaleX(px), cy: scaleY(py), r: 5}));
+    return points.map(([px, py]) =>
+      svgElement("circle", {class: `ring ${className}`, cx: scaleX(px), cy: scaleY(py), r: 5}),
+    );
   },
   /** Upright intervals: [x, low, high]. */
   intervals({points, className}, scaleX, scaleY) {
     return points.map(([px, low, high]) =>
-      svgElement("line", {class: `interval ${className}`, x1: scaleX(px), x2: scaleX(px), y1: scaleY(low), y2: scaleY(high)}));
+      svgElement("line", {
+        class: `interval ${className}`,
+        x1: scaleX(px),
+        x2: scaleX(px),
+        y1: scaleY(low),
+        y2: scaleY(high),
+      }),
+    );
   },
   /** Bars from y = base to the value: [x from, x to, base, value]. */
   bars({points, className}, scaleX, scaleY) {
-    return points.map(([from, to, base, value]) => svgElement("rect", {
-      class: `bar ${className}`, x: scaleX(from) + 0.5, width: Math.max(scaleX(to) - scaleX(from) - 1, 0.5),
-      y: Math.min(scaleY(base), scaleY(value)), height: Math.abs(scaleY(base) - scaleY(value)),
-    }));
+    return points.map(([from, to, base, value]) =>
+      svgElement("rect", {
+        class: `bar ${className}`,
+        x: scaleX(from) + 0.5,
+        width: Math.max(scaleX(to) - scaleX(from) - 1, 0.5),
+        y: Math.min(scaleY(base), scaleY(value)),
+        height: Math.abs(scaleY(base) - scaleY(value)),
+      }),
+    );
   },
   /** A line over the whole plot: upright at `at`. */
   upright({at}, scaleX) {
-    return [svgElement("line", {class: "rule", x1: scaleX(at), x2: scaleX(at), y1: TOP, y2: HEIGHT - BOTTOM})];
+    return [
+      svgElement("line", {class: "rule", x1: scaleX(at), x2: scaleX(at), y1: TOP, y2: HEIGHT - BOTTOM}),
+    ];
   },
   /** The line y = x. */
   diagonal(_, scaleX, scaleY) {

@@ -1,5 +1,6 @@
 "use strict";
-// What is computed from the scores: rewards, predictions, accuracies. Pure functions, but for `unpack`, which reads data blocks.
+// What is computed from the scores: rewards, predictions, accuracies. All functions are pure but `unpack`, which
+// reads the page's data blocks.
 //
 // A judge is an object of flat arrays, made by formats/page.py:
 //
@@ -9,10 +10,13 @@
 //   firstAnalysis  step -> its first analysis, likewise
 //   pYes, tokens, flags    of each analysis; a P(Yes) that is not known is NaN
 
-const YES = 1, NO = 2, CUT_OFF = 4, FORCED = 8;
+const YES = 1,
+  NO = 2,
+  CUT_OFF = 4,
+  FORCED = 8;
 const NO_STEP = -1; // a prediction or a label: no step is wrong
 
-// ------------------------------------------------------------------------------------------------ unpacking
+// -------------------------------------------------------------------------------------- unpacking
 
 /** The bytes of a data block: base64 of a zlib stream. */
 async function unpack(name) {
@@ -33,9 +37,15 @@ async function unpackJudge(number, header, solutionCount) {
   const samples = new Int32Array(await block("samples"));
   const FloatArray = header.float === "float32" ? Float32Array : Float64Array;
   const lineOf = new Int32Array(solutionCount).fill(-1);
-  order.forEach((solution, line) => { lineOf[solution] = line; });
+  order.forEach((solution, line) => {
+    lineOf[solution] = line;
+  });
   return {
-    number, name: header.name, k: header.k, order, lineOf,
+    number,
+    name: header.name,
+    k: header.k,
+    order,
+    lineOf,
     firstStep: startsOf(judged),
     firstAnalysis: startsOf(samples),
     pYes: new FloatArray(await block("p_yes")),
@@ -48,13 +58,15 @@ async function unpackJudge(number, header, solutionCount) {
 /** [2, 3, 1] -> [0, 2, 5, 6]: where each group begins, and where the last one ends. */
 function startsOf(lengths) {
   const starts = new Int32Array(lengths.length + 1);
-  lengths.forEach((length, i) => { starts[i + 1] = starts[i] + length; });
+  lengths.forEach((length, i) => {
+    starts[i + 1] = starts[i] + length;
+  });
   return starts;
 }
 
-// ------------------------------------------------------------------------------------------------ rewards and predictions
+// -------------------------------------------------------------------------------- rewards and predictions
 
-/** The mean P(Yes) of each step over its first K analyses, those without a P(Yes) left out; NaN where none has one. */
+/** The mean P(Yes) of each step over those of its first K analyses that have one; NaN where none has one. */
 function rewardsOf(judge, k) {
   return remembered(judge, `rewards ${k}`, () => {
     const stepCount = judge.firstAnalysis.length - 1;
@@ -64,7 +76,7 @@ function rewardsOf(judge, k) {
   });
 }
 
-/** What `compute` gives, computed once for each key: so a threshold that moves costs only what depends on it. */
+/** What `compute` gives, computed once for each key: a threshold that moves costs only what depends on it. */
 function remembered(judge, key, compute) {
   if (!judge.memory.has(key)) judge.memory.set(key, compute());
   return judge.memory.get(key);
@@ -88,7 +100,7 @@ function analysesOf(judge, step, k) {
   return [first, Math.min(first + k, judge.firstAnalysis[step + 1])];
 }
 
-/** The first step of a line whose reward is below the threshold; NO_STEP if none. A null reward predicts nothing: NaN < x is false. */
+/** The first step of a line whose reward is below the threshold; NO_STEP if none. NaN is below nothing. */
 function predict(judge, line, rewards, threshold) {
   for (let step = judge.firstStep[line]; step < judge.firstStep[line + 1]; step++) {
     if (rewards[step] < threshold) return step - judge.firstStep[line];
@@ -96,26 +108,35 @@ function predict(judge, line, rewards, threshold) {
   return NO_STEP;
 }
 
-// ------------------------------------------------------------------------------------------------ accuracies
+// -------------------------------------------------------------------------------------- accuracies
 
-/** ProcessBench's numbers in percent, null where there is nothing to take them over. found of `wrong`, kept of `correct`. */
+/** ProcessBench's figures in percent, null where there is nothing to take them over (as in tables.py). */
 function accuracies(found, wrong, kept, correct) {
-  const error = wrong ? 100 * found / wrong : null;
-  const right = correct ? 100 * kept / correct : null;
+  const error = wrong ? (100 * found) / wrong : null;
+  const right = correct ? (100 * kept) / correct : null;
   let f1 = null;
-  if (error !== null && right !== null) f1 = error + right ? 2 * error * right / (error + right) : 0;
+  if (error !== null && right !== null) f1 = error + right ? (2 * error * right) / (error + right) : 0;
   return {error_accuracy: error, correct_accuracy: right, f1};
 }
 
 /** The accuracies of a judge on the solutions of one source. */
 function measure(judge, solutions, source, k, threshold) {
   const rewards = rewardsOf(judge, k);
-  let found = 0, wrong = 0, kept = 0, correct = 0;
+  let found = 0,
+    wrong = 0,
+    kept = 0,
+    correct = 0;
   judge.order.forEach((number, line) => {
     const {label, source: own} = solutions[number];
     if (own !== source || label === null) return;
     const hit = predict(judge, line, rewards, threshold) === label;
-    if (label === NO_STEP) { correct++; kept += hit; } else { wrong++; found += hit; }
+    if (label === NO_STEP) {
+      correct++;
+      kept += hit;
+    } else {
+      wrong++;
+      found += hit;
+    }
   });
   return accuracies(found, wrong, kept, correct);
 }
@@ -127,7 +148,17 @@ function tally(judge, solutions, source, k) {
 
 function countAll(judge, solutions, source, k) {
   const rewards = rewardsOf(judge, k);
-  const n = {solutions: 0, unlabelled: 0, steps: 0, null_rewards: 0, analyses: 0, unparsed: 0, truncated: 0, forced: 0, tokens: 0};
+  const n = {
+    solutions: 0,
+    unlabelled: 0,
+    steps: 0,
+    null_rewards: 0,
+    analyses: 0,
+    unparsed: 0,
+    truncated: 0,
+    forced: 0,
+    tokens: 0,
+  };
   judge.order.forEach((number, line) => {
     if (solutions[number].source !== source) return;
     n.solutions++;
@@ -152,10 +183,16 @@ function countAll(judge, solutions, source, k) {
 function summaryRow(judge, solutions, source, k, threshold) {
   const n = tally(judge, solutions, source, k);
   return {
-    source, k, solutions: n.solutions, unlabelled: n.unlabelled,
+    source,
+    k,
+    solutions: n.solutions,
+    unlabelled: n.unlabelled,
     ...measure(judge, solutions, source, k, threshold),
-    unparsed: 100 * n.unparsed / n.analyses, truncated: 100 * n.truncated / n.analyses,
-    forced: n.forced, null_rewards: n.null_rewards, tokens_per_step: n.tokens / n.steps,
+    unparsed: (100 * n.unparsed) / n.analyses,
+    truncated: (100 * n.truncated) / n.analyses,
+    forced: n.forced,
+    null_rewards: n.null_rewards,
+    tokens_per_step: n.tokens / n.steps,
   };
 }
 
@@ -174,7 +211,9 @@ function summaryRows(judge, solutions, k, threshold) {
 }
 
 function sourcesOf(judge, solutions) {
-  return remembered(judge, "sources", () => [...new Set(Array.from(judge.order, number => solutions[number].source))]);
+  return remembered(judge, "sources", () => [
+    ...new Set(Array.from(judge.order, number => solutions[number].source)),
+  ]);
 }
 
 /** The accuracies on one source, or their averages over all (source ""); null where a source lacks one. */
@@ -193,9 +232,9 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
-// ------------------------------------------------------------------------------------------------ for the figures
+// -------------------------------------------------------------------------------------- for the figures
 
-/** [{reward, right}] of the steps whose label is known: up to and with the first wrong one. Null rewards are left out. */
+/** [{reward, right}] of the steps whose label is known: those up to the first wrong one. No null rewards. */
 function labelledSteps(judge, solutions, source, k) {
   const rewards = rewardsOf(judge, k);
   const found = [];
@@ -212,7 +251,7 @@ function labelledSteps(judge, solutions, source, k) {
   return found;
 }
 
-/** Shares of right steps by reward, in ten bins of equal width: [{count, reward (mean), share, low, high}], those with 5 steps or more. */
+/** Shares of right steps in ten bins of equal width: [{count, reward (their mean), share, low, high}]. */
 function reliability(steps, leastCount = 5) {
   const bins = Array.from({length: 10}, () => ({count: 0, rewards: 0, right: 0}));
   for (const {reward, right} of steps) {
@@ -222,21 +261,26 @@ function reliability(steps, leastCount = 5) {
     bin.right += right;
   }
   const used = bins.filter(bin => bin.count >= leastCount);
-  return used.map(({count, rewards, right}) => ({count, reward: rewards / count, share: right / count, ...wilson(right, count)}));
+  return used.map(({count, rewards, right}) => ({
+    count,
+    reward: rewards / count,
+    share: right / count,
+    ...wilson(right, count),
+  }));
 }
 
 /** The 95% interval of a share (Wilson): it stays within 0 and 1 where a share is 0 or 1. */
 function wilson(hits, count) {
   const z = 1.96;
-  const centre = (hits + z * z / 2) / (count + z * z);
-  const half = z / (count + z * z) * Math.sqrt(hits * (count - hits) / count + z * z / 4);
+  const centre = (hits + (z * z) / 2) / (count + z * z);
+  const half = (z / (count + z * z)) * Math.sqrt((hits * (count - hits)) / count + (z * z) / 4);
   return {low: centre - half, high: centre + half};
 }
 
 /** How many values lie in each of `count` bins of equal width between low and high. */
 function histogram(values, low, high, count) {
   const bins = new Array(count).fill(0);
-  for (const value of values) bins[Math.min(Math.floor((value - low) / (high - low) * count), count - 1)]++;
+  for (const value of values) bins[Math.min(Math.floor(((value - low) / (high - low)) * count), count - 1)]++;
   return bins;
 }
 
@@ -254,7 +298,8 @@ function tokensByEnd(judge, solutions, source, k) {
     if (source && solutions[number].source !== source) return;
     for (const step of stepsOf(judge, line)) {
       const [first, end] = analysesOf(judge, step, k);
-      for (let i = first; i < end; i++) found[judge.flags[i] & CUT_OFF ? "cut" : "whole"].push(judge.tokens[i]);
+      for (let i = first; i < end; i++)
+        found[judge.flags[i] & CUT_OFF ? "cut" : "whole"].push(judge.tokens[i]);
     }
   });
   return found;
@@ -267,7 +312,7 @@ function tokensPerStep(judge, solutions, source, k) {
   return sum(rows.map(n => n.tokens)) / sum(rows.map(n => n.steps));
 }
 
-// ------------------------------------------------------------------------------------------------ for the list
+// -------------------------------------------------------------------------------------- for the list
 
 /** Do samples of a step of this line lie on both sides of the threshold? */
 function samplesDisagree(judge, line, k, threshold) {
@@ -296,7 +341,7 @@ function stepsOf(judge, line) {
   return steps;
 }
 
-/** The steps of a solution (counted from 0) that some judge predicts wrong and another one right. Null is neither. */
+/** The steps of a solution (from 0) that some judge predicts wrong and another one right. Null is neither. */
 function differingSteps(judges, number, k, threshold) {
   const below = new Set();
   const above = new Set();

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from formats.readers import Solution, read_solution
+from formats.readers import read_solution
+from formats.rows import Solution
+from formats.samples import read_analyses
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_jsonl
 from rprm import Analysis, reward
@@ -18,10 +20,10 @@ REWARD_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class ScoreLine:
-    source: str                     # the file that the solution is from
+    source: str  # the file that the solution is from
     solution: Solution
     analyses: list[list[Analysis]]  # K of each judged step; a judge may stop before the last step
-    rewards: list[float | None]     # of each judged step
+    rewards: list[float | None]  # of each judged step
 
 
 def read_score_lines(path: str | Path) -> Iterator[tuple[str, ScoreLine]]:
@@ -31,12 +33,14 @@ def read_score_lines(path: str | Path) -> Iterator[tuple[str, ScoreLine]]:
 
 
 def read_score_line(row: dict, where: str) -> ScoreLine:
-    """Raises BadInput unless the rewards are the means of the samples' P(Yes), for every step up to the last one judged."""
+    """Raises BadInput unless each judged step has analyses, and its reward is the mean of their P(Yes)."""
     solution = read_solution(row, where)
     samples = get_field(row, "samples", list, where)
     if not 1 <= len(samples) <= len(solution.steps):
-        raise BadInput(f"{where}: field 'samples': has {len(samples)} steps where the solution has "
-                       f"{len(solution.steps)}; judge it again")
+        raise BadInput(
+            f"{where}: field 'samples': has {len(samples)} steps where the solution has "
+            f"{len(solution.steps)}; judge it again"
+        )
     analyses = []
     for number, step in enumerate(samples, 1):
         here = f"{where}: field 'samples', step {number}"
@@ -52,8 +56,10 @@ def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[
     """The means of P(Yes), which the file must agree with: a page shows no other numbers than its file."""
     claimed = get_field(row, "rewards", list, where)
     if len(claimed) != len(analyses):
-        raise BadInput(f"{where}: field 'rewards': has {len(claimed)} of them for {len(analyses)} judged steps; "
-                       f"judge it again")
+        raise BadInput(
+            f"{where}: field 'rewards': has {len(claimed)} of them for {len(analyses)} judged steps; "
+            f"judge it again"
+        )
     rewards = []
     for number, (value, step) in enumerate(zip(claimed, analyses, strict=True), 1):
         here = f"{where}: field 'rewards', step {number}"
@@ -62,24 +68,8 @@ def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[
         if value is not None and mean is not None:
             agrees = math.isclose(expect(value, float, here), mean, abs_tol=REWARD_TOLERANCE)
         if not agrees:
-            raise BadInput(f"{here}: {str(value)[:40]} is not the mean of the samples' P(Yes), {mean}; judge it again")
+            raise BadInput(
+                f"{here}: {str(value)[:40]} is not the mean of the samples' P(Yes), {mean}; judge it again"
+            )
         rewards.append(mean)
     return rewards
-
-
-def read_analyses(row: dict, where: str) -> list[Analysis]:
-    """The analyses of a line of samples.jsonl."""
-    found = []
-    for i, a in enumerate(get_field(row, "analyses", list, where)):
-        here = f"{where}: field 'analyses'[{i}]"
-        text = get_field(expect(a, dict, here), "text", str, here)
-        verdict, p_yes = a.get("verdict"), a.get("p_yes")
-        if p_yes is not None and not 0 <= expect(p_yes, float, f"{here}.p_yes") <= 1:
-            raise BadInput(f"{here}.p_yes: {str(p_yes)[:40]} is no probability (0 to 1); correct it")
-        if not 0 <= get_field(a, "n_tokens", int, here) < 2 ** 31:
-            raise BadInput(f"{here}.n_tokens: {str(a['n_tokens'])[:40]} is out of range; correct it")
-        found.append(Analysis(text, verdict=None if verdict is None else expect(verdict, bool, f"{here}.verdict"),
-                              p_yes=None if p_yes is None else float(p_yes), n_tokens=a["n_tokens"],
-                              finished=get_field(a, "finished", bool, here),
-                              forced=bool(a.get("forced", False))))
-    return found

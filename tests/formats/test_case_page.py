@@ -74,17 +74,29 @@ def test_the_page_shows_the_case_the_reward_and_the_tree(tmp_path, open_page):
     assert tab.locator(".steps li").all_text_contents() == ["He has 3.", "3+4=8 (the step to judge)"]
     assert tab.locator("h2").first.text_content() == "Reward: 0.3500"
     assert "(0.100 + 0.800 + 0.100 + 0.400) / 4" in tab.locator("h2 + p").first.text_content()
-    assert "5 analyses of 14 tokens in all make a tree of 7 tokens" in tab.locator("h2 + p").last.text_content()
+    assert (
+        "5 analyses of 14 tokens in all make a tree of 7 tokens" in tab.locator("h2 + p").last.text_content()
+    )
     assert [text.strip() for text in tab.locator(".tree summary").all_text_contents()] == [
-        "Analyses 1–5", "Analyses 1–3 · 'The sum' has probability 0.990", "Analyses 1, 3 · ' 7' has probability 0.040",
-        "Analysis 2 · ' 8' has probability 0.150", "Analyses 4–5 · 'Well' has probability 0.010"]
+        "Analyses 1–5",
+        "Analyses 1–3 · 'The sum' has probability 0.990",
+        "Analyses 1, 3 · ' 7' has probability 0.040",
+        "Analysis 2 · ' 8' has probability 0.150",
+        "Analyses 4–5 · 'Well' has probability 0.010",
+    ]
     assert tab.locator(".tree .tokens").all_text_contents() == ["", "The sum is", " 7: No", " 8: Yes", "Well"]
     assert tab.locator(".tree .end").all_text_contents() == [
-        "Analyses 1, 3: No · P(Yes) 0.100", "Analysis 2: Yes · P(Yes) 0.800",
-        "Analysis 4: no verdict · P(Yes) 0.400, read after an added line", "Analysis 5: no verdict · P(Yes) unknown"]
+        "Analyses 1, 3: No · P(Yes) 0.100",
+        "Analysis 2: Yes · P(Yes) 0.800",
+        "Analysis 4: no verdict · P(Yes) 0.400, read after an added line",
+        "Analysis 5: no verdict · P(Yes) unknown",
+    ]
     shades = tab.locator(".tree .tokens span").evaluate_all("tokens => tokens.map(token => token.className)")
     assert shades == ["", "likely3", "likely0", "", "likely1", "likely2", "likely0"]
-    assert tab.locator(".tree .tokens span").nth(2).get_attribute("title") == "probability 0.040, P(Yes) here 0.500"
+    assert (
+        tab.locator(".tree .tokens span").nth(2).get_attribute("title")
+        == "probability 0.040, P(Yes) here 0.500"
+    )
     assert tab.locator("svg circle").count() == 4
     tab.locator(".tree summary").nth(1).focus()
     tab.keyboard.press("Enter")  # folds the branch
@@ -114,7 +126,13 @@ class Tags(HTMLParser):
 
 
 def test_hostile_text_stays_text(tmp_path, open_page):
-    write_case_page(tmp_path / "case.html", HOSTILE, [HOSTILE], HOSTILE, [([HOSTILE, "x"], [0.5, 0.1], [0.5, 0.5], True, 0.5)])
+    write_case_page(
+        tmp_path / "case.html",
+        HOSTILE,
+        [HOSTILE],
+        HOSTILE,
+        [([HOSTILE, "x"], [0.5, 0.1], [0.5, 0.5], True, 0.5)],
+    )
     tags = Tags((tmp_path / "case.html").read_text(encoding="utf-8")).found
     assert "script" not in tags
     assert "img" not in tags

@@ -1,4 +1,4 @@
-"""The page of scores: its figures are those of score.py, and what a reader does with it works in a real browser."""
+"""The page of scores: its figures are those of score.py; what a reader does with it works in a browser."""
 import json
 import random
 from collections import Counter
@@ -8,8 +8,9 @@ import pytest
 
 import score
 from conftest import watched_tab
+from formats import tables
 from formats.page import TEXT_BYTES, judge_names, write_page
-from formats.readers import Solution
+from formats.rows import Solution
 from plumbing.errors import BadInput
 from rprm import Analysis
 
@@ -17,10 +18,11 @@ KS = (1, 4, 10)
 HOSTILE = '</script><img src=x onerror="window.hacked = true"><b>bold</b>&amp;{script}'
 
 
-# ---------------------------------------------------------------------------------------------- scores to look at
+# ---------------------------------------------------------------------------------------- scores to look at
+
 
 def make_analysis(rng: random.Random, text: str) -> Analysis:
-    """Any kind of analysis: sure and unsure ones, with and without verdict, forced, cut off, without P(Yes)."""
+    """Any kind of analysis: sure and unsure, with and without verdict, forced, cut off, without P(Yes)."""
     kind = rng.random()
     if kind < 0.1:
         return Analysis(text, None, None, 120, False)
@@ -41,8 +43,7 @@ def make_line(rng: random.Random, source: str, number: int, k: int) -> dict:
         judged.append([make_analysis(rng, text) for text in texts])
     if rng.random() < 0.1:
         judged[-1] = [Analysis("nothing", None, None, 5, True)] * k
-    config = score.Config(k=tuple(own for own in KS if own <= k))
-    return score.score_line(config, source, solution, judged)
+    return score.score_line(score.Judged(source, solution, judged), tuple(own for own in KS if own <= k), 0.5)
 
 
 def write_scores(path: Path, lines: list[dict]) -> Path:
@@ -55,16 +56,22 @@ def score_summary(lines: list[dict], ks: tuple[int, ...] = KS) -> list[dict]:
     """The rows of scores.summary.json."""
     counts = Counter()
     for line in lines:
-        score.count_line(counts, line, ks)
-    return score.summary(counts, [line["source"] for line in lines], ks)
+        tables.count_line(counts, line, ks)
+    return tables.summary(counts, [line["source"] for line in lines], ks)
 
 
 def simple_line(number: int, label: int | None, p_yes: list[list[float | None]], **changes) -> dict:
     """A line whose analyses say Yes from 0.5 on."""
     steps = tuple(f"Step {t}." for t in range(len(p_yes)))
-    judged = [[Analysis(f"analysis {i} of step {t}", None if p is None else p >= 0.5, p, 10, True) for i, p in enumerate(step)]
-              for t, step in enumerate(p_yes)]
-    line = score.score_line(score.Config(k=(len(p_yes[0]),)), "test", Solution(f"s{number}", "Problem?", steps, label), judged)
+    judged = [
+        [
+            Analysis(f"analysis {i} of step {t}", None if p is None else p >= 0.5, p, 10, True)
+            for i, p in enumerate(step)
+        ]
+        for t, step in enumerate(p_yes)
+    ]
+    solution = Solution(f"s{number}", "Problem?", steps, label)
+    line = score.score_line(score.Judged("test", solution, judged), (len(p_yes[0]),), 0.5)
     return line | changes
 
 
@@ -77,9 +84,13 @@ def judged() -> dict[str, list[dict]]:
     for line in tens[:45]:
         solution = Solution(line["id"], line["problem"], tuple(line["steps"]), line["label"])
         steps = [[make_analysis(rng, f"the other's analysis {i}") for i in range(10)] for _ in line["steps"]]
-        again.append(score.score_line(score.Config(k=KS), line["source"], solution, steps))
+        again.append(score.score_line(score.Judged(line["source"], solution, steps), KS, 0.5))
     again += [make_line(rng, "logic", i, 10) for i in range(100, 105)]
-    return {"first": tens, "second": again, "direct": [make_line(rng, "algebra", i, 1) for i in range(200, 210)]}
+    return {
+        "first": tens,
+        "second": again,
+        "direct": [make_line(rng, "algebra", i, 1) for i in range(200, 210)],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +111,9 @@ def shared_tab(page_path, browser):
 def tab(shared_tab):
     """The page of the three judges as it was in the beginning, the first judge in focus."""
     shared_tab.evaluate("""() => {
-        Object.assign(state, {threshold: 0.5, k: 10, judge: 0, source: "", outcome: "all", find: "", shown: PAGE_OF_ROWS,
-                              disagreeing: false, cutOff: false, nullReward: false, differing: false, opened: new Map()});
+        Object.assign(state, {threshold: 0.5, k: 10, judge: 0, source: "", outcome: "all", find: "",
+                              disagreeing: false, cutOff: false, nullReward: false, differing: false,
+                              shown: PAGE_OF_ROWS, opened: new Map()});
         for (const box of document.querySelectorAll("#filters input[type=checkbox]")) box.checked = false;
         update();
     }""")
@@ -124,6 +136,7 @@ def shown_ids(tab) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- figures
+
 
 def assert_same_rows(found: list[dict], expected: list[dict]) -> None:
     assert len(found) == len(expected)
@@ -149,7 +162,9 @@ def test_any_threshold_gives_what_score_py_would_have_given(tab, judged, thresho
         steps = [[Analysis(**a) for a in step] for step in line["samples"]]
         lines.append(line | {"predictions": {str(k): score.predict(steps, k, threshold) for k in KS}})
     [*_, average] = [row for row in score_summary(lines) if row["k"] == 10]
-    assert_same_rows(tab.evaluate("summaryRows(judges[0], solutions, state.k, state.threshold)")[-1:], [average])
+    assert_same_rows(
+        tab.evaluate("summaryRows(judges[0], solutions, state.k, state.threshold)")[-1:], [average]
+    )
     names = ("f1", "error_accuracy", "correct_accuracy")
     shown = "F1 {:.1f} error {:.1f} correct {:.1f}".format(*(average[name] for name in names))
     assert tab.locator("#headline").inner_text().split() == shown.split()
@@ -159,10 +174,13 @@ def test_any_threshold_gives_what_score_py_would_have_given(tab, judged, thresho
 
 @pytest.fixture(scope="module")
 def odd_files() -> dict[str, list[dict]]:
-    """A P(Yes) as a server may give it; a file without labels; a solution that stands in a file three times, with one label that fits."""
+    """A P(Yes) as a server may give it; a file without labels; a solution that is in a file three times."""
     return {
         "digits": [simple_line(0, -1, [[0.1 + 0.2]])],
-        "unlabelled": [simple_line(1, -1, [[0.9]], source="labelled"), simple_line(2, None, [[0.9]], source="not labelled")],
+        "unlabelled": [
+            simple_line(1, -1, [[0.9]], source="labelled"),
+            simple_line(2, None, [[0.9]], source="not labelled"),
+        ],
         "thrice": [simple_line(3, 0, [[0.9]]), simple_line(3, 0, [[0.1]]), simple_line(3, 0, [[0.9]])],
     }
 
@@ -170,7 +188,10 @@ def odd_files() -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def odd_tab(odd_files, tmp_path_factory, browser):
     folder = tmp_path_factory.mktemp("odd")
-    write_page([write_scores(folder / f"{name}.jsonl", lines) for name, lines in odd_files.items()], folder / "p.html")
+    write_page(
+        [write_scores(folder / f"{name}.jsonl", lines) for name, lines in odd_files.items()],
+        folder / "p.html",
+    )
     with watched_tab(browser, folder / "p.html") as tab:
         yield ready(tab)
 
@@ -186,13 +207,21 @@ def test_odd_files_give_the_rows_of_score_py(odd_tab, odd_files, number, name):
     found = odd_tab.evaluate(f"summaryRows(judges[{number}], solutions, 1, 0.5)")
     assert_same_rows(found, score_summary(odd_files[name], (1,)))
     headline = odd_tab.evaluate(f"headline(judges[{number}], solutions, '', 1, 0.5)")
-    assert headline["error_accuracy"] == {"digits": None, "unlabelled": None, "thrice": pytest.approx(100 / 3)}[name]
+    assert (
+        headline["error_accuracy"]
+        == {"digits": None, "unlabelled": None, "thrice": pytest.approx(100 / 3)}[name]
+    )
 
 
 def test_figures_by_hand(tmp_path, open_page):
-    """Ten solutions of one step with reward 0.85, of which 8 are right; label 0 = wrong. The Wilson interval of 8 in 10 is [0.490, 0.943]."""
+    """Ten solutions of one step with reward 0.85, of which 8 are right.
+
+    The Wilson interval of 8 in 10 is [0.490, 0.943].
+    """
     lines = [simple_line(i, -1 if i < 8 else 0, [[0.8, 0.9, 0.85]]) for i in range(10)]
-    lines.append(simple_line(10, 1, [[0.2] * 3, [0.2] * 3, [0.2] * 3]))  # the third step comes after the first wrong one
+    lines.append(
+        simple_line(10, 1, [[0.2] * 3, [0.2] * 3, [0.2] * 3])
+    )  # the third step comes after the first wrong one
     write_page([write_scores(tmp_path / "s.jsonl", lines)], tmp_path / "p.html")
     tab = ready(open_page(tmp_path / "p.html"))
     steps = tab.evaluate("labelledSteps(judges[0], solutions, '', 3)")
@@ -206,11 +235,18 @@ def test_figures_by_hand(tmp_path, open_page):
     assert tab.evaluate("niceTicks(0, 100)") == [0, 20, 40, 60, 80, 100]
     assert tab.evaluate("tokensPerStep(judges[0], solutions, '', 2)") == 20
     figures = tab.locator("#figures figure strong").all_inner_texts()
-    assert figures == ["F1 against the threshold", "Rewards of right and wrong steps", "Reliability", "F1 against K", "F1 against tokens",
-                       "Tokens of an analysis"]
+    assert figures == [
+        "F1 against the threshold",
+        "Rewards of right and wrong steps",
+        "Reliability",
+        "F1 against K",
+        "F1 against tokens",
+        "Tokens of an analysis",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- filters
+
 
 def matches(line: dict, wanted: str, threshold: float = 0.5) -> bool:
     """What a filter lets through, from the line itself."""
@@ -249,7 +285,9 @@ def test_more_rows_are_shown_on_request(tab):
     tab.locator("#more").click()
     assert tab.locator(".solution").count() == 69
     assert not tab.locator("#more").is_visible()
-    assert tab.evaluate("document.activeElement.closest('.solution') === document.querySelectorAll('.solution')[50]")
+    assert tab.evaluate(
+        "document.activeElement.closest('.solution') === document.querySelectorAll('.solution')[50]"
+    )
 
 
 def test_words_of_the_problem_and_a_file_narrow_the_list(tab):
@@ -261,23 +299,45 @@ def test_words_of_the_problem_and_a_file_narrow_the_list(tab):
 
 
 def test_steps_on_which_judges_differ(tmp_path, open_page):
-    """Step 1 of s0 is wrong to one and right to the other; of s1 one has no reward; s2 only one has judged; s3 is the same to both."""
-    ours = [simple_line(0, 1, [[0.9], [0.8]]), simple_line(1, -1, [[None]]), simple_line(2, -1, [[0.1]]), simple_line(3, 0, [[0.3], [0.3]])]
-    theirs = [simple_line(3, 0, [[0.4], [0.2]]), simple_line(0, 1, [[0.7], [0.4]]), simple_line(1, -1, [[0.1]])]
-    write_page([write_scores(tmp_path / "a.jsonl", ours), write_scores(tmp_path / "b.jsonl", theirs)], tmp_path / "p.html")
+    """On step 1 of s0 the judges differ; of s1 one has no reward; s2 is not judged by one; s3 is the same."""
+    ours = [
+        simple_line(0, 1, [[0.9], [0.8]]),
+        simple_line(1, -1, [[None]]),
+        simple_line(2, -1, [[0.1]]),
+        simple_line(3, 0, [[0.3], [0.3]]),
+    ]
+    theirs = [
+        simple_line(3, 0, [[0.4], [0.2]]),
+        simple_line(0, 1, [[0.7], [0.4]]),
+        simple_line(1, -1, [[0.1]]),
+    ]
+    write_page(
+        [write_scores(tmp_path / "a.jsonl", ours), write_scores(tmp_path / "b.jsonl", theirs)],
+        tmp_path / "p.html",
+    )
     tab = ready(open_page(tmp_path / "p.html"))
-    assert tab.evaluate("solutions.map((_, i) => [...differingSteps(judges, i, 1, 0.5)])") == [[1], [], [], []]
+    assert tab.evaluate("solutions.map((_, i) => [...differingSteps(judges, i, 1, 0.5)])") == [
+        [1],
+        [],
+        [],
+        [],
+    ]
     assert "the judges differ on 1 step of 1 solution of these" in tab.locator("#count").inner_text()
     tab.locator("#differing").check()
     assert shown_ids(tab) == ["s0"]
     names = tab.locator(".step").evaluate_all("bars => bars.map(bar => bar.getAttribute('aria-label'))")
-    assert names == ["a, step 1, reward 0.900", "a, step 2, reward 0.800, labelled the first wrong, judges differ",
-                     "b, step 1, reward 0.700", "b, step 2, reward 0.400, first predicted wrong, labelled the first wrong, judges differ"]
+    assert names == [
+        "a, step 1, reward 0.900",
+        "a, step 2, reward 0.800, labelled the first wrong, judges differ",
+        "b, step 1, reward 0.700",
+        "b, step 2, reward 0.400, first predicted wrong, labelled the first wrong, judges differ",
+    ]
     set_threshold(tab, 0.85)  # now it is step 0 that they differ on
     assert tab.evaluate("[...differingSteps(judges, 0, 1, state.threshold)]") == [0]
 
 
-# ---------------------------------------------------------------------------------------------- a step is opened
+# ---------------------------------------------------------------------------------------- a step is opened
+
 
 def test_a_step_opens_to_its_analyses(tab, judged):
     number, line = next((i, line) for i, line in enumerate(judged["first"]) if len(line["samples"]) > 1)
@@ -296,7 +356,9 @@ def test_a_step_opens_to_its_analyses(tab, judged):
         assert ("forced" in facts) == a["forced"]
     known = [a["p_yes"] for a in samples if a["p_yes"] is not None]
     dots = row.locator(".dot-row").first.locator(".sample-dot")
-    assert dots.evaluate_all("dots => dots.map(dot => Number(dot.style.getPropertyValue('--p')))") == pytest.approx(known, abs=1e-6)
+    assert dots.evaluate_all(
+        "dots => dots.map(dot => Number(dot.style.getPropertyValue('--p')))"
+    ) == pytest.approx(known, abs=1e-6)
     assert row.locator(".steps .now").text_content().startswith(line["steps"][1])
     tab.locator("#k").select_option("4")
     assert row.locator(".analyses .uncounted").count() == 6
@@ -314,7 +376,7 @@ def test_equal_analyses_share_a_card(tmp_path, open_page):
 
 
 def test_the_keyboard_reaches_everything(tmp_path, open_page):
-    """Tab goes from control to control; the list is one stop, in which the arrows move; Enter opens and Escape closes."""
+    """The list is one stop of the Tab key, in which arrows move; Enter opens a step and Escape closes it."""
     lines = [simple_line(0, -1, [[0.9], [0.8], [0.7]]), simple_line(1, 0, [[0.2], [0.1]])]
     write_page([write_scores(tmp_path / "s.jsonl", lines)], tmp_path / "p.html")
     tab = ready(open_page(tmp_path / "p.html"))
@@ -324,12 +386,20 @@ def test_the_keyboard_reaches_everything(tmp_path, open_page):
         tab.keyboard.press("Tab")
         stops.append(tab.evaluate(focus))
         assert len(stops) < 40
-    assert [stop for stop in stops if stop in ("threshold", "k", "outcome", "disagreeing", "cut-off", "null", "find")] == [
-        "threshold", "k", "outcome", "disagreeing", "cut-off", "null", "find"]
+    assert [
+        stop
+        for stop in stops
+        if stop in ("threshold", "k", "outcome", "disagreeing", "cut-off", "null", "find")
+    ] == ["threshold", "k", "outcome", "disagreeing", "cut-off", "null", "find"]
     assert stops[-1] == "s, step 1, reward 0.900"
-    for key, expected in (("End", "s, step 3, reward 0.700"), ("ArrowDown", "s, step 2, reward 0.100"), ("ArrowRight", "s, step 2, reward 0.100"),
-                          ("Home", "s, step 1, reward 0.200, first predicted wrong, labelled the first wrong"), ("ArrowUp", "s, step 1, reward 0.900"),
-                          ("ArrowRight", "s, step 2, reward 0.800")):
+    for key, expected in (
+        ("End", "s, step 3, reward 0.700"),
+        ("ArrowDown", "s, step 2, reward 0.100"),
+        ("ArrowRight", "s, step 2, reward 0.100"),
+        ("Home", "s, step 1, reward 0.200, first predicted wrong, labelled the first wrong"),
+        ("ArrowUp", "s, step 1, reward 0.900"),
+        ("ArrowRight", "s, step 2, reward 0.800"),
+    ):
         tab.keyboard.press(key)
         assert tab.evaluate(focus) == expected, key
     tab.keyboard.press("Enter")
@@ -347,7 +417,8 @@ def test_the_keyboard_reaches_everything(tmp_path, open_page):
     assert tab.get_by_role("group", name="s: first wrong step predicted: step 1; right").is_visible()
 
 
-# ---------------------------------------------------------------------------------------------- what is in the file
+# ---------------------------------------------------------------------------------------- what is in the file
+
 
 def test_hostile_text_stays_text(tmp_path, open_page):
     line = simple_line(0, 0, [[0.1]], source=HOSTILE, id=HOSTILE, problem=HOSTILE, steps=[HOSTILE])
@@ -365,8 +436,16 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         assert tab.locator(where).first.text_content() == HOSTILE
     assert tab.locator(".steps .now").text_content().startswith(HOSTILE)
     assert tab.locator("#summary tbody th").first.text_content() == f"<b>one<b>: {HOSTILE}"
-    assert tab.locator("#curves figcaption").first.text_content().startswith("<img src=x onerror=alert(1)>: loss")
-    assert tab.evaluate("[window.hacked, document.images.length, document.querySelectorAll('b').length]") == [None, 0, 0]
+    assert (
+        tab.locator("#curves figcaption")
+        .first.text_content()
+        .startswith("<img src=x onerror=alert(1)>: loss")
+    )
+    assert tab.evaluate("[window.hacked, document.images.length, document.querySelectorAll('b').length]") == [
+        None,
+        0,
+        0,
+    ]
 
 
 def test_scripts_that_are_not_the_pages_own_do_not_run(tmp_path, browser):
@@ -376,8 +455,14 @@ def test_scripts_that_are_not_the_pages_own_do_not_run(tmp_path, browser):
     tab.goto((tmp_path / "p.html").as_uri())
     refused = []
     tab.on("console", lambda message: refused.append(message.text))
-    tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = true\">')")
-    tab.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = true'}))")
+    tab.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hacked = true\">')"
+    )
+    tab.evaluate("""() => {
+        const script = document.createElement("script");
+        script.textContent = "window.hacked = true";
+        document.body.append(script);
+    }""")
     tab.evaluate("fetch('https://example.invalid/').catch(() => 0)")
     assert tab.evaluate("window.hacked") is None
     tab.close()
@@ -390,7 +475,13 @@ def test_400_solutions_take_less_than_3_MB(tmp_path):
     rng = random.Random(0)
     lines = []
     for i in range(400):
-        line = simple_line(i, -1, [[0.9] * 10] * 4, steps=[f"{rng.getrandbits(800):x}" for _ in range(4)], problem=f"{rng.getrandbits(1200):x}")
+        line = simple_line(
+            i,
+            -1,
+            [[0.9] * 10] * 4,
+            steps=[f"{rng.getrandbits(800):x}" for _ in range(4)],
+            problem=f"{rng.getrandbits(1200):x}",
+        )
         for step in line["samples"]:
             for a in step:
                 a["text"] = f"{rng.getrandbits(900):x}"
@@ -403,12 +494,21 @@ def test_400_solutions_take_less_than_3_MB(tmp_path):
 
 
 def test_the_texts_of_the_least_interest_are_left_out(tmp_path, open_page):
-    """s0 and s4 are predicted wrongly, the samples of s2 and s3 disagree; there is room for three. Of s2 and s3 the first stays."""
-    lines = [simple_line(0, 0, [[0.9, 0.9]]), simple_line(1, -1, [[0.9, 0.9]]), simple_line(2, -1, [[0.9, 0.3]]),
-             simple_line(3, -1, [[0.9, 0.3]]), simple_line(4, -1, [[0.1, 0.1]])]
+    """s0 and s4 are predicted wrongly; the samples of s2 and s3 disagree, and there is room for one of them."""
+    lines = [
+        simple_line(0, 0, [[0.9, 0.9]]),
+        simple_line(1, -1, [[0.9, 0.9]]),
+        simple_line(2, -1, [[0.9, 0.3]]),
+        simple_line(3, -1, [[0.9, 0.3]]),
+        simple_line(4, -1, [[0.1, 0.1]]),
+    ]
     scores = [write_scores(tmp_path / "s.jsonl", lines)]
     write_page(scores, tmp_path / "all.html")
-    blocks = [line for line in (tmp_path / "all.html").read_text(encoding="utf-8").splitlines() if 'id="texts-' in line]
+    blocks = [
+        line
+        for line in (tmp_path / "all.html").read_text(encoding="utf-8").splitlines()
+        if 'id="texts-' in line
+    ]
     one = max(len(block.split(">")[1].split("<")[0]) for block in blocks)
     said = write_page(scores, tmp_path / "p.html", text_bytes=3 * one + 3)
     assert "2 of 5 judged solutions" in said
@@ -421,22 +521,32 @@ def test_the_texts_of_the_least_interest_are_left_out(tmp_path, open_page):
 
 
 def test_names_of_judges():
-    assert judge_names([Path("a/scores.dpo.jsonl"), Path("runs/sft/scores.jsonl"), Path("b/base.jsonl")]) == ["dpo", "sft", "base"]
-    assert judge_names([Path("a/scores.dpo.jsonl"), Path("b/scores.dpo.jsonl")]) == ["a/scores.dpo.jsonl", "b/scores.dpo.jsonl"]
+    assert judge_names([Path("a/scores.dpo.jsonl"), Path("runs/sft/scores.jsonl"), Path("b/base.jsonl")]) == [
+        "dpo",
+        "sft",
+        "base",
+    ]
+    assert judge_names([Path("a/scores.dpo.jsonl"), Path("b/scores.dpo.jsonl")]) == [
+        "a/scores.dpo.jsonl",
+        "b/scores.dpo.jsonl",
+    ]
 
 
-@pytest.mark.parametrize("broken, said", [
-    ("{", "not valid JSON"),
-    ({"samples": None}, "field 'samples'"),
-    ({"samples": []}, "has 0 steps where the solution has 1"),
-    ({"samples": [[]]}, "field 'samples', step 1: has no analyses"),
-    ({"samples": [[{"text": "", "p_yes": 2, "n_tokens": 1, "finished": True}]]}, "is no probability"),
-    ({"rewards": [0.4]}, "field 'rewards', step 1: 0.4 is not the mean of the samples' P(Yes), 0.9"),
-    ({"rewards": [None]}, "field 'rewards', step 1"),
-    ({"rewards": []}, "has 0 of them for 1 judged steps"),
-    ({"label": 1}, "field 'label': 1 is out of range"),
-    ({"source": 3}, "field 'source'"),
-])
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        ("{", "not valid JSON"),
+        ({"samples": None}, "field 'samples'"),
+        ({"samples": []}, "has 0 steps where the solution has 1"),
+        ({"samples": [[]]}, "field 'samples', step 1: has no analyses"),
+        ({"samples": [[{"text": "", "p_yes": 2, "n_tokens": 1, "finished": True}]]}, "is no probability"),
+        ({"rewards": [0.4]}, "field 'rewards', step 1: 0.4 is not the mean of the samples' P(Yes), 0.9"),
+        ({"rewards": [None]}, "field 'rewards', step 1"),
+        ({"rewards": []}, "has 0 of them for 1 judged steps"),
+        ({"label": 1}, "field 'label': 1 is out of range"),
+        ({"source": 3}, "field 'source'"),
+    ],
+)
 def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, broken, said):
     (tmp_path / "p.html").write_text("what stood here before", encoding="utf-8")
     path = write_scores(tmp_path / "s.jsonl", [simple_line(0, -1, [[0.9]])])
@@ -457,14 +567,25 @@ def test_a_file_without_lines_is_an_error(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- how it looks
 
-PAIRS = [("ink", "paper", 4.5), ("ink", "raised", 4.5), ("muted", "paper", 4.5), ("muted", "raised", 4.5), ("accent", "paper", 4.5),
-         ("accent", "raised", 4.5), ("wrong", "paper", 4.5), ("wrong", "raised", 4.5), ("edge", "paper", 3), ("edge", "raised", 3),
-         ("middle", "paper", 3), ("middle", "raised", 3)]
+PAIRS = [
+    ("ink", "paper", 4.5),
+    ("ink", "raised", 4.5),
+    ("muted", "paper", 4.5),
+    ("muted", "raised", 4.5),
+    ("accent", "paper", 4.5),
+    ("accent", "raised", 4.5),
+    ("wrong", "paper", 4.5),
+    ("wrong", "raised", 4.5),
+    ("edge", "paper", 3),
+    ("edge", "raised", 3),
+    ("middle", "paper", 3),
+    ("middle", "raised", 3),
+]
 
 
 def luminance(colour: str) -> float:
     """WCAG 2's relative luminance of "#rrggbb"."""
-    channels = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
