@@ -1,19 +1,18 @@
-"""The decoder's small operations and products, sooner and in less memory.
+"""The decoder's small operations and products, faster and in less memory.
 
 Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same results up to rounding:
 
-- Products in fp32 on CPU go through oneDNN instead of MKL: 5% of a training step on AMD, nearly twice for the
-  head on few rows.
-- RMSNorm and SwiGLU have backward passes of their own, written out below. Autograd keeps the normalized x
-  beside x, and silu(gate)
-  beside gate and up; these keep their inputs alone.
-- A product whose input is cheap to make, a norm's or SwiGLU's output, keeps what that input was made of, and
-  makes it again for
-  its backward pass. With the two above, training keeps 2 C + H D + KV D ... numbers of a token less: 9.3 ->
-  6.0 GB for SFT (bench/LOG.md).
+- Products in fp32 on CPU go through oneDNN instead of MKL: 5% of a training step on AMD, nearly twice as fast
+  for the head on few rows.
+- RMSNorm has a backward pass of its own, written out below: autograd keeps the normalized x beside x.
+- A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
+  made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
+  token, not 4 C + (2 H + 2 KV) D + 4 I. SFT of SmolLM2 needs 6.0 GB instead of 9.3 (bench/LOG.md).
 
-`speed_up` puts them into a model; parameters and their names stay.
+`speed_up` puts them into a model; parameters and their names stay. The activation is the model's own
+(`MLP.activate`), so another one needs no change here; another norm does, or --plain.
 """
+from functools import partial
 from types import MethodType
 from typing import Callable
 
@@ -25,12 +24,11 @@ from fast.attention import tree_attention
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
-SWIGLU_ROWS = 256      # rows whose backward pass fits the caches of a CPU
+ROWS = 256             # rows of an activation whose backward pass fits the caches of a CPU
 
 
 def speed_up(model: Decoder) -> Decoder:
-    """Replace the forward functions of a decoder's modules, and its attention over trees, by the fast ones.
-    -> the same model.
+    """Replace the forward functions of a decoder, and its attention over trees, by fast ones. -> the model.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -59,12 +57,12 @@ def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
 def layer_forward(
     self: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable
 ) -> torch.Tensor:
-    """model.Layer, with norms and SwiGLU made again in the backward pass."""
+    """model.Layer, with the outputs of norms and activation made again in the backward pass."""
     qkv = linear_of(self.attention_norm, x, self.attention.qkv)
     mixed = self.attention.mix(qkv, cos, sin, attend)
     x = x + self.attention.out(mixed)
     gate_up = linear_of(self.mlp_norm, x, self.mlp.gate_up)
-    return x + linear_of(SwiGLU.apply, gate_up, self.mlp.down)
+    return x + linear_of(partial(Remade.apply, self.mlp.activate), gate_up, self.mlp.down)
 
 
 def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
@@ -145,26 +143,26 @@ class LeanRMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up: gate_up (T, 2 I) -> (T, I). It keeps its input alone, and on CPU goes back over as
-    many rows as the caches hold.
+class Remade(torch.autograd.Function):
+    """f(x), for an f that takes each row by itself. Only x is kept: the backward pass makes f(x) again.
+
+    On CPU it goes back over as many rows at a time as the caches hold.
     """
 
     @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx, f, x):
+        ctx.f = f
+        ctx.save_for_backward(x)
+        return f(x)
 
     @staticmethod
     def backward(ctx, grad):
-        gate_up, = ctx.saved_tensors
-        grad_gate_up = torch.empty_like(gate_up)
-        step = SWIGLU_ROWS if grad.device.type == "cpu" else max(1, len(grad))
-        for first in range(0, len(grad), step):
+        x, = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        step = ROWS if x.device.type == "cpu" else max(1, len(x))
+        for first in range(0, len(x), step):
             rows = slice(first, first + step)
-            gate, up = gate_up[rows].chunk(2, dim=-1)
-            grad_gate, grad_up = grad_gate_up[rows].chunk(2, dim=-1)
-            torch.mul(F.silu(gate), grad[rows], out=grad_up)
-            torch.ops.aten.silu_backward(grad[rows] * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+            with torch.enable_grad():
+                some = x[rows].detach().requires_grad_()
+                grad_x[rows], = torch.autograd.grad(ctx.f(some), some, grad[rows])
+        return None, grad_x

@@ -11,7 +11,7 @@ import fast
 from checkpoint import load_model
 from conftest import FAMILIES
 from fast import kernels
-from model import RMSNorm, Tree
+from model import MLP, RMSNorm, Tree
 from rprm import response_logprobs
 from test_model import gradients, random_ids
 
@@ -37,7 +37,9 @@ def test_the_fast_model_is_the_plain_one(make_folder, seed, checkpointed):
 
 
 def test_fp32_products_of_the_fast_model_go_through_onednn(tiny_folder, monkeypatch):
-    """In fp32 too, with norms and SwiGLU made again in the backward pass: near the plain model's gradients, and in less memory."""
+    """In fp32 too, with norms and activations made again in the backward pass: near the plain model's
+    gradients, and in less memory.
+    """
     monkeypatch.setattr(kernels, "ONEDNN_SIZE", 0)
     plain = load_model(tiny_folder)
     fast_model = fast.speed_up(copy.deepcopy(plain))
@@ -61,7 +63,9 @@ def test_fp32_products_of_the_fast_model_go_through_onednn(tiny_folder, monkeypa
 
 
 def test_gradients_written_by_hand_are_those_of_autograd():
-    """On CPU, RMSNorm and SwiGLU (300 rows: more than it takes at a time) have backward passes of their own."""
+    """On CPU, RMSNorm and the activation (300 rows: more than it takes at a time) have backward passes of
+    their own.
+    """
     torch.manual_seed(0)
     x, scale = torch.randn(300, 16, dtype=torch.float64, requires_grad=True), torch.rand(16, dtype=torch.float64)
     norm = RMSNorm(16, 1e-2).double()
@@ -74,7 +78,7 @@ def test_gradients_written_by_hand_are_those_of_autograd():
     torch.testing.assert_close(ours, plain)
     for found, expected in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (ours, plain))):
         torch.testing.assert_close(found, expected)
-    ours, plain = kernels.SwiGLU.apply(x), F.silu(x[:, :8]) * x[:, 8:]
+    ours, plain = kernels.Remade.apply(MLP.activate, x), F.silu(x[:, :8]) * x[:, 8:]
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, grad[:, :8])[0] for y in (ours, plain)))
 
@@ -91,3 +95,24 @@ def test_the_linear_layers_on_either_library_are_the_same(monkeypatch):
         x.grad = weight.grad = bias.grad = None
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_the_fast_model_takes_another_activation(tiny_folder, monkeypatch):
+    """GELU in place of SiLU, as in Gemma, is changed in model.py alone."""
+    def geglu(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+    before = load_model(tiny_folder, torch.float64)
+    monkeypatch.setattr(MLP, "activate", staticmethod(geglu))
+    plain = load_model(tiny_folder, torch.float64)
+    fast_model = fast.speed_up(copy.deepcopy(plain))
+    tree = Tree([random_ids(30)])
+    found = []
+    for model in (plain, fast_model):
+        hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))
+        found.append(gradients(model, hidden.square().sum()) | {"hidden": hidden.detach()})
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], atol=1e-9, rtol=1e-9, msg=name)
+    monkeypatch.undo()
+    other = before(tree.ids, tree.positions, before.tree_attention(tree.end))
+    assert (other - found[0]["hidden"]).abs().max() > 0.01
