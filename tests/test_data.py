@@ -581,7 +581,7 @@ def test_sft_direct(tmp_path, capsys, kind):
     assert [line["response"] for line in lines] == [f"{VERIFICATION} {'Yes' if label else 'No'}" for label in labels if label is not None]
     prompt = Prompt((ROOT / "prompts" / "direct.txt").read_text(encoding="utf-8"), "direct.txt")
     assert lines[1]["prompt"] == prompt.fill(Case("Problem 1?", ("Before.",), "1 + 1 = 2."))
-    assert (tmp_path / "sft.prompt.txt").read_text(encoding="utf-8").strip() == prompt.text
+    assert (tmp_path / "sft.prompt.txt").read_text(encoding="utf-8") == prompt.text
     assert table(capsys.readouterr().out) == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: analysis of a case without a label": 1}
 
 

@@ -122,7 +122,7 @@ def test_which_prompt_is_taken(tmp_path):
     assert load_prompt(None, travelled).text.startswith("travelled")
     for direct, name in ((False, "verify.txt"), (True, "direct.txt")):
         for absent in (None, tmp_path / "absent"):
-            assert load_prompt(None, absent, direct).text == (ROOT / "prompts" / name).read_text(encoding="utf-8").strip()
+            assert load_prompt(None, absent, direct).text == (ROOT / "prompts" / name).read_text(encoding="utf-8")
 
 
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path):
