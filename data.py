@@ -209,9 +209,7 @@ def sample(config: SampleConfig) -> None:
 
 
 def print_too_long(names: list[str]) -> None:
-    """Name what was not judged, since its prompt is longer than the context: the first ten, and how many
-    more.
-    """
+    """Name what was not judged, as its prompt is longer than the context: the first ten of them."""
     if names:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         shown = ", ".join(names[:10])
@@ -241,8 +239,7 @@ ROUND = 8  # batches in a round of sampling
 
 
 def round_size(config: ServedConfig) -> int | None:
-    """Items after which the batch is emptied. A resumed run starts its round anew, and so ends with the same
-    bytes.
+    """Items after which the batch is emptied. A resumed run begins its round anew: the same bytes.
 
     Among other rows a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and
     then a token. An emptying batch has a price, which a GPU shall not pay: there all is one round (None),
@@ -261,9 +258,7 @@ def rounds(items: Sequence, done: int, size: int | None) -> Iterator[Sequence]:
 
 
 def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
-    """(index, value) pairs in any order -> the values in the order of their index, each as soon as it can be
-    given.
-    """
+    """(index, value) pairs in any order -> the values in the order of their index, as soon as can be."""
     early = {}
     following = 0
     for index, value in found:
@@ -320,8 +315,7 @@ def sft(config: SftConfig) -> None:
 def select(
     analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]
 ) -> dict[str, list[str]]:
-    """The texts of a case's usable analyses in the normal form, by whether their verdict is right, under
-    `names`.
+    """The texts of a case's usable analyses, in the normal form: `names[is the verdict right]` -> texts.
 
     What is dropped is counted by its reason.
     """
@@ -392,8 +386,7 @@ def pairs(config: PairsConfig) -> None:
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
-    """Up to `most` different pairs (i < right, j < wrong) that use every response equally often, give or take
-    one.
+    """Up to `most` different pairs (i < right, j < wrong), each response about equally often.
 
     Both lists are walked at once. Whenever the walk comes round, one list is shifted by one, so each pair is
     met once.
@@ -465,9 +458,7 @@ def write_split(
 
 
 def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
-    """Which examples to keep, for each side to have as many Yes as No: all of the rarer ones. All arrays
-    (examples,) bool.
-    """
+    """Which examples to keep, for each side to have as many Yes as No. All arrays (examples,) bool."""
     keep = np.ones(len(verdicts), dtype=bool)
     rng = np.random.default_rng(seed)
     for side in (False, True):
@@ -480,9 +471,7 @@ def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarra
 
 
 def own_prompt(path: str | Path) -> Path:
-    """Where the words that a file of samples or examples was made with stand: NAME.prompt.txt beside
-    NAME.jsonl.
-    """
+    """The prompt that a file of samples or examples was made with: NAME.prompt.txt beside NAME.jsonl."""
     return Path(path).with_suffix(".prompt.txt")
 
 
@@ -492,8 +481,7 @@ def write_prompt(path: str | Path, prompt: Prompt) -> None:
 
 
 def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
-    """The words that go with a trained model, for it to be asked in the words that it was trained with. Says
-    which.
+    """The prompt that is saved with a trained model, to ask it in the words of its training. Says which.
 
     They are those of --prompt-file; else those beside the training data; else those of the model it starts
     from.

@@ -46,9 +46,7 @@ class Continuation:
 
 
 def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) per row from (seed, position): splitmix64 as a counter-based generator. int64 (R,)
-    -> fp32 (R,).
-    """
+    """One number in [0, 1) per row from (seed, position), by splitmix64. int64 (R,), int64 (R,) -> fp32 (R,)."""
     x = seeds + t * -7046029254386353131
     x = (x ^ shift_right(x, 30)) * -4658895280553007687
     x = (x ^ shift_right(x, 27)) * -7723592293110705685
@@ -62,8 +60,7 @@ def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw a token from each row's nucleus, by inverting its cumulative distribution at u. logits (R, V), u
-    (R,) -> (R,) int64.
+    """Draw a token from each row's nucleus, by the inverse CDF: logits (R, V), u (R,) in [0, 1) -> (R,) int64.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
     """
@@ -98,11 +95,14 @@ def check_finite(logits: torch.Tensor) -> None:
 class Engine:
     """Sampling for one model and one set of parameters.
 
-    eos_ids: the tokens that end a continuation. yes_no: the two token ids whose probabilities are compared.
-    max_rows: how many continuations are decoded side by side. reserve: positions of the model's context that
-    sampling leaves free. added: a function from a continuation's tokens to the tokens of words that are put
-    behind it, where P(Yes) is read; at most `reserve` - 1 of them, or none. The counters say what was
-    computed.
+    eos_ids   the tokens that end a continuation
+    yes_no    the two token ids whose probabilities are compared
+    max_rows  how many continuations are decoded side by side
+    reserve   positions of the model's context that sampling leaves free
+    added     a function from a continuation's tokens to the tokens of words that are put behind it, where
+              P(Yes) is read: at most `reserve` - 1 of them, or none
+
+    The counters say what was computed.
     """
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
@@ -118,7 +118,7 @@ class Engine:
         self.added: Callable[[list[int]], list[int]] = lambda ids: []
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
-        # Counted there, so that no step waits for the sum
+        # Sampled tokens are counted on the device, so that no step waits for the sum.
         self.sampled = torch.zeros((), dtype=torch.int64, device=model.device)
         self.restart()
 
@@ -161,9 +161,7 @@ class Engine:
         return [(ticket, continuations) for (ticket, _), continuations in zip(batch, found, strict=True)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
-        """(index of the request, its K continuations), as they are completed; requests go in as there is
-        room.
-        """
+        """(index of the request, its K continuations), as they are completed, of any number of requests."""
         coming = iter(requests)
         self.restart()
         while True:
@@ -220,8 +218,7 @@ class Engine:
     def prefill(
         self, prompts: list[list[int]], owner: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """All prompts in one pass, as a tree -> the logits after each row's prompt (R, V), and the rows'
-        cache.
+        """All prompts in one pass -> the logits after each row's prompt (R, V), and the rows' cache.
 
         The cache has a tensor (2, R, KV, L, D) for each layer: keys and values by row. A row's prompt lies at
         its left; what lies behind the row's own positions is padding, which `decode` masks.
@@ -247,8 +244,9 @@ class Engine:
         return logits[owner], cache
 
     def decode(self, token: torch.Tensor, position: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
-        """A step: each row's last token (R,) at its position (R,) -> the logits after it (R, V). Its keys and
-        values go into the cache.
+        """A step: each row's last token (R,) at its position (R,) -> the logits after it (R, V).
+
+        Its keys and values go into the cache.
         """
         rows = torch.arange(len(token), device=token.device)
         visible = torch.arange(cache[0].shape[3], device=token.device) <= position[:, None]  # (R, L)
@@ -278,9 +276,7 @@ class Engine:
 
     @torch.no_grad()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
-        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence; one pass for each group of about
-        PREFILL_TOKENS tokens.
-        """
+        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in passes of about PREFILL_TOKENS."""
         found = []
         for group in groups_of(sequences, PREFILL_TOKENS):
             tree = Tree(group).to(self.model.device)

@@ -28,9 +28,7 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of config.json that the decoder uses, by their Hugging Face names (read by
-    checkpoint/config.py).
-    """
+    """The fields of config.json that the decoder uses, by their Hugging Face names."""
     model_type: str
     vocab_size: int                 # V
     hidden_size: int                # C
@@ -58,9 +56,7 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- the decoder
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `apply_rope` multiplies with, in fp32: positions (T,) -> two (T, 1, D), cos twice, and sin with
-    the sign of each half.
-    """
+    """What `apply_rope` multiplies with, fp32: positions (T,) -> (cos, cos) and (-sin, sin), (T, 1, D) each."""
     frequencies = rope_frequencies(config, positions.device)
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
@@ -209,7 +205,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         table = torch.empty(config.vocab_size, config.hidden_size)
-        # Its own random start imports 800 modules
+        # nn.Embedding's default initialisation imports 800 modules
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -246,9 +242,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights for training from scratch, as in GPT-2: N(0, initializer_range²), residual outputs
-        over sqrt(2 layers).
-        """
+        """Random weights as in GPT-2: N(0, initializer_range²), residual outputs over sqrt(2 layers)."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 p.fill_(1.0)
@@ -346,7 +340,8 @@ def tree_attention(end: torch.Tensor) -> Attend:
 
 
 def head_chunk(device: torch.device | str) -> int:
-    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V). More on a GPU: each makes a
-    gradient of the whole head.
+    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V).
+
+    More on a GPU, as each chunk makes a gradient of the whole head.
     """
     return 2048 if torch.device(device).type == "cuda" else 256

@@ -56,8 +56,7 @@ class Case:
 
 
 class Prompt:
-    """The words around a case: a text with {problem} {previous_steps} {now_step}, or with three bare {} in
-    that order.
+    """The prompt: a text with {problem} {previous_steps} {now_step}, or with three bare {} in that order.
 
     >>> prompt = Prompt("{problem} | {previous_steps} | {now_step}", "an example")
     >>> prompt.fill(Case("1 + 1 + 1?", ("1 + 1 = 2.",), "2 + 1 = 4."))
@@ -84,9 +83,7 @@ class Prompt:
         return "".join(text for text, _ in self.fill_pieces(case)).strip()
 
     def fill_pieces(self, case: Case) -> list[tuple[str, bool]]:
-        """The filled prompt in pieces: (text, whether it is the prompt's own). Braces in a problem stay as
-        they are.
-        """
+        """The filled prompt in pieces: (text, whether it is the prompt's own). Braces in a problem stay."""
         previous = [f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1)]
         values = {
             "problem": case.problem.strip(),
@@ -97,9 +94,7 @@ class Prompt:
 
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
-    """The prompt of --prompt-file; else the one that travels with the checkpoint or the data; else the
-    project's own.
-    """
+    """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
     text, where = read_prompt(prompt_file, travelled, direct)
     if prompt_file is None and travelled is not None and where != str(travelled):
         print(f"prompt: the words of {where}, as there is no {travelled}; if the model was trained with others, "
@@ -121,9 +116,7 @@ class Analysis:
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """The token ids of " Yes" and " No" after the verification question. BadInput if they are no single
-    tokens.
-    """
+    """The token ids of " Yes" and " No" after the verification question. BadInput if either is no single token."""
     question = tokenizer.encode(VERIFICATION)
     yes = tokenizer.encode(VERIFICATION + " Yes")
     no = tokenizer.encode(VERIFICATION + " No")
@@ -143,9 +136,7 @@ def tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How analyses are sampled (the paper: temperature 0.95, top-p 0.95, up to 4096 tokens; K = 10 in its
-    tables).
-    """
+    """How analyses are sampled; the defaults are the paper's (K = 10 in its tables)."""
     k: int = 10
     temperature: float = 0.95
     top_p: float = 0.95
@@ -157,7 +148,7 @@ class Sampling:
 
 
 def is_conversation(prompt: Prompt, tokenizer: ChatTokenizer) -> bool:
-    """Is the prompt a whole conversation? It is if its own words hold special tokens; and it is said."""
+    """Is the prompt a whole conversation? It is if its own words hold special tokens; then it is said."""
     found = tokenizer.has_special_tokens(prompt.text)
     if found:
         print("prompt: has special tokens of its own, so it is the whole conversation: no chat template is put around it")
@@ -287,9 +278,7 @@ class Sampler:
         return self._complete(case, prompt, found) if self.sampling.complete else found
 
     def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses, with P(Yes) at the verdict, or after the words that `added_words`
-        put there.
-        """
+        """The continuations as analyses: P(Yes) at the verdict, or after the words that were added."""
         found = []
         # Index of the analysis -> the ids after which a second pass reads P(Yes)
         elsewhere: dict[int, list[int]] = {}
@@ -311,16 +300,12 @@ class Sampler:
         return found
 
     def _up_to_verdict(self, ids: list[int], text: str) -> list[int]:
-        """An analysis cut before its verdict, then the verification line: ids up to where the answer would
-        come.
-        """
+        """The ids of an analysis cut before its verdict, then of the verification line."""
         kept = ids[:tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
         return kept + self._verification(self.tokenizer.decode(kept))
 
     def added_words(self, ids: list[int]) -> list[int]:
-        """What the engine puts after an analysis: the verification line, if a verdict is missing and is to be
-        forced.
-        """
+        """The verification line for the engine to add, if a verdict is missing and is to be forced."""
         if not self.sampling.force or self.sampling.complete:  # `complete` cuts the analysis back first
             return []
         text = self.tokenizer.decode(ids)
@@ -329,8 +314,9 @@ class Sampler:
         return self._verification(text)
 
     def _complete(self, case: Case, prompt: list[int], found: list[Analysis]) -> list[Analysis]:
-        """Analyses without a verdict get the line and an answer drawn from P(Yes); those cut off end with a
-        sentence.
+        """Analyses without a verdict get the line, and an answer drawn from P(Yes).
+
+        Those that were cut off are cut back to their last whole sentence first.
         """
         texts = {}  # index of the analysis -> what is left of it
         for i, a in enumerate(found):
@@ -382,7 +368,7 @@ class SamplerConfig:
     template_args: Annotated[str | None, "JSON object of further variables of the chat template, "
                                          "as '{\"enable_thinking\": false}'"] = None
     plain: Annotated[
-        bool, "run generate.py and model.py as they read, without fast/: the same numbers, later"
+        bool, "run generate.py and model.py as they read, without fast/: the same numbers, slower"
     ] = False
 
 
@@ -424,8 +410,7 @@ def reward(analyses: Iterable[Analysis]) -> float | None:
 def response_logprobs(
     model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None
 ) -> torch.Tensor:
-    """log π(response | prompt), summed over the response's tokens, for each sequence of a tree. -> (S,) at
-    least fp32.
+    """log π(response | prompt) of each sequence of a tree, summed over its response. -> (S,) at least fp32.
 
     starts: where each sequence's response begins (at least 1). Each response token is predicted at the token
     before it. Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass

@@ -300,8 +300,9 @@ def is_complete(
 
 
 def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
-    """The first step whose reward over its first k analyses is below the threshold; -1 if none. A null reward
-    predicts nothing.
+    """The first step with a reward below the threshold, over its first k analyses; -1 if none is.
+
+    A null reward predicts nothing.
     """
     for t, analyses in enumerate(steps):
         value = reward(analyses[:k])

@@ -114,8 +114,9 @@ class TreeAttention:
 
 
 class BlockAttention(torch.autograd.Function):
-    """TreeAttention through PyTorch's flash kernel for CPU, q (T, H, D), k and v (past + T, KV, D) -> (T, H,
-    D).
+    """TreeAttention through PyTorch's flash kernel for CPU.
+
+    q (T, H, D), k and v (past + T, KV, D) -> (T, H, D)
 
     Left to autograd, each block would keep its gathered keys and values for the backward pass, and write down
     a gradient for all of q, k and v. Here keys are gathered again, and gradients are added in place.

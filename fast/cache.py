@@ -33,8 +33,9 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """The prompts of about the same length, side by side, so that one product reads them all: keys_values (2,
-    layers, P, KV, L, D).
+    """Prompts of about the same length, side by side, which one product reads.
+
+    keys_values (2, layers, P, KV, L, D)
     """
 
     def __init__(self, like: torch.Tensor, length: int):
@@ -67,9 +68,7 @@ class Bucket:
 
 
 def bucket_length(n: int) -> int:
-    """The bucket for prompts of n tokens: two for each doubling (192, 256, 384, 512, ...), so that they are
-    few and filled.
-    """
+    """The bucket for prompts of n tokens: two for each doubling (192, 256, 384, 512, ...)."""
     step = max(32, 2 ** ((n - 1).bit_length() - 2))
     return -(-n // step) * step
 
@@ -126,9 +125,7 @@ class Cache:
         self.rows = with_room(self.rows, 4, width)
 
     def copy_rows(self, source: torch.Tensor, first: int, width: int) -> None:
-        """Rows first, first + 1, ... become copies of the rows `source`, as far as their first `width`
-        tokens.
-        """
+        """Rows first, first + 1, ... become copies of the rows `source`, of their first `width` tokens."""
         self.make_room(first + len(source))
         new = slice(first, first + len(source))
         self.rows[:, :, new, :, :width] = self.rows[:, :, :, :, :width].index_select(2, source)
@@ -154,9 +151,7 @@ class Cache:
         self.by_slot = self.rows.new_zeros(len(slots), self.KV, int(counts.max()), self.G, self.D)
 
     def attend(self, layer: int, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows' queries over all three, merged: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the
-        rows' own keys.
-        """
+        """The rows' queries over all three: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the rows' keys."""
         R = len(q)
         width = mask.shape[3]
         q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)
@@ -167,9 +162,7 @@ class Cache:
         return merge(found).to(q.dtype).reshape(R, -1, self.D)
 
     def attend_prompts(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each slot's rows over its prompt, bucket by bucket: q (R, KV, G, D) -> out (R, KV, G, D),
-        log-sum-exp (R, KV, G).
-        """
+        """Each slot's rows over its prompt: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""
         # (P, KV, rows of a slot, G, D); padding holds whatever it held
         self.by_slot[self.slot, :, self.index_in_slot] = q
         queries = self.by_slot.flatten(2, 3)
@@ -201,8 +194,7 @@ class Cache:
 def attend_few(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf, added to
-    the scores.
+    """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf.
 
     -> out (..., N, D), and log sum exp of the scores (..., N)
     """
@@ -230,8 +222,9 @@ def attend_many(
 
 
 def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """One softmax from those over disjoint sets of keys: (out (..., D), log-sum-exp (...)) of each -> out
-    (..., D), at least fp32.
+    """One softmax from those over disjoint sets of keys.
+
+    (out (..., D), log-sum-exp (...)) of each -> out (..., D), at least fp32
     """
     weights = torch.stack([lse for _, lse in found]).softmax(dim=0).unsqueeze(-1)  # each set's share
     merged = weights[0] * found[0][0]
@@ -241,9 +234,7 @@ def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 
 def with_room(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """`store` with room for `size` along `dim`: a quarter more when it must grow, so that growth is rare; new
-    room is 0.
-    """
+    """`store` with room for `size` along `dim`; new room is 0. It grows by a quarter at least, so rarely."""
     old = store.shape[dim]
     if old >= size:
         return store

@@ -76,9 +76,7 @@ class Engine(generate.Engine):
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, list[Continuation]]]:
-        """One thing of the following: a slot is filled, finished rows leave, or every row gets a token. ->
-        requests that are answered.
-        """
+        """Fill a slot, let finished rows leave, or give every row a token. -> requests that are answered."""
         if not self.ready and self.waiting:
             self.prefill_waiting()
         if self.ready and self.fits(self.ready[0].request):
@@ -216,8 +214,7 @@ class Engine(generate.Engine):
         return self.model.logits(hidden)
 
     def append(self, rows: slice, draws: slice, logits: torch.Tensor) -> None:
-        """Draw the next token of the continuations `draws`, all those of `rows`, from the rows' logits (n,
-        V).
+        """Draw the next token of the continuations `draws`, those of `rows`, from the rows' logits (n, V).
 
         It is written down with P(Yes) at its position. A row that is done stays as it is: what is drawn for
         it stands behind its end.
@@ -247,8 +244,7 @@ class Engine(generate.Engine):
         self.rows.done[rows] |= ends | (self.rows.length[rows] >= self.rows.limit[rows])
 
     def branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
-        """Where continuations of one row have drawn different tokens, all but the first go on in new rows,
-        copies of theirs so far.
+        """Where continuations of a row have drawn different tokens, all but the first go on in copies of it.
 
         -> the row of each continuation of `draws` from now on.
         """
@@ -277,9 +273,7 @@ class Engine(generate.Engine):
         return bool(self.rows.done.any())
 
     def retire(self) -> list[tuple[int, list[Continuation]]]:
-        """Take the rows that are done out of the batch, unless words are added to them. -> the requests that
-        are answered with them.
-        """
+        """Take finished rows out, unless words are added to them. -> the requests that are answered with them."""
         answered = []
         for row, numbers in self.draws_of_done_rows().items():
             ticket = int(self.rows.ticket[row])
@@ -318,8 +312,9 @@ class Engine(generate.Engine):
         return Continuation(ids[:-1] if finished else ids, p_yes, finished)
 
     def add_words(self, row: int, ended: Continuation) -> bool:
-        """Put the added words, if any, behind a continuation, in place of its end-of-text token: its row then
-        runs through them.
+        """Put the added words, if any, behind a continuation, in place of its end-of-text token.
+
+        Its row then runs through them.
         """
         words = self.added(ended.ids)
         if words:

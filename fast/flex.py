@@ -51,9 +51,7 @@ def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
 
 @cache
 def compiled_flex_attention() -> Callable:
-    """Compiled for each length that it meets; not when this file is imported, since that alone would take
-    seconds.
-    """
+    """Compiled for each length that it meets; and not on import, since that alone would take seconds."""
     from torch.nn.attention.flex_attention import flex_attention
     # Of lengths, with and without gradients; beyond it, all scores would be written down
     torch._dynamo.config.recompile_limit = 64
@@ -92,9 +90,7 @@ def padded_length(n: int) -> int:
 
 
 def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a table (query blocks, key blocks): how many key blocks each query block has, and which they are, in
-    front of the others.
-    """
+    """Of a table (query blocks, key blocks): how many key blocks each query block has, and which."""
     numbers = pairs.sum(1, dtype=torch.int32)
     indices = pairs.int().argsort(dim=1, descending=True, stable=True).int()
     return numbers[None, None], indices[None, None]

@@ -21,8 +21,7 @@ SHARE = 16        # rows are taken out when a sixteenth of them are done
 
 
 class CudaGraph:
-    """A function without arguments that reads and writes tensors on the GPU: run once, then recorded, then
-    replayed.
+    """A function that reads and writes tensors on the GPU: run once, then recorded, then replayed.
 
     The tensor that it returns is overwritten by the next call.
     """

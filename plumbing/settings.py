@@ -57,7 +57,7 @@ class TrainConfig:
                                   "(default: the chat template's own, if it has one)"] = None
     template_args: Annotated[str | None, "JSON object of further variables of the chat template"] = None
     plain: Annotated[bool, "compute with model.py as it reads, without fast/: "
-                           "the same numbers, later"] = False
+                           "the same numbers, slower"] = False
     resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False
     overwrite: Annotated[bool, "replace an existing --out", MAY_CHANGE] = False
 
