@@ -565,9 +565,12 @@ class Examples:
         kept = array("q")
         left_out = Counter({OVER_LONG: 0})
         problems = []
+        n_systems = 0
         for i in tqdm(range(len(self.rows)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
                       leave=False, disable=ranks.rank() > 0):
-            reason, problem = self._problem(self.turn(i))
+            turn = self.turn(i)
+            n_systems += turn.system is not None
+            reason, problem = self._problem(turn)
             if reason:
                 left_out[reason] += 1
                 problems.append(f"example {i + 1} {problem}")
@@ -577,14 +580,16 @@ class Examples:
             print(f"left out: {self.path} {problem}")
         counts = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items())
         print(f"{self.path}: {len(kept):,} examples; left out {counts}")
+        if n_systems:
+            print(f"{self.path}: {n_systems:,} examples have a system message of their own; "
+                  "score with the same one (--system)")
         if not kept:
             raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
                            "raise --micro-tokens, or make the file anew")
         return np.array(kept)
 
     def _problem(self, turn: Turn) -> tuple[str, str]:
-        """Why an example is left out: (the reason by which it is counted, the details); else two empty texts.
-        """
+        """Why an example is left out: (the reason by which it is counted, the details); else ("", "")."""
         if len(set(turn.responses)) < len(turn.responses):
             return EQUAL, "has the same text as chosen and rejected"
         if self.most_tokens(turn) <= min(self.micro_tokens, self.context):

@@ -85,9 +85,10 @@ def main(config: Config) -> None:
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations)
 
-    reference = reference_logprobs(model, config.model, train, config.batch_size)
+    flags = (config.context, config.system, config.template_args)
+    reference = reference_logprobs(model, config.model, train, config.batch_size, flags)
     if validation:
-        validation_reference = reference_logprobs(model, config.model, validation, config.batch_size)
+        validation_reference = reference_logprobs(model, config.model, validation, config.batch_size, flags)
     loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
                             ipo=config.ipo, nll=config.nll)
 
@@ -179,13 +180,17 @@ def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pai
 # ------------------------------------------------------------------------------ the frozen reference
 
 @torch.no_grad()
-def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int) -> np.ndarray:
+def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int,
+                       flags: tuple[int | str | None, ...] = ()) -> np.ndarray:
     """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2). LEFT_OUT: it is left out.
 
-    model: that of `folder`, before its first update. The table is kept beside the pairs, as
-    NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta computes it once.
+    model: that of `folder`, before its first update
+    flags: what was said of the model and its tokenizer beside their files
+
+    The table is kept beside the pairs, as NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta
+    computes it once.
     """
-    path = reference_path(folder, pairs, batch_size, model.device) if ranks.rank() == 0 else None
+    path = reference_path(folder, pairs, batch_size, model.device, flags) if ranks.rank() == 0 else None
     table = StoredTable(path, len(pairs.rows), columns=2)
     is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
     table.rows[~is_kept] = LEFT_OUT
@@ -204,17 +209,21 @@ def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size:
     return table.finish()
 
 
-def reference_path(folder: str, pairs: Examples, batch_size: int, device: torch.device) -> Path:
+def reference_path(folder: str, pairs: Examples, batch_size: int, device: torch.device,
+                   flags: tuple[int | str | None, ...]) -> Path:
     """Where the reference's table is kept.
 
     The hash in its name is of all that the table depends on: the pairs, the model, the tokenizer, the chat
     template, and what shares a tree (the last digits of a log-probability depend on the rest of its tree).
     """
+    words = f"{pairs.micro_tokens} {batch_size} {device.type}"
+    if any(flag is not None for flag in flags):
+        words += f" {flags}"
     weights = sorted(Path(folder).glob("*.safetensors"))
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
     others = [Path(folder) / name for name in names]
     paths = [*files_in(pairs.path), *weights, *others]
-    name = content_hash(f"{pairs.micro_tokens} {batch_size} {device.type}", paths)
+    name = content_hash(words, paths)
     return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")
 
 

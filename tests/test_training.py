@@ -225,6 +225,22 @@ def test_public_formats_train_as_our_own(tmp_path, tiny_folder):
     assert weights["ours"] == weights["messages"] == weights["sharegpt"] != weights["alpaca"] == weights["ours again"]
 
 
+@pytest.mark.parametrize("system", [None, "You judge steps.", ""])
+def test_chat_messages_are_the_ids_that_transformers_gives(tmp_path, tiny_folder, capsys, system):
+    """With a system message and without; of the prompt, and of the whole turn with its end."""
+    from transformers import AutoTokenizer
+    messages = [{"role": "user", "content": "Is it right?"}, {"role": "assistant", "content": "Yes"}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    examples = read(write(tmp_path / "a.jsonl", [{"messages": messages}]), read_example, load_tokenizer(tiny_folder))
+    theirs = AutoTokenizer.from_pretrained(tiny_folder)
+    ids = lambda messages, **more: theirs(theirs.apply_chat_template(messages, tokenize=False, **more), add_special_tokens=False).input_ids
+    prompt, [response] = examples[0]
+    assert prompt == ids(messages[:-1], add_generation_prompt=True)
+    assert prompt + response == ids(messages)[:len(prompt + response)]
+    assert ("1 examples have a system message" in capsys.readouterr().out) == (system is not None)
+
+
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_rows_train_the_same_whatever_they_are_kept_in(tmp_path, tiny_folder, script):
     """JSON lines, packed, an array, parquet (where pyarrow is there), a folder of shards: the same weights and metrics."""
@@ -609,6 +625,17 @@ def test_the_reference_is_computed_anew_for_another_chat_template(tmp_path, tiny
         train_dpo.main(dpo_config(tmp_path, folder, pair_rows(8)))
         assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert len(caches(tmp_path)) == 2
+
+
+def test_the_reference_is_computed_anew_for_another_system_message_and_a_longer_context(tmp_path, tiny_folder):
+    """A pair beyond a context of 60 has no log-probabilities in its table; beyond one of 100 it is trained on."""
+    rows = pair_rows(8)
+    rows[2]["chosen"] = " Yes" * 60
+    for changes, pairs in ((dict(context=60), 7), (dict(context=100), 8), (dict(context=100, system="Judge."), 8), ({}, 8)):
+        train_dpo.main(dpo_config(tmp_path, tiny_folder, rows, **changes))
+        [row] = metrics(tmp_path / "dpo")
+        assert row["pairs"] == pairs and row["loss"] == pytest.approx(math.log(2), abs=1e-4)  # a stale reference would show
+    assert len(caches(tmp_path)) == 4
 
 
 def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, monkeypatch):
