@@ -215,7 +215,8 @@ function openedStep(number, judge, t) {
   return [
     element("p", {class: "problem"}, problem),
     element("ol", {class: "steps", "aria-label": "Steps"}, ...listed),
-    element("h3", {}, `Step ${t + 1}: P(Yes) of its analyses`, close),
+    close,
+    element("h3", {}, `Step ${t + 1}: P(Yes) of its analyses`),
     ...judges.map(own => dotLine(own, number, t, own === judge)),
     ...analysesOfStep(judge, number, t),
   ];

@@ -21,13 +21,16 @@ HOSTILE = '</script><img src=x onerror="window.hacked = true"><b>bold</b>&amp;{s
 # ---------------------------------------------------------------------------------------- scores to look at
 
 
-def make_analysis(rng: random.Random, text: str) -> Analysis:
-    """Any kind of analysis: sure and unsure, with and without verdict, forced, cut off, without P(Yes)."""
+P_YES = ([0.0, 0.25, 0.4], [0.5, 0.75, 1.0], [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])  # of the samples of a step
+
+
+def make_analysis(rng: random.Random, text: str, p_yes_of_step: list[float]) -> Analysis:
+    """Any kind of analysis: with and without verdict, forced, cut off, without P(Yes)."""
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.05:
         return Analysis(text, None, None, 120, False)
-    p_yes = rng.choice([rng.random(), 0.0, 0.25, 0.5, 0.75, 1.0])
-    if kind < 0.2:
+    p_yes = rng.choice(p_yes_of_step)
+    if kind < 0.1:
         return Analysis(text, None, p_yes, 120, False, forced=True)
     return Analysis(text, p_yes >= 0.5, p_yes, rng.randrange(20, 120), True)
 
@@ -40,7 +43,8 @@ def make_line(rng: random.Random, source: str, number: int, k: int) -> dict:
     judged = []
     for t in range(rng.randrange(1, n_steps + 1)):
         texts = [f"{source}-{number}, step {t}, analysis {i}\nsecond line" for i in range(k)]
-        judged.append([make_analysis(rng, text) for text in texts])
+        p_yes = rng.choice(P_YES)
+        judged.append([make_analysis(rng, text, p_yes) for text in texts])
     if rng.random() < 0.1:
         judged[-1] = [Analysis("nothing", None, None, 5, True)] * k
     return score.score_line(score.Judged(source, solution, judged), tuple(own for own in KS if own <= k), 0.5)
@@ -83,7 +87,7 @@ def judged() -> dict[str, list[dict]]:
     again = []
     for line in tens[:45]:
         solution = Solution(line["id"], line["problem"], tuple(line["steps"]), line["label"])
-        steps = [[make_analysis(rng, f"the other's analysis {i}") for i in range(10)] for _ in line["steps"]]
+        steps = [[make_analysis(rng, f"analysis {i}", P_YES[2]) for i in range(10)] for _ in line["steps"]]
         again.append(score.score_line(score.Judged(line["source"], solution, steps), KS, 0.5))
     again += [make_line(rng, "logic", i, 10) for i in range(100, 105)]
     return {
