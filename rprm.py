@@ -488,6 +488,7 @@ class Config(SamplerConfig):
     step: Annotated[tuple[str, ...], "the solution's steps; the last one is judged (with --problem)"] = ()
     k: Annotated[int, "analyses", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 512
+    html: Annotated[str | None, "page to write: the analyses as the tree in which they branch"] = None
     force: Annotated[
         bool, "read P(Yes) after an added verification line where an analysis has no verdict"
     ] = True
@@ -510,6 +511,11 @@ def main(config: Config) -> None:
     for i, analysis in enumerate(analyses, 1):
         show_analysis(i, analysis)
     show_reward(analyses)
+    if config.html:
+        from formats.case_page import write_case_page, written  # here, as nothing else needs them
+        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step,
+                        written(sampler, case, analyses))
+        print(f"page:   {config.html}")
     n = sampler.engine.new_tokens
     print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")
 

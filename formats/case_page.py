@@ -3,6 +3,8 @@
     first = Written([" 3", "+", "4"], [0.9, 0.5, 1.0], [0.4, 0.5, 0.9], verdict=True, p_yes_at_verdict=0.9)
     write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [first, ...])
 
+`written` makes these of a sampler's analyses: python rprm.py --html case.html.
+
 What several analyses have in common stands once, as it is computed once. Each token is shaded by its
 probability, and each analysis ends in its verdict and P(Yes). The page has no script; <details> fold a
 branch. All text is escaped.
@@ -12,8 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
+import torch
+
 from formats.markup import template
+from generate import yes_against_no
+from model import Tree, at_least_fp32
 from plumbing.files import writing
+from rprm import Analysis, Case, Sampler
 
 STYLES = ("look.css", "case_page.css")
 # A token less likely than the first of these has the darkest ground; from the last on it has none.
@@ -64,6 +71,28 @@ def write_case_page(
     head, tail = template("case_page.html", STYLES).split("<!-- case -->")
     with writing(out) as file:
         file.write(head + "".join(body) + tail)
+
+
+@torch.no_grad()
+def written(sampler: Sampler, case: Case, analyses: list[Analysis]) -> list[Written]:
+    """The analyses token by token: one pass over the tree of prompt and analyses gives their probabilities.
+
+    The texts are encoded again, so where the model has sampled other tokens of the same text, these are shown.
+    """
+    tokenizer = sampler.tokenizer
+    prompt = sampler.prompt_ids(case)
+    answers = [tokenizer.continuation([], a.text) for a in analyses]
+    tree = Tree([prompt + ids for ids in answers]).to(sampler.model.device)
+    hidden = sampler.model(tree.ids, tree.positions, sampler.model.tree_attention(tree.end))
+    found = []
+    for analysis, ids, path in zip(analyses, answers, tree.paths, strict=True):
+        logits = at_least_fp32(sampler.model.logits(hidden[path[len(prompt) - 1:-1]]))  # (n, V)
+        token = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+        probabilities = logits.softmax(dim=-1).gather(1, token[:, None])[:, 0].tolist()
+        p_yes = yes_against_no(logits, sampler.engine.yes_no).tolist()
+        texts = [tokenizer.decode([i]) for i in ids]
+        found.append(Written(texts, probabilities, p_yes, analysis.verdict, analysis.p_yes, ids))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the trie

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from formats.case_page import Branch, Written, common_length, grow, name_analyses, size, write_case_page
+import rprm
+from formats.case_page import Branch, Written, common_length, grow, name_analyses, size, write_case_page, written
 from model import Tree
 
 HOSTILE = '</span><script>window.hacked = true</script><img src=x onerror="window.hacked = true">'
@@ -149,3 +150,17 @@ def test_it_is_written_aside(tmp_path: Path):
     with pytest.raises(IndexError):
         write_case_page(tmp_path / "case.html", *CASE, [(["a", "b"], [0.5], [0.5, 0.5], True, 0.5)])
     assert (tmp_path / "case.html").read_text(encoding="utf-8") == "before"
+
+
+def test_the_script_writes_the_page_of_its_analyses(tmp_path):
+    """python rprm.py --html: P(Yes) at the verdict is the engine's, and the page holds the reward."""
+    sampler = rprm.load_sampler(rprm.Config(device="cpu"), k=3, force=True)
+    [(_, analyses)] = sampler.analyses([rprm.BUILT_IN])
+    found = written(sampler, rprm.BUILT_IN, analyses)
+    for analysis, tokens in zip(analyses, found, strict=True):
+        assert "".join(tokens.tokens) == analysis.text and len(tokens.probabilities) == len(tokens.tokens)
+        assert analysis.text.endswith((" Yes", " No"))  # the verdict is the last token
+        assert tokens.p_yes[-1] == pytest.approx(analysis.p_yes, abs=1e-5)
+        assert all(0 < p <= 1 for p in tokens.probabilities)
+    rprm.main(rprm.Config(device="cpu", k=3, html=str(tmp_path / "case.html")))
+    assert f"{rprm.reward(analyses):.3f}"[:4] in (tmp_path / "case.html").read_text()
