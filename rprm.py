@@ -513,8 +513,8 @@ def main(config: Config) -> None:
     show_reward(analyses)
     if config.html:
         from formats.case_page import write_case_page, written  # here, as nothing else needs them
-        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step,
-                        written(sampler, case, analyses))
+        tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, sampler.prompt_ids(case), analyses)
+        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step, tokens)
         print(f"page:   {config.html}")
     n = sampler.engine.new_tokens
     print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")

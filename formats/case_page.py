@@ -16,11 +16,11 @@ from typing import NamedTuple, Sequence
 
 import torch
 
+from checkpoint import ChatTokenizer
 from formats.markup import template
 from generate import yes_against_no
-from model import Tree, at_least_fp32
+from model import Decoder, Tree, at_least_fp32
 from plumbing.files import writing
-from rprm import Analysis, Case, Sampler
 
 STYLES = ("look.css", "case_page.css")
 # A token less likely than the first of these has the darkest ground; from the last on it has none.
@@ -74,22 +74,21 @@ def write_case_page(
 
 
 @torch.no_grad()
-def written(sampler: Sampler, case: Case, analyses: list[Analysis]) -> list[Written]:
-    """The analyses token by token: one pass over the tree of prompt and analyses gives their probabilities.
+def written(model: Decoder, tokenizer: ChatTokenizer, yes_no: tuple[int, int], prompt: list[int],
+            analyses: Sequence) -> list[Written]:
+    """Analyses (text, verdict, p_yes) token by token: one pass over the tree of the prompt's ids and theirs.
 
     The texts are encoded again, so where the model has sampled other tokens of the same text, these are shown.
     """
-    tokenizer = sampler.tokenizer
-    prompt = sampler.prompt_ids(case)
     answers = [tokenizer.continuation([], a.text) for a in analyses]
-    tree = Tree([prompt + ids for ids in answers]).to(sampler.model.device)
-    hidden = sampler.model(tree.ids, tree.positions, sampler.model.tree_attention(tree.end))
+    tree = Tree([prompt + ids for ids in answers]).to(model.device)
+    hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))
     found = []
     for analysis, ids, path in zip(analyses, answers, tree.paths, strict=True):
-        logits = at_least_fp32(sampler.model.logits(hidden[path[len(prompt) - 1:-1]]))  # (n, V)
+        logits = at_least_fp32(model.logits(hidden[path[len(prompt) - 1:-1]]))  # (n, V)
         token = torch.tensor(ids, dtype=torch.int64, device=logits.device)
         probabilities = logits.softmax(dim=-1).gather(1, token[:, None])[:, 0].tolist()
-        p_yes = yes_against_no(logits, sampler.engine.yes_no).tolist()
+        p_yes = yes_against_no(logits, yes_no).tolist()
         texts = [tokenizer.decode([i]) for i in ids]
         found.append(Written(texts, probabilities, p_yes, analysis.verdict, analysis.p_yes, ids))
     return found

@@ -156,7 +156,8 @@ def test_the_script_writes_the_page_of_its_analyses(tmp_path):
     """python rprm.py --html: P(Yes) at the verdict is the engine's, and the page holds the reward."""
     sampler = rprm.load_sampler(rprm.Config(device="cpu"), k=3, force=True)
     [(_, analyses)] = sampler.analyses([rprm.BUILT_IN])
-    found = written(sampler, rprm.BUILT_IN, analyses)
+    prompt = sampler.prompt_ids(rprm.BUILT_IN)
+    found = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, prompt, analyses)
     for analysis, tokens in zip(analyses, found, strict=True):
         assert "".join(tokens.tokens) == analysis.text and len(tokens.probabilities) == len(tokens.tokens)
         assert analysis.text.endswith((" Yes", " No"))  # the verdict is the last token
