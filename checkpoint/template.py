@@ -13,6 +13,7 @@ operating system's limits bound whatever a template does, a crash of the interpr
 
 Where there is no fork (Windows), a template is rendered in this process: in the sandbox, without the limits.
 """
+import ctypes
 import datetime
 import gc
 import json
@@ -181,6 +182,8 @@ def limit_this_process() -> None:
         return
     import resource  # here, as Windows has no such module
 
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # freed memory that glibc keeps would not count below
     with open("/proc/self/statm", "rb") as file:
         pages = int(file.read().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -404,7 +404,7 @@ def test_chat_templates(folder):
         (folder / "chat_template.jinja").write_bytes(content)
         tokenizer = load_tokenizer(folder)
         assert "Tom" in tokenizer.decode(tokenizer.chat("Tom"))
-    fuzz((spoilt() for _ in range(400)), use, 400)  # each is rendered in a process of its own
+    fuzz((spoilt() for _ in range(150)), use, 150)  # each is rendered in a process of its own
 
 
 def test_prompt_files(tmp_path):
