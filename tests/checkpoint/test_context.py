@@ -20,6 +20,8 @@ LONG_FORMS = {
                        mscale_all_dim=0.5),
     "the config's own context": dict(rope_type="yarn", factor=2.0),
     "a ramp without length": dict(rope_type="yarn", factor=4.0, beta_fast=2.0, beta_slow=2.0, truncate=False),
+    "an old context that no pair turns round in": dict(rope_type="yarn", factor=2.0,
+                                                       original_max_position_embeddings=6),
     "not stretched": dict(rope_type="yarn", factor=1.0, original_max_position_embeddings=64),
     "linear": dict(type="linear", factor=2.5),
     "Llama 3's, the context left out": dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
