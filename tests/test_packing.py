@@ -107,6 +107,7 @@ def fill_by_search(units, micro_tokens):
     return next(trees for trees in map(fill, range(largest, micro_tokens + 1)) if len(trees) == len(fill(micro_tokens)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_trees_are_filled_to_the_lowest_limit_that_needs_no_more_of_them(seed):
     """The same trees in the same order as a search that tries every limit: the largest first, equal ones as they come."""

@@ -375,6 +375,7 @@ def test_an_empty_validation_file_is_said_and_the_last_model_kept(tmp_path, tiny
 WORDS_OF_A_CASE = "Judge: {problem} {previous_steps} {now_step}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_the_words_of_prompt_file_go_with_the_model(tmp_path, tiny_folder, script, capsys):
     """Before those beside the data, and those before the model's own; what went is said, and that nothing did."""
@@ -761,6 +762,7 @@ def same_run(one, other):
     return [name for name in one if one[name] != other[name] and name != "config.json"]  # that one says --out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("validated", [True, False])
 def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_folder, script, validated, monkeypatch):
@@ -874,6 +876,7 @@ def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, tiny_folder,
     assert die_at > 20  # the kills did happen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("save", ["step-00000004", "model"])  # the second checkpoint, and the model
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, tiny_folder, script, save, monkeypatch, capsys):
@@ -928,6 +931,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, tiny_folder):
 
 # ---------------------------------------------------------------------------------------------- refusals
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("name", ["train", "validation", "prompt_file"])
 def test_other_data_behind_the_same_path_are_not_resumed(tmp_path, tiny_folder, script, name):
@@ -984,6 +988,7 @@ def test_resuming_a_finished_run_changes_nothing_and_may_save_otherwise(tmp_path
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("seed", 1), ("batch_size", 3), ("max_steps", 2), ("epochs", 2), ("micro_tokens", 500),
                                          ("schedule", "constant"),
                                          ("validation", None)])
