@@ -241,6 +241,7 @@ def test_chat_messages_are_the_ids_that_transformers_gives(tmp_path, tiny_folder
     assert ("1 examples have a system message" in capsys.readouterr().out) == (system is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_rows_train_the_same_whatever_they_are_kept_in(tmp_path, tiny_folder, script):
     """JSON lines, packed, an array, parquet (where pyarrow is there), a folder of shards: the same weights and metrics."""

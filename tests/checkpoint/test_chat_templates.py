@@ -44,6 +44,7 @@ def fixed_clock(monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, ARGUMENTS], ids=["no variables", "variables"])
 @pytest.mark.parametrize("system", [None, " Be strict. é /no_think\n"], ids=["no system", "system"])
 @pytest.mark.parametrize("name", TEMPLATES)
