@@ -164,6 +164,7 @@ def test_packed_equals_separate_where_sequences_meet(tiny_folder, name):
     assert (gradients(model, (found * weights).sum()) - gradients(model, (expected * weights).sum())).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder, checkpointed):
     """About 900 tokens: a tree goes through attention 256 queries at a time, and this one needs four rounds."""
@@ -223,6 +224,7 @@ def step_of(script, config, model, monkeypatch):
     return caught.value.args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_accumulation_over_many_trees_equals_one_tree(tmp_path, tiny_folder, script, monkeypatch):
     """1 × k = k × 1: --micro-tokens changes neither the loss nor the gradient of an optimizer step (fp64, 1e-9).

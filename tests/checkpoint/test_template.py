@@ -139,6 +139,7 @@ def test_an_interrupt_ends_the_child(monkeypatch):
     assert os.getpid() == here
 
 
+@pytest.mark.slow
 def test_a_template_renders_beside_threads():
     """PyTorch's threads, and one of Python's that holds a lock most of the time."""
     def work():
