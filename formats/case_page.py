@@ -78,7 +78,7 @@ def written(model: Decoder, tokenizer: ChatTokenizer, yes_no: tuple[int, int], p
             analyses: Sequence) -> list[Written]:
     """Analyses (text, verdict, p_yes) token by token: one pass over the tree of the prompt's ids and theirs.
 
-    The texts are encoded again, so where the model has sampled other tokens of the same text, these are shown.
+    The texts are encoded again, so where the model has sampled other tokens of the same text these are shown.
     """
     answers = [tokenizer.continuation([], a.text) for a in analyses]
     tree = Tree([prompt + ids for ids in answers]).to(model.device)

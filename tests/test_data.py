@@ -392,6 +392,7 @@ def test_a_sampling_that_cannot_start_leaves_nothing(sampling, capsys, changes, 
     assert len(read(out)) == 9
 
 
+@pytest.mark.slow
 def test_a_case_longer_than_the_context(sampling, capsys):
     """It has no analyses, is counted and named, and the others are sampled as without it; so also in a resumed run."""
     out, flags = sampling
@@ -677,6 +678,7 @@ def test_pairs_made_and_not_made_are_the_product(tmp_path, capsys, flags):
 # ---------------------------------------------------------------------------------------------- small data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problems", [1, 2, 3])
 @pytest.mark.parametrize("script, command", [(train_sft, "sft"), (train_dpo, "pairs")])
 def test_a_few_cases_go_through_the_whole_pipeline(

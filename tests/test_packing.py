@@ -107,6 +107,7 @@ def fill_by_search(units, micro_tokens):
     return next(trees for trees in map(fill, range(largest, micro_tokens + 1)) if len(trees) == len(fill(micro_tokens)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_trees_are_filled_to_the_lowest_limit_that_needs_no_more_of_them(seed):
     """The same trees in the same order as a search that tries every limit: the largest first, equal ones as they come."""
@@ -163,6 +164,7 @@ def test_packed_equals_separate_where_sequences_meet(tiny_folder, name):
     assert (gradients(model, (found * weights).sum()) - gradients(model, (expected * weights).sum())).abs().max() < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder, checkpointed):
     """About 900 tokens: a tree goes through attention 256 queries at a time, and this one needs four rounds."""
@@ -222,6 +224,7 @@ def step_of(script, config, model, monkeypatch):
     return caught.value.args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_accumulation_over_many_trees_equals_one_tree(tmp_path, tiny_folder, script, monkeypatch):
     """1 × k = k × 1: --micro-tokens changes neither the loss nor the gradient of an optimizer step (fp64, 1e-9).

@@ -303,6 +303,7 @@ def test_p_yes_is_read_where_the_word_stands_in_its_usual_token(make_sampler, mo
         ("<think>It is.</think>\n", "- ", "Yes"),
     ],
 )
+@pytest.mark.slow
 def test_p_yes_of_other_words_is_read_after_the_normal_line(make_sampler, monkeypatch, before, heading, tail):
     """ "**Yes" is no token that P(Yes) compares.
 

@@ -282,6 +282,7 @@ def test_several_k_in_one_run_equal_separate_runs(tmp_path, tiny):
         assert own == same
 
 
+@pytest.mark.slow
 def test_a_step_is_judged_with_the_steps_before_it(tmp_path, tiny, tiny_folder):
     """What score.py writes down is what the method gives for each (problem, previous steps, now step)."""
     rows = [row("a", -1), row("b", 1)]

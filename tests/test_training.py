@@ -206,6 +206,7 @@ def test_rows_of_public_formats_that_cannot_be_trained_on_are_named(tmp_path, ti
     assert error.startswith(f"error: {train}:2: {said}") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_public_formats_train_as_our_own(tmp_path, tiny_folder):
     """The same texts as our rows, as chat messages, as ShareGPT's and as Alpaca's: the same weights."""
     rows = sft_rows(6)
@@ -241,6 +242,7 @@ def test_chat_messages_are_the_ids_that_transformers_gives(tmp_path, tiny_folder
     assert ("1 examples have a system message" in capsys.readouterr().out) == (system is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_rows_train_the_same_whatever_they_are_kept_in(tmp_path, tiny_folder, script):
     """JSON lines, packed, an array, parquet (where pyarrow is there), a folder of shards: the same weights and metrics."""
@@ -298,6 +300,7 @@ def test_no_tokenizer_makes_more_tokens_than_the_bound(tmp_path, tiny_folder, ti
             assert len(prompt) + len(response) <= examples.most_tokens(examples.turn(i))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_a_run_with_examples_left_out_is_a_run_without_them(tmp_path, tiny_folder, script):
     """Of ten examples six are over-long: steps of two are dealt out of the other four, and all is as if there were no others."""
@@ -375,6 +378,7 @@ def test_an_empty_validation_file_is_said_and_the_last_model_kept(tmp_path, tiny
 WORDS_OF_A_CASE = "Judge: {problem} {previous_steps} {now_step}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 def test_the_words_of_prompt_file_go_with_the_model(tmp_path, tiny_folder, script, capsys):
     """Before those beside the data, and those before the model's own; what went is said, and that nothing did."""
@@ -523,6 +527,7 @@ def test_over_long_examples_are_counted_and_named(tmp_path, tiny_folder, capsys)
     assert "left out as over-long: 1" in printed.out
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
     """Validation texts are unlike the training texts: overfitting makes them worse, so the best is not the last."""
     rng = random.Random(5)
@@ -534,6 +539,7 @@ def test_the_best_checkpoint_by_validation_is_kept(tmp_path, tiny_folder):
     assert train_sft.evaluate(model, examples, batch_size=4) == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_scratch_trains_texts(tmp_path, tiny_folder):
     folder = tmp_path / "new"
     shutil.copytree(tiny_folder, folder)
@@ -688,6 +694,7 @@ def caches(tmp_path):
     return sorted(tmp_path.glob("pairs.reference-*.npy"))
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_once_for_a_sweep_and_anew_for_other_pairs(tmp_path, tiny_folder, monkeypatch):
     calls, compute = [], train_dpo.response_logprobs
     monkeypatch.setattr(train_dpo, "response_logprobs", lambda model, *rest: calls.append(torch.is_grad_enabled()) or compute(model, *rest))
@@ -761,6 +768,7 @@ def same_run(one, other):
     return [name for name in one if one[name] != other[name] and name != "config.json"]  # that one says --out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("validated", [True, False])
 def test_a_run_stopped_by_sigterm_after_each_step_ends_the_same(tmp_path, tiny_folder, script, validated, monkeypatch):
@@ -791,6 +799,7 @@ def test_a_validation_that_is_not_finite_stops_and_says_so(tmp_path, tiny_folder
     assert (tmp_path / "out/model").exists() == kept
 
 
+@pytest.mark.slow
 def test_the_best_model_before_a_stop_stays_the_best_after_it(tmp_path, tiny_folder, monkeypatch):
     """Validation losses 3, 1, 2, 1.5 by step: the second step's model is kept, whether the run is stopped after it or not."""
     losses = iter([3.0, 1.0, 2.0, 1.5] * 2)  # of the whole run's four steps, then of the stopped and resumed run's
@@ -874,6 +883,7 @@ def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, tiny_folder,
     assert die_at > 20  # the kills did happen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("save", ["step-00000004", "model"])  # the second checkpoint, and the model
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(tmp_path, tiny_folder, script, save, monkeypatch, capsys):
@@ -928,6 +938,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, tiny_folder):
 
 # ---------------------------------------------------------------------------------------------- refusals
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_sft, train_dpo])
 @pytest.mark.parametrize("name", ["train", "validation", "prompt_file"])
 def test_other_data_behind_the_same_path_are_not_resumed(tmp_path, tiny_folder, script, name):
@@ -984,6 +995,7 @@ def test_resuming_a_finished_run_changes_nothing_and_may_save_otherwise(tmp_path
     assert files_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, value", [("seed", 1), ("batch_size", 3), ("max_steps", 2), ("epochs", 2), ("micro_tokens", 500),
                                          ("schedule", "constant"),
                                          ("validation", None)])
@@ -1028,6 +1040,7 @@ def test_one_of_model_and_from_scratch_is_needed(tmp_path, tiny_folder):
         train_sft.main(sft_config(tmp_path, None, sft_rows(1)))
 
 
+@pytest.mark.slow
 def test_weights_from_scratch_depend_on_the_seed_alone(tmp_path, tiny_tokenizer):
     """The same seed gives the same weights from scratch, another seed others."""
     folder = write_checkpoint(tmp_path / "model", make_config("qwen2", True), tiny_tokenizer)

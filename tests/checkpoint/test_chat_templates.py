@@ -44,6 +44,7 @@ def fixed_clock(monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, ARGUMENTS], ids=["no variables", "variables"])
 @pytest.mark.parametrize("system", [None, " Be strict. é /no_think\n"], ids=["no system", "system"])
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -123,6 +124,7 @@ def put(folder, **changes) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "smollm3", "llama_3", "lfm2"])
 @pytest.mark.parametrize("system", [None, "Be strict."])
 def test_ids_with_a_system_message_and_variables(folder, name, system):

@@ -141,6 +141,7 @@ def test_autotokenizer_gives_the_same_text_for_a_saved_checkpoint(tiny_folder, t
             assert reference_chat(saved, message) == reference_chat(folder, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token, generation, config, ends", [
     (IM_END, 2, 2, [1, 2]), (IM_END, [2], None, [1, 2]), (END_OF_TEXT, 2, 2, [2, 1]), (None, 2, 1, [2, 1]),
     (IM_END, None, None, [1]), (END_OF_TEXT, None, 2, [2, 1])])

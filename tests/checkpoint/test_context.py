@@ -48,6 +48,7 @@ def test_rotary_tables_equal_transformers(name, head_dim, theta):
     assert (sin[:, 0] * sign - expected_sin[0]).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("name", LONG_FORMS)
 def test_logits_equal_transformers_before_and_after_saving(tiny_tokenizer, tmp_path, name, dialect):

@@ -173,6 +173,7 @@ def test_a_block_mask_leaves_out_the_branches_that_are_over():
     assert mask.kv_num_blocks.sum() == 11 and mask.full_kv_num_blocks.sum() == 10  # the diagonal, and the prompt under each response
 
 
+@pytest.mark.slow
 def test_trees_of_like_lengths_share_what_is_compiled(monkeypatch):
     """A new tree, and another past, are other tensors and no other program."""
     compiled = []

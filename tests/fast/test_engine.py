@@ -86,6 +86,7 @@ def test_shared_tokens_are_prefilled_once(model, monkeypatch, prefill_tokens):
         assert engine.prefill_tokens == 200 + sum(len(ids) - 200 for ids in prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", branches())
 def test_a_later_prompt_cuts_the_prefix_while_earlier_ones_are_decoded(model, monkeypatch, kind):
     """Prompts are prefilled one at a time."""
