@@ -229,7 +229,7 @@ def browser():
         pytest.skip(f"{CHROMIUM}: no browser there; apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt")
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS, timeout=HANG * 1000)
         yield chromium
         chromium.close()
 
@@ -240,6 +240,7 @@ def watched_tab(browser, path: Path, width: int = 1280, scheme: str = "light"):
     complaints = []
     requests = []
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.set_default_timeout(HANG * 1000)
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("request", lambda request: requests.append(request.url))
