@@ -70,12 +70,16 @@ def flag_of(name: str) -> str:
 
 # ------------------------------------------------------------------------------------------ running a command
 
-def run(*commands: tuple[type, Main], argv: list[str] | None = None) -> None:
+def run(*commands: tuple[type, Main], default: str | None = None, argv: list[str] | None = None) -> None:
     """Parse the command line into a config and call its main; `commands` are (config class, main) pairs.
 
-    With several commands the first word chooses one by the name of its main. BadInput and file errors end the
-    program with one line on stderr and exit code 2.
+    With several commands the first word chooses one by the name of its main; a command line that begins with
+    a flag is one of the `default` command. BadInput and file errors end the program with one line on stderr
+    and exit code 2.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if default is not None and _names_no_command(argv):
+        argv = [default, *argv]
     config_class, main, values = _parse(commands, argv)
     config = None
     try:
@@ -188,7 +192,12 @@ def _one_line(message: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- parsing
 
-def _parse(commands: Sequence[tuple[type, Main]], argv: list[str] | None) -> tuple[type, Main, dict]:
+def _names_no_command(argv: list[str]) -> bool:
+    """Is there no first word, or is it a flag, but not one that asks for the help on all commands?"""
+    return not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))
+
+
+def _parse(commands: Sequence[tuple[type, Main]], argv: list[str]) -> tuple[type, Main, dict]:
     """The chosen command's config class and main, and the values of the flags that were given."""
     by_name = {main.__name__: (config_class, main) for config_class, main in commands}
     values = vars(_make_parser(by_name).parse_args(argv))

@@ -45,11 +45,12 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 
 @functools.cache
-def commands_of(script: str) -> tuple:
-    """What a script hands to plumbing.cli.run: (config class, main) pairs. Its main does not run."""
+def commands_of(script: str) -> tuple[tuple, str | None]:
+    """What a script hands to plumbing.cli.run: (config class, main) pairs, and the default one. No main runs.
+    """
     given = []
     real = plumbing.cli.run
-    plumbing.cli.run = lambda *pairs, **_: given.extend(pairs)
+    plumbing.cli.run = lambda *pairs, default=None: given.append((pairs, default))
     path = list(sys.path)
     sys.path.insert(0, str((ROOT / script).parent))
     try:
@@ -57,7 +58,7 @@ def commands_of(script: str) -> tuple:
     finally:
         plumbing.cli.run = real
         sys.path[:] = path
-    return tuple(given)
+    return given[0]
 
 
 def parse(monkeypatch, script: str, words: list[str]) -> object:
@@ -70,7 +71,8 @@ def parse(monkeypatch, script: str, words: list[str]) -> object:
             made.append(config)
         return keep
     monkeypatch.setattr(plumbing.cli, "check_device", lambda config: None)
-    plumbing.cli.run(*((kind, keeping(main)) for kind, main in commands_of(script)), argv=words)
+    pairs, default = commands_of(script)
+    plumbing.cli.run(*((kind, keeping(main)) for kind, main in pairs), default=default, argv=words)
     return made[0]
 
 

@@ -142,6 +142,31 @@ def test_the_first_word_chooses_the_command(capsys):
     assert len(called) == 2 and "Traceback" not in capsys.readouterr().err
 
 
+def test_a_command_line_that_begins_with_a_flag_is_one_of_the_default_command(capsys):
+    called = []
+
+    def cases(config: Config) -> None:
+        """Make cases."""
+        called.append(config)
+
+    def pairs(config: Other) -> None:
+        """Make pairs."""
+        called.append(config)
+    commands = (Config, cases), (Other, pairs)
+    cli.run(*commands, default="cases", argv=["--model", "m"])
+    cli.run(*commands, default="cases", argv=["cases", "--model", "pairs"])
+    cli.run(*commands, default="pairs", argv=[])
+    cli.run(*commands, default="cases", argv=["pairs", "--steps", "5"])
+    assert called == [Config("m"), Config("pairs"), Other(), Other(5)]
+    for argv, code, said in ((["nothing", "--model", "m"], 2, "invalid choice: 'nothing'"), (["--steps", "5"], 2, "--model"),
+                             (["--help"], 0, "Make pairs.")):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(*commands, default="cases", argv=argv)
+        assert stop.value.code == code
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+
+
 SCRIPT = '''"""A script that fails."""
 from dataclasses import dataclass
 from typing import Annotated
