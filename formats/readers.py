@@ -5,6 +5,8 @@ A row says by the fields that it has of which format it is, so that one file may
     format                    fields                                                   a row is
     ProcessBench              {problem, steps, label}                                  a solution (whole.py)
     PRMBench                  {modified_question, modified_process, error_steps}       a solution
+    raw text (candidates.py)  {problem, solution}                                      a solution
+    candidates                {problem, solutions: [text or [step]]}                   several solutions
     TRL's stepwise rows       {prompt, completions, labels: [true | false]}            a solution
     OpenR, Math-APS           {question, process, label: [+ | -]}                      a solution
     Math-Shepherd             {input, label}                                           a solution
@@ -19,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
+from formats.candidates import CandidateRows, holds_candidates, is_text, read_text
 from formats.containers import Rows, read_rows
 from formats.prm800k import prm800k
 from formats.rows import AFTER_FIRST_WRONG, Defect, Labelled, Solution, name_of, shown, text_of
@@ -127,10 +130,12 @@ class SolutionRows(Sequence):
     """The solutions of an input, read on demand: solutions[i] -> ("FILE:ROW", Solution). Raises BadInput.
 
     Where the rows are R-PRM's evaluation rows, those of one origin_id make a solution, wherever they stand.
+    split: how raw text is split into steps.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows, split: str):
         self.rows = rows
+        self.split = split
         self.groups = None  # the numbers of each solution's rows, where a row is but a step
         if len(rows) and is_evaluation_row(rows[0][1]):
             self.groups = group_steps(rows)
@@ -141,7 +146,7 @@ class SolutionRows(Sequence):
     def __getitem__(self, i: int) -> tuple[str, Solution]:
         if self.groups is None:
             where, row = self.rows[i]
-            return where, read_solution(row, where)
+            return where, read_solution(row, where, self.split)
         rows = [self.rows[number] for number in self.groups[i]]
         return rows[0][0], join_steps(rows)
 
@@ -157,13 +162,22 @@ def group_steps(rows: Rows) -> list[list[int]]:
     return list(groups.values())
 
 
-def read_solutions(path: str | Path) -> SolutionRows:
+def read_solutions(path: str | Path, split: str = "blank") -> SolutionRows | CandidateRows:
     """The solutions of a file, of a folder of files, or of standard input ("-")."""
-    return SolutionRows(read_rows(path))
+    rows = read_rows(path)
+    if len(rows) and holds_candidates(rows[0][1]):
+        return CandidateRows(rows, split)
+    return SolutionRows(rows, split)
 
 
-def read_solution(row: dict, where: str) -> Solution:
+def read_solution(row: dict, where: str, split: str = "blank") -> Solution:
     """The solution of a row that holds a whole one. Raises BadInput, for a blank step, say."""
+    if holds_candidates(row):
+        raise BadInput(
+            f"{where}: has several solutions, as the rows before it have not; give it in a file of its own"
+        )
+    if is_text(row):
+        return read_text(row, where, split)
     found = choose_reader(row, where)(row, where, Counter())
     if not isinstance(found, Solution):
         raise BadInput(f"{where}: is no whole solution, but single steps; take it to `data.py cases`")

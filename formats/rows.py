@@ -4,7 +4,7 @@ What takes a value out of a row raises BadInput where the value is not what it s
 "FILE:LINE", and `here` names the field too.
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plumbing.errors import BadInput
@@ -23,11 +23,24 @@ OUT_OF_RANGE = "label out of range"
 
 @dataclass(frozen=True)
 class Solution:
-    """A whole solution: `label` is the index of the first wrong step, -1 = none, None = unknown."""
+    """A whole solution: `label` is the index of the first wrong step, -1 = none, None = unknown.
+
+    extra: what its format says besides, which goes into its line of scores.jsonl: PRMBench's "classification"
+    and "error_steps"; "candidate", its number among those for its problem; "answer", "final_answer",
+    "correct".
+    """
     id: str
     problem: str
     steps: tuple[str, ...]
     label: int | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_all_steps(self) -> bool:
+        """Are steps after the first one predicted wrong needed: for PRMBench's figures, or to choose the
+        best?
+        """
+        return "classification" in self.extra or "candidate" in self.extra
 
 
 class Defect(BadInput):

@@ -5,8 +5,10 @@
 """
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
+from formats.answers import answers_of
 from formats.rows import (
     BLANK_STEP,
     OUT_OF_RANGE,
@@ -28,9 +30,23 @@ OPENR_TAG = re.compile(r"\n{5,}")  # OpenR's
 
 
 def processbench(row: dict, where: str, counts: Counter) -> Solution:
-    """{problem, steps, label}: label = index of the first wrong step, -1 = none."""
+    """{problem, steps, label}: label = index of the first wrong step, -1 = none. So is a line of
+    scores.jsonl.
+    """
     steps = get_field(row, "steps", list, where)
-    return make_solution(row, where, "problem", "steps", steps, label_of(row, where))
+    solution = make_solution(row, where, "problem", "steps", steps, label_of(row, where))
+    return replace(solution, extra=own_extra(row, where) | answers_of(row, where))
+
+
+def own_extra(row: dict, where: str) -> dict[str, Any]:
+    """What a line of scores.jsonl has kept of its solution's format."""
+    extra = {}
+    for name, kind in (("candidate", int), ("classification", str), ("error_steps", list)):
+        if name in row:
+            extra[name] = get_field(row, name, kind, where)
+    for number in extra.get("error_steps", ()):
+        expect(number, int, f"{where}: field 'error_steps'")
+    return extra
 
 
 def prmbench(row: dict, where: str, counts: Counter) -> Solution:
@@ -42,6 +58,7 @@ def prmbench(row: dict, where: str, counts: Counter) -> Solution:
     steps = get_field(row, "modified_process", list, where)
     here = f"{where}: field 'error_steps'"
     wrong = None
+    present = []
     label = None
     if row.get("error_steps") is not None:
         wrong = [whole(number, here) for number in get_field(row, "error_steps", list, where)]
@@ -53,7 +70,11 @@ def prmbench(row: dict, where: str, counts: Counter) -> Solution:
         present = [number for number in wrong if number <= len(steps)]
         counts["ignored: error step beyond the last step"] += len(wrong) - len(present)
         label = min(present) - 1 if present else None
-    return make_solution(row, where, "modified_question", "modified_process", steps, label)
+    solution = make_solution(row, where, "modified_question", "modified_process", steps, label)
+    if wrong is None or row.get("classification") is None:
+        return solution
+    classification = get_field(row, "classification", str, where)
+    return replace(solution, extra={"classification": classification, "error_steps": present})
 
 
 def stepwise(row: dict, where: str, counts: Counter) -> Solution:
