@@ -1,13 +1,15 @@
-"""Lines of scores.jsonl, read and checked: what a judge said of each solution.
+"""Lines of scores.jsonl: what a judge said of each solution. Written, and read and checked.
 
-    for where, line in read_score_lines("scores.jsonl"):
-        line.solution.label, line.analyses[0][0].p_yes
+for where, line in read_score_lines("scores.jsonl"):
+    line.solution.label, line.analyses[0][0].p_yes
 """
+
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator
 
+from formats.processbench import first_below
 from formats.readers import read_solution
 from formats.rows import Solution
 from formats.samples import read_analyses
@@ -22,7 +24,7 @@ REWARD_TOLERANCE = 1e-6
 class ScoreLine:
     source: str  # the file that the solution is from
     solution: Solution
-    analyses: list[list[Analysis]]  # K of each judged step; a judge may stop before the last step
+    analyses: list[list[Analysis]]  # K of each judged step, none if it is too long; a judge may stop early
     rewards: list[float | None]  # of each judged step
 
 
@@ -33,7 +35,7 @@ def read_score_lines(path: str | Path) -> Iterator[tuple[str, ScoreLine]]:
 
 
 def read_score_line(row: dict, where: str) -> ScoreLine:
-    """Raises BadInput unless each judged step has analyses, and its reward is the mean of their P(Yes)."""
+    """Raises BadInput unless the reward of each judged step is the mean of its analyses' P(Yes)."""
     solution = read_solution(row, where)
     samples = get_field(row, "samples", list, where)
     if not 1 <= len(samples) <= len(solution.steps):
@@ -44,10 +46,7 @@ def read_score_line(row: dict, where: str) -> ScoreLine:
     analyses = []
     for number, step in enumerate(samples, 1):
         here = f"{where}: field 'samples', step {number}"
-        found = read_analyses({"analyses": step}, here)
-        if not found:
-            raise BadInput(f"{here}: has no analyses; judge it again")
-        analyses.append(found)
+        analyses.append(read_analyses({"analyses": step}, here))
     rewards = read_rewards(row, analyses, where)
     return ScoreLine(get_field(row, "source", str, where), solution, analyses, rewards)
 
@@ -73,3 +72,60 @@ def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[
             )
         rewards.append(mean)
     return rewards
+
+
+# ---------------------------------------------------------------------------------------------- written
+
+
+def item_of(source: str, solution: Solution) -> dict:
+    """What a line says of its solution, before it is judged."""
+    return {
+        "source": source,
+        "id": solution.id,
+        "problem": solution.problem,
+        "steps": list(solution.steps),
+        "label": solution.label,
+        **solution.extra,
+    }
+
+
+def score_line(
+    source: str, solution: Solution, steps: list[list[Analysis]], ks: tuple[int, ...], threshold: float
+) -> dict:
+    """The line of a judged solution: rewards and prediction at the largest K, predictions at each.
+
+    steps: the analyses of each step that was judged.
+    """
+    return item_of(source, solution) | {
+        "rewards": [reward(analyses) for analyses in steps],
+        "prediction": predict(steps, max(ks), threshold),
+        "predictions": {str(k): predict(steps, k, threshold) for k in ks},
+        "samples": [[asdict(analysis) for analysis in analyses] for analyses in steps],
+    }
+
+
+def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
+    """The first step whose reward, over its first k analyses, is below the threshold; -1 if none is."""
+    return first_below([reward(analyses[:k]) for analyses in steps], threshold)
+
+
+# -------------------------------------------------------------------------------------------- of a killed run
+
+
+def check_line(line: dict, ks: tuple[int, ...], where: str) -> dict:
+    """A line that a killed run left. Raises BadInput unless the tables can be made of it."""
+    for analyses in get_field(line, "samples", list, where):
+        read_analyses({"analyses": analyses}, where)
+    predictions = get_field(line, "predictions", dict, where)
+    if not line["samples"] or set(predictions) != {str(k) for k in ks} or "rewards" not in line:
+        raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
+    return line
+
+
+def too_long_steps(line: dict) -> list[str]:
+    """The names of the steps that were not judged, since their prompts are longer than the context."""
+    return [
+        f"{line['source']} {line['id']} step {t}"
+        for t, analyses in enumerate(line["samples"], 1)
+        if not analyses
+    ]

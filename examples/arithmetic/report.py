@@ -13,7 +13,11 @@ from typing import Annotated
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's scripts, which are no package
-from formats.tables import accuracies as accuracies_of
+from formats.analyses import labelled_steps, rewards_of
+from formats.bootstrap import interval, resamples
+from formats.calibration import LabelledRewards, auroc, brier
+from formats.plots import import_pyplot, reliability_points
+from formats.processbench import accuracies, first_below
 from plumbing.cli import run
 from plumbing.errors import BadInput
 from plumbing.files import read_jsonl, write_json
@@ -54,66 +58,55 @@ def ks_of(lines: list[dict], ks: tuple[int, ...]) -> list[int]:
 
 def step_rewards(lines: list[dict], k: int) -> list[np.ndarray]:
     """The rewards of each solution's steps over their first k analyses; nan where none counts."""
-    def mean(analyses):
-        p = [a["p_yes"] for a in analyses[:k] if a["p_yes"] is not None]
-        return sum(p) / len(p) if p else np.nan
-    return [np.array([mean(analyses) for analyses in line["samples"]]) for line in lines]
+    return [np.array(rewards_of(line, k), dtype=float) for line in lines]
 
 
-def labelled_steps(lines: list[dict], rewards: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(rewards, labels) of the steps whose label is known: up to and with the first wrong one; null rewards left out."""
-    values, labels = [], []
+def labelled_rewards(lines: list[dict], rewards: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(rewards, labels) of the steps up to the first wrong one, as far as they were judged; null rewards left out."""
+    collected = LabelledRewards()
     for line, own in zip(lines, rewards):
-        last = len(own) if line["label"] == -1 else line["label"] + 1
-        values.append(own[:last])
-        labels.append(np.arange(len(own[:last])) != line["label"])
-    values, labels = np.concatenate(values), np.concatenate(labels)
-    return values[~np.isnan(values)], labels[~np.isnan(values)]
+        values = [None if np.isnan(value) else value for value in own]
+        collected.add(values, labelled_steps(len(own), line["label"]))
+    return collected.arrays()
 
 
 def predictions(rewards: list[np.ndarray]) -> np.ndarray:
     """The first step below the threshold of each solution, -1 if none."""
-    return np.array([next((t for t, value in enumerate(own) if value < THRESHOLD), -1) for own in rewards])
+    return np.array([first_below(own, THRESHOLD) for own in rewards])
 
 
-def accuracies(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """error_accuracy, correct_accuracy and f1, in percent; nan where there is nothing to take them over."""
-    hit, wrong = predicted == labels, labels >= 0
-    found = accuracies_of(*(int(n) for n in ((hit & wrong).sum(), wrong.sum(), (hit & ~wrong).sum(), (~wrong).sum())))
-    return {name: np.nan if value is None else value for name, value in found.items()}
+def figures_of(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray | int = 1) -> dict[str, float]:
+    """error_accuracy, correct_accuracy and f1, in percent; each solution counts as often as its weight says."""
+    hit = predicted == labels
+    wrong = labels >= 0
+    numbers = [(which * weights).sum() for which in (hit & wrong, wrong, hit & ~wrong, ~wrong)]
+    return {name: float(value) for name, value in accuracies(*numbers).items()}
 
 
-def f1_of(predicted: np.ndarray, labels: np.ndarray) -> float:
-    return accuracies(predicted, labels)["f1"]
-
-
-def auroc(values: np.ndarray, labels: np.ndarray) -> float:
-    """The chance that a right step has the higher reward than a wrong one; ties count half (Mann-Whitney)."""
-    order = np.sort(values)
-    ranks = (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") + 1) / 2
-    right, wrong = labels.sum(), (~labels).sum()
-    return float((ranks[labels].sum() - right * (right + 1) / 2) / (right * wrong))
-
-
-def bootstrap_f1(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """95% interval of F1 over solutions drawn with replacement."""
-    rng = np.random.default_rng(0)
-    draws = [rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAPS)]
-    low, high = np.percentile([f1_of(predicted[d], labels[d]) for d in draws], [2.5, 97.5])
-    return float(low), float(high)
+def f1_of(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray | int = 1) -> float:
+    return figures_of(predicted, labels, weights)["f1"]
 
 
 def measure(name: str, lines: list[dict], k: int) -> dict:
-    labels, rewards = np.array([line["label"] for line in lines]), step_rewards(lines, k)
+    labels = np.array([line["label"] for line in lines])
+    rewards = step_rewards(lines, k)
     predicted = predictions(rewards)
-    values, right = labelled_steps(lines, rewards)
-    low, high = bootstrap_f1(predicted, labels)
+    values, right = labelled_rewards(lines, rewards)
+    low, high = interval([f1_of(predicted, labels, weights) for weights in resamples(len(lines), BOOTSTRAPS)])
     analyses = [a for line in lines for step in line["samples"] for a in step[:k]]
-    steps = sum(len(line["samples"]) for line in lines)
-    return {"model": name, "k": k, "solutions": len(lines), **accuracies(predicted, labels), "f1_low": low, "f1_high": high,
-            "auroc": auroc(values, right), "brier": float(np.mean((values - right) ** 2)),
-            "unparsed": 100 * float(np.mean([a["verdict"] is None and not (a["forced"] and a["n_tokens"] == 0) for a in analyses])),
-            "tokens_per_step": sum(a["n_tokens"] for a in analyses) / steps}
+    unparsed = [a["verdict"] is None and not (a["forced"] and a["n_tokens"] == 0) for a in analyses]
+    return {
+        "model": name,
+        "k": k,
+        "solutions": len(lines),
+        **figures_of(predicted, labels),
+        "f1_low": low,
+        "f1_high": high,
+        "auroc": auroc(values, right),
+        "brier": brier(values, right),
+        "unparsed": 100 * float(np.mean(unparsed)),
+        "tokens_per_step": sum(a["n_tokens"] for a in analyses) / sum(len(line["samples"]) for line in lines),
+    }
 
 
 def print_table(rows: list[dict]) -> None:
@@ -128,17 +121,6 @@ def print_table(rows: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- plots
-
-def import_pyplot():
-    """matplotlib, which is asked for only where something is drawn, and never opens a window."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("matplotlib is not installed: pip install -r requirements-dev.txt for the plots, or give --no-plots") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
 
 def draw(config: Config, models: dict[str, list[dict]]) -> None:
     plt = import_pyplot()
@@ -172,18 +154,14 @@ def reward_figure(plt, config: Config, models: dict[str, list[dict]]):
     figure, axes = plt.subplots(2, len(models), figsize=(3.4 * len(models), 6), squeeze=False, sharex=True)
     bins = np.linspace(0, 1, 11)
     for column, (name, lines) in enumerate(models.items()):
-        values, right = labelled_steps(lines, step_rewards(lines, max(config.k)))
+        values, right = labelled_rewards(lines, step_rewards(lines, max(config.k)))
         top, bottom = axes[:, column]
         top.hist([values[right], values[~right]], bins=bins, density=True, color=["tab:green", "tab:red"],
                  label=["right steps", "wrong steps"])
         top.set(title=name, ylabel="density")
         top.legend()
-        place = np.clip(np.digitize(values, bins) - 1, 0, 9)
-        used = [b for b in range(10) if (place == b).sum() >= 5]
-        share = np.array([right[place == b].mean() for b in used])
-        error = np.array([1.96 * np.sqrt(max(s * (1 - s), 0.01) / (place == b).sum()) for b, s in zip(used, share)])
         bottom.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        bottom.errorbar([values[place == b].mean() for b in used], share, error, marker="o", capsize=2)
+        bottom.errorbar(*reliability_points(values, right), marker="o", capsize=2)
         bottom.set(xlabel="reward (mean P(Yes))", ylabel="share of right steps", ylim=(-0.05, 1.05))
     figure.suptitle("Rewards at the largest K, and their reliability (bars: 95%)")
     figure.tight_layout()

@@ -1,16 +1,16 @@
 """The page of scores: its figures are those of score.py; what a reader does with it works in a browser."""
 import json
 import random
-from collections import Counter
+import re
 from pathlib import Path
 
 import pytest
 
-import score
 from conftest import watched_tab
-from formats import tables
 from formats.page import TEXT_BYTES, judge_names, write_page
+from formats.processbench import ProcessBench
 from formats.rows import Solution
+from formats.score_lines import predict, score_line
 from plumbing.errors import BadInput
 from rprm import Analysis
 
@@ -47,7 +47,7 @@ def make_line(rng: random.Random, source: str, number: int, k: int) -> dict:
         judged.append([make_analysis(rng, text, p_yes) for text in texts])
     if rng.random() < 0.1:
         judged[-1] = [Analysis("nothing", None, None, 5, True)] * k
-    return score.score_line(score.Judged(source, solution, judged), tuple(own for own in KS if own <= k), 0.5)
+    return score_line(source, solution, judged, tuple(own for own in KS if own <= k), 0.5)
 
 
 def write_scores(path: Path, lines: list[dict]) -> Path:
@@ -57,11 +57,13 @@ def write_scores(path: Path, lines: list[dict]) -> Path:
 
 
 def score_summary(lines: list[dict], ks: tuple[int, ...] = KS) -> list[dict]:
-    """The rows of scores.summary.json."""
-    counts = Counter()
+    """The rows of scores.summary.json, without what the page has none of: intervals and calibration."""
+    table = ProcessBench(ks)
     for line in lines:
-        tables.count_line(counts, line, ks)
-    return tables.summary(counts, [line["source"] for line in lines], ks)
+        table.add(line)
+    left_out = re.compile(r".*_low|.*_high|ece|brier|auroc")
+    rows = table.rows([line["source"] for line in lines])
+    return [{name: value for name, value in row.items() if not left_out.fullmatch(name)} for row in rows]
 
 
 def simple_line(number: int, label: int | None, p_yes: list[list[float | None]], **changes) -> dict:
@@ -75,7 +77,7 @@ def simple_line(number: int, label: int | None, p_yes: list[list[float | None]],
         for t, step in enumerate(p_yes)
     ]
     solution = Solution(f"s{number}", "Problem?", steps, label)
-    line = score.score_line(score.Judged("test", solution, judged), (len(p_yes[0]),), 0.5)
+    line = score_line("test", solution, judged, (len(p_yes[0]),), 0.5)
     return line | changes
 
 
@@ -88,7 +90,7 @@ def judged() -> dict[str, list[dict]]:
     for line in tens[:45]:
         solution = Solution(line["id"], line["problem"], tuple(line["steps"]), line["label"])
         steps = [[make_analysis(rng, f"analysis {i}", P_YES[2]) for i in range(10)] for _ in line["steps"]]
-        again.append(score.score_line(score.Judged(line["source"], solution, steps), KS, 0.5))
+        again.append(score_line(line["source"], solution, steps, KS, 0.5))
     again += [make_line(rng, "logic", i, 10) for i in range(100, 105)]
     return {
         "first": tens,
@@ -164,7 +166,7 @@ def test_any_threshold_gives_what_score_py_would_have_given(tab, judged, thresho
     lines = []
     for line in judged["first"]:
         steps = [[Analysis(**a) for a in step] for step in line["samples"]]
-        lines.append(line | {"predictions": {str(k): score.predict(steps, k, threshold) for k in KS}})
+        lines.append(line | {"predictions": {str(k): predict(steps, k, threshold) for k in KS}})
     [*_, average] = [row for row in score_summary(lines) if row["k"] == 10]
     assert_same_rows(
         tab.evaluate("summaryRows(judges[0], solutions, state.k, state.threshold)")[-1:], [average]
@@ -536,13 +538,19 @@ def test_names_of_judges():
     ]
 
 
+def test_a_step_without_analyses_is_in_the_page(tmp_path):
+    """Its prompt was longer than the context: its reward is null."""
+    path = write_scores(tmp_path / "s.jsonl", [simple_line(0, -1, [[0.9], []]), simple_line(1, 0, [[0.1]])])
+    assert "2 solutions" in write_page([path], tmp_path / "p.html")
+
+
 @pytest.mark.parametrize(
     "broken, said",
     [
         ("{", "not valid JSON"),
         ({"samples": None}, "field 'samples'"),
         ({"samples": []}, "has 0 steps where the solution has 1"),
-        ({"samples": [[]]}, "field 'samples', step 1: has no analyses"),
+        ({"samples": [[]]}, "field 'rewards', step 1: 0.9 is not the mean of the samples' P(Yes), None"),
         ({"samples": [[{"text": "", "p_yes": 2, "n_tokens": 1, "finished": True}]]}, "is no probability"),
         ({"rewards": [0.4]}, "field 'rewards', step 1: 0.4 is not the mean of the samples' P(Yes), 0.9"),
         ({"rewards": [None]}, "field 'rewards', step 1"),

@@ -1,0 +1,61 @@
+"""What the analyses in a line of scores.jsonl say of its steps, and what they were like.
+
+A line's `samples` hold the analyses of each judged step. The first K of them are those of a run with this K.
+"""
+
+from collections.abc import Callable
+
+
+def rewards_of(line: dict, k: int) -> list[float | None]:
+    """The mean P(Yes) over the first k analyses of each judged step; None where none of them has one."""
+    rewards = []
+    for analyses in line["samples"]:
+        p_yes = [analysis["p_yes"] for analysis in analyses[:k] if analysis["p_yes"] is not None]
+        rewards.append(sum(p_yes) / len(p_yes) if p_yes else None)
+    return rewards
+
+
+def labelled_steps(n_steps: int, label: int | None, error_steps: list[int] | None = None) -> list[bool]:
+    """Is the step right, for the first steps of a solution, as far as is known: up to the first wrong one.
+
+    label 2                             ->   [True, True, False]
+    4 steps, error_steps [2, 4]         ->   [True, False, True, False]     in PRMBench's rows, of all steps
+    """
+    if error_steps is not None:
+        return [number not in error_steps for number in range(1, n_steps + 1)]
+    if label is None:
+        return []
+    if label == -1:
+        return [True] * n_steps
+    return [True] * label + [False]
+
+
+def numbers_of(line: dict, k: int) -> dict[str, int]:
+    """What the first k analyses of each step were like: numbers, to be summed over lines."""
+    steps = [analyses[:k] for analyses in line["samples"]]
+    analyses = [analysis for step in steps for analysis in step]
+    return {
+        "solutions": 1,
+        "steps": len(steps),
+        "null_rewards": sum(all(analysis["p_yes"] is None for analysis in step) for step in steps),
+        "analyses": len(analyses),
+        "unparsed": sum(analysis["verdict"] is None for analysis in analyses),
+        "truncated": sum(not analysis["finished"] for analysis in analyses),
+        "forced": sum(analysis["forced"] for analysis in analyses),
+        "tokens": sum(analysis["n_tokens"] for analysis in analyses),
+    }
+
+
+def rates(n: Callable[[str], int]) -> dict[str, float | None]:
+    """The same as a table has them: rates in percent, None where there is nothing to take them over.
+
+    n: the sum over the lines of each of the numbers, by its name.
+    """
+    analyses = n("analyses")
+    return {
+        "unparsed": 100 * n("unparsed") / analyses if analyses else None,
+        "truncated": 100 * n("truncated") / analyses if analyses else None,
+        "forced": n("forced"),
+        "null_rewards": n("null_rewards"),
+        "tokens_per_step": n("tokens") / n("steps") if n("steps") else None,
+    }
