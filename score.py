@@ -1,38 +1,52 @@
-"""Rewards for one solution, or for a benchmark in ProcessBench's format.
+"""Rewards of a solution or of a benchmark, and what is done with them.
 
     python score.py --problem "Tom has 3 apples and buys 4. How many?" --step "He has 3 + 4 = 8 apples."
     python score.py --model FOLDER --input gsm8k.json math.json --k 1 4 10 --out scores.jsonl
+    python score.py threshold --scores validation.scores.jsonl --apply scores.jsonl
+    python score.py best      --scores candidates.scores.jsonl --out best.jsonl
+    python score.py report    --scores scores.jsonl --out report.html
+
+Judging, the command without a name (or `judge`), gives one file of scores. The other commands make of it what
+is wanted and need no model.
 
 A step is predicted wrong when its reward is below the threshold; the prediction is the first such step, -1 if
-there is none. Error accuracy (exact match where there is an error), correct accuracy, and F1, their harmonic
-mean. A solution is judged no further than its first step predicted wrong, which gives the same prediction
-(--all-steps goes on).
+there is none. A solution is judged no further than its first step predicted wrong, which gives the same
+prediction (--all-steps goes on).
 """
+
 import time
-from bisect import bisect
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator, NamedTuple
+from typing import Annotated, NamedTuple
 
 from tqdm import tqdm
 
 from data import ServedConfig, in_order, load_sampler, print_too_long, round_size, rounds
-from formats import tables
-from formats.readers import Solution, read_solution, read_solutions
-from formats.samples import read_analyses
+from formats import best_of_n, threshold_study
+from formats.inputs import Inputs
+from formats.plots import import_pyplot
+from formats.readers import Solution, read_solution
+from formats.score_lines import check_line, item_of, score_line, predict, too_long_steps
+from formats.scores import read_scores
+from formats.solution_text import print_solution
+from formats.split import SPLITS
+from formats.tables import Tally, print_rows
 from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
-from plumbing.files import get_field, write_json
+from plumbing.files import json_line, refuse_existing, write_json, writing
 from plumbing.journal import Journal
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward, show_p_yes, show_verdict
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong
+
+# ---------------------------------------------------------------------------------------------- judge
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServedConfig):
+class JudgeConfig(ServedConfig):
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(
         DEFAULT_MODEL
     )
@@ -41,14 +55,27 @@ class Config(ServedConfig):
     input: Annotated[
         tuple[str, ...],
         "files, folders of shards, or - (standard input) with solutions: ProcessBench, PRMBench, "
-        "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows",
+        "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows, raw text, several "
+        "candidates for a problem (docs/formats.md)",
     ] = ()
+    split: Annotated[
+        str, "raw text has a step between blank lines, or for each number, line or sentence", SPLITS
+    ] = "blank"
     out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
     k: Annotated[
         tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)
     ] = (10,)
     threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
-    all_steps: Annotated[bool, "judge the steps after the first one predicted wrong too"] = False
+    thresholds: Annotated[
+        tuple[float, ...],
+        "PRMBench: the table at each of these (the paper's, and that of the official script)",
+        (0, 1),
+    ] = (0.5, 0.61)
+    all_steps: Annotated[
+        bool,
+        "judge the steps after the first one predicted wrong too (PRMBench's rows, and rows with several "
+        "candidates, always are)",
+    ] = False
     direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = (
         False
     )
@@ -61,18 +88,24 @@ class Config(ServedConfig):
     overwrite: Annotated[bool, "replace an existing output"] = False
 
 
-def main(config: Config) -> None:
+def judge(config: JudgeConfig) -> None:
+    """solutions -> scores.jsonl: a reward for each step, and the benchmarks' tables (the default command)."""
     ranks.join(config.device, config.rank_timeout)
     print_config(config)
     check_flags(config)
-    solutions = Solutions(config.problem, config.step, config.input, config.limit)
-    if len(solutions) == 1 and ranks.count() == 1:
-        judge_solution(config, *solutions[0])
+    if config.step:
+        given = {"id": "0", "problem": config.problem, "steps": list(config.step)}
+        judge_solution(config, "command line", read_solution(given, "command line"))
+        return
+    inputs = Inputs(config.input, config.limit, config.split)
+    inputs.print_split()
+    if len(inputs) == 1 and ranks.count() == 1:
+        judge_solution(config, *inputs[0])
     else:
-        judge_benchmark(config, solutions)
+        judge_benchmark(config, inputs)
 
 
-def check_flags(config: Config) -> None:
+def check_flags(config: JudgeConfig) -> None:
     one_is_given = bool(config.step)
     if one_is_given != (config.problem is not None) or one_is_given == bool(config.input):
         raise BadInput("give either --problem with its --step, or --input FILE")
@@ -80,9 +113,11 @@ def check_flags(config: Config) -> None:
         raise BadInput("--resume goes on with a file of scores; name it with --out")
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
+    if ranks.count() > 1 and one_is_given:
+        raise BadInput("one solution is judged by one process; leave torchrun out")
 
 
-def judge_solution(config: Config, source: str, solution: Solution) -> None:
+def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None:
     """Judge one solution and print its steps. With --out its line is written too."""
     journal = nullcontext()
     lines = []
@@ -94,10 +129,9 @@ def judge_solution(config: Config, source: str, solution: Solution) -> None:
     start = time.perf_counter()
     with journal:
         if not lines:
+            solutions = [(source, solution)]
             lines = list(
-                score_lines(
-                    sampler, [(source, solution)], config.k, config.threshold, config.all_steps, config.direct
-                )
+                score_lines(sampler, solutions, config.k, config.threshold, config.all_steps, config.direct)
             )
             if config.out:
                 journal.write(lines[0])
@@ -106,21 +140,19 @@ def judge_solution(config: Config, source: str, solution: Solution) -> None:
     print_work(config, sampler, time.perf_counter() - start)
 
 
-def judge_benchmark(config: Config, solutions: "Solutions") -> None:
-    """Judge many solutions, write their lines, and print the table over them. Several ranks have a share
-    each.
-    """
-    own = ranks.share(range(len(solutions)))
+def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
+    """Judge many solutions, write their lines, and print the tables. Several ranks have a share each."""
+    own = ranks.share(range(len(inputs)))
     size = round_size(config)
-    counts = Counter()
+    tally = Tally(config.k, config.thresholds)
     too_long = []
     journal = nullcontext()
     done = 0
-    items = (item_of(*solutions[i]) for i in own)
+    items = (item_of(*inputs[i]) for i in own)
     if config.out:
         journal = Journal(config.out, config, size or 1)
         for where, line in journal.check(items):  # what a killed run left
-            tables.count_line(counts, check_line(line, config.k, where), config.k)
+            tally.add(check_line(line, config.k, where))
             too_long += too_long_steps(line)
         done = journal.done
     deque(items, maxlen=0)  # the rest of them: a bad solution is named before the work
@@ -130,74 +162,56 @@ def judge_benchmark(config: Config, solutions: "Solutions") -> None:
     bar = tqdm(total=len(own), initial=done, desc="score", unit="solution", disable=ranks.rank() > 0)
     with journal, bar:
         for numbers in rounds(own, done, size):
-            some = map(solutions.__getitem__, numbers)
+            some = map(inputs.__getitem__, numbers)
             for line in score_lines(
                 sampler, some, config.k, config.threshold, config.all_steps, config.direct
             ):
-                tables.count_line(counts, line, config.k)
+                tally.add(line)
                 too_long += too_long_steps(line)
                 if config.out:
                     journal.write(line)
-                f1 = tables.summary_row(counts, line["source"], max(config.k))["f1"] or 0
+                figure = tally.so_far(line, max(config.k))
                 speed = sampler.engine.new_tokens / (time.perf_counter() - start)
                 bar.update()
-                bar.set_postfix_str(f"F1 {f1:.1f}, {speed:.0f} tokens/s")
-        rows = tables.summary(sum(ranks.gather(counts), Counter()), solutions.sources, config.k)
-        # Before the scores are complete: a kill between the two would leave no table
+                bar.set_postfix_str(f"{figure}, {speed:.0f} tokens/s")
+        rows = Tally.sum(ranks.gather(tally)).rows(inputs.sources)
+        # Before the scores are complete: a kill between the two would leave no table.
         if config.out and ranks.rank() == 0:
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
-    tables.print_summary(rows)
+    print_rows(rows)
     print_too_long([name for names in ranks.gather(too_long) for name in names])
     print_work(config, sampler, time.perf_counter() - start)
 
 
-def print_work(config: Config, sampler: Sampler, seconds: float) -> None:
+def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
     """The last lines: what was computed, over all ranks."""
     [tokens] = ranks.total(sampler.engine.new_tokens)
     print(
-        f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled "
-        f"({tokens / seconds:.0f} tokens/s)"
+        f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)"
     )
     if config.server:
         print(sampler.engine.tally())
 
 
-class Solutions:
-    """The solutions of the input files, or that of the command line, read on demand. solutions[i] -> (source,
-    Solution).
-    """
+# ---------------------------------------------------------------------------------------------- judging steps
 
-    def __init__(
-        self, problem: str | None, steps: tuple[str, ...], paths: tuple[str, ...], limit: int | None
-    ):
-        stems = [Path(path).stem for path in paths]
-        self.sources = [stem if stems.count(stem) == 1 else path for stem, path in zip(stems, paths)]
-        self.files = [read_solutions(path) for path in paths]
-        if steps:
-            given = {"id": "0", "problem": problem, "steps": list(steps)}
-            self.sources = ["command line"]
-            self.files = [[("command line", read_solution(given, "command line"))]]
-        for path, found in zip(paths, self.files):
-            if not len(found):
-                raise BadInput(f"{path}: has no solutions; check the file")
-        self.ends = list(accumulate(min(len(found), limit or len(found)) for found in self.files))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i: int) -> tuple[str, Solution]:
-        file = bisect(self.ends, i)
-        before = self.ends[file - 1] if file else 0
-        _, solution = self.files[file][i - before]
-        return self.sources[file], solution
-
-
-# ---------------------------------------------------------------------------------------------- judging
 
 class Judged(NamedTuple):
     source: str
     solution: Solution
     steps: list[list[Analysis]]  # the analyses of each step that was judged
+
+
+class Open(NamedTuple):
+    """A solution that is being judged."""
+
+    source: str
+    solution: Solution
+    all_steps: bool
+    by_step: dict[int, list[Analysis]]  # the analyses of the steps that are judged by now
+
+    def steps(self) -> list[list[Analysis]]:
+        return [self.by_step[t] for t in sorted(self.by_step)]
 
 
 def judge_all(
@@ -211,29 +225,27 @@ def judge_all(
     room is found.
 
     Many solutions are judged side by side. The steps of one come one after the other, since none is needed
-    after the first predicted wrong; with all_steps they need not wait for each other. A step whose prompt is
-    longer than the context has no analyses.
+    after the first predicted wrong; if all of them are needed, they do not wait for each other. A step whose
+    prompt is longer than the context has no analyses.
     """
     numbered = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
-    asked: dict[int, tuple[int, int]] = {}     # ticket -> (index of the solution, step)
-    # Index -> source, solution, analyses by step
-    open_ones: dict[int, tuple[str, Solution, dict[int, list[Analysis]]]] = {}
+    asked: dict[int, tuple[int, int]] = {}  # ticket -> (index of the solution, step)
+    open_ones: dict[int, Open] = {}  # index of the solution -> the solution
     sampler.restart()
     while True:
         answers: list[tuple[int, int, list[Analysis]]] = []  # (index of the solution, step, its analyses)
         while sampler.has_room:
             if not waiting and (new := next(numbered, None)):
                 i, (source, solution) = new
-                open_ones[i] = source, solution, {}
-                first_ones = len(solution.steps) if all_steps else 1
+                open_ones[i] = Open(source, solution, all_steps or solution.needs_all_steps, {})
+                first_ones = len(solution.steps) if open_ones[i].all_steps else 1
                 waiting.extend((i, t) for t in range(first_ones))
             if not waiting:
                 break
             i, t = waiting.popleft()
-            _, solution, _ = open_ones[i]
             try:
-                ticket = sampler.add(case_of(solution, t))
+                ticket = sampler.add(case_of(open_ones[i].solution, t))
                 asked[ticket] = i, t
             except TooLong:
                 answers.append((i, t, []))
@@ -243,13 +255,12 @@ def judge_all(
             answers += [(*asked.pop(ticket), analyses) for ticket, analyses in sampler.step()]
         for i, t, analyses in answers:
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
-            source, solution, by_step = open_ones[i]
-            by_step[t] = analyses
-            steps = [by_step[t] for t in sorted(by_step)]
-            if is_complete(steps, len(solution.steps), ks, threshold, all_steps):
-                yield i, Judged(source, solution, steps)
+            one = open_ones[i]
+            one.by_step[t] = analyses
+            if is_complete(one.steps(), len(one.solution.steps), ks, threshold, one.all_steps):
+                yield i, Judged(one.source, one.solution, one.steps())
                 del open_ones[i]
-            elif not all_steps:
+            elif not one.all_steps:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
@@ -266,10 +277,15 @@ def judge_directly(
         cases = [case_of(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
         answers = iter(direct_answers(sampler, cases))
         for i, (source, solution) in batch:
+            own = islice(answers, len(solution.steps))
             steps = []
-            for analyses in islice(answers, len(solution.steps)):
-                if not is_complete(steps, len(solution.steps), ks, threshold, all_steps):
-                    steps.append(analyses)
+            for analyses in own:
+                steps.append(analyses)
+                if is_complete(
+                    steps, len(solution.steps), ks, threshold, all_steps or solution.needs_all_steps
+                ):
+                    break
+            deque(own, maxlen=0)  # those of the other steps are not wanted
             yield i, Judged(source, solution, steps)
 
 
@@ -299,20 +315,6 @@ def is_complete(
     return not all_steps and all(predict(steps, k, threshold) >= 0 for k in ks)
 
 
-def predict(steps: list[list[Analysis]], k: int, threshold: float) -> int:
-    """The first step with a reward below the threshold, over its first k analyses; -1 if none is.
-
-    A null reward predicts nothing.
-    """
-    for t, analyses in enumerate(steps):
-        value = reward(analyses[:k])
-        if value is not None and value < threshold:
-            return t
-    return -1
-
-
-# -------------------------------------------------------------------------------------- lines of scores.jsonl
-
 def score_lines(
     sampler: Sampler,
     solutions: Iterable[tuple[str, Solution]],
@@ -324,80 +326,114 @@ def score_lines(
     """Judge solutions -> their lines of scores.jsonl, in order."""
     judge = judge_directly if direct else judge_all
     for judged in in_order(judge(sampler, solutions, ks, threshold, all_steps)):
-        yield score_line(judged, ks, threshold)
+        yield score_line(judged.source, judged.solution, judged.steps, ks, threshold)
 
 
-def item_of(source: str, solution: Solution) -> dict:
-    """What a line of scores.jsonl says of its solution, before it is judged."""
-    return {
-        "source": source,
-        "id": solution.id,
-        "problem": solution.problem,
-        "steps": list(solution.steps),
-        "label": solution.label,
-    }
+# ---------------------------------------------------------------------------------------------- threshold
 
 
-def score_line(judged: Judged, ks: tuple[int, ...], threshold: float) -> dict:
-    """The line of scores.jsonl: rewards and prediction at the largest K, predictions at each."""
-    source, solution, steps = judged
-    return item_of(source, solution) | {
-        "rewards": [reward(analyses) for analyses in steps],
-        "prediction": predict(steps, max(ks), threshold),
-        "predictions": {str(k): predict(steps, k, threshold) for k in ks},
-        "samples": [[asdict(analysis) for analysis in analyses] for analyses in steps],
-    }
-
-
-def check_line(line: dict, ks: tuple[int, ...], where: str) -> dict:
-    """A line that a killed run left. Raises BadInput unless the tables can be made of it."""
-    for analyses in get_field(line, "samples", list, where):
-        read_analyses({"analyses": analyses}, where)
-    predictions = get_field(line, "predictions", dict, where)
-    if not line["samples"] or set(predictions) != {str(k) for k in ks} or "rewards" not in line:
-        raise BadInput(f"{where}: not a line of these scores; give --overwrite to start anew")
-    return line
-
-
-def too_long_steps(line: dict) -> list[str]:
-    """The names of the steps that were not judged, since their prompts are longer than the context."""
-    return [
-        f"{line['source']} {line['id']} step {t}"
-        for t, analyses in enumerate(line["samples"], 1)
-        if not analyses
+@dataclass(frozen=True)
+class ThresholdConfig:
+    scores: Annotated[
+        tuple[str, ...], "scores.jsonl files by which the threshold is chosen (judged with --all-steps)"
     ]
+    apply: Annotated[tuple[str, ...], "scores.jsonl files for which it is reported, beside 0.5"] = ()
+    k: Annotated[int | None, "use the first so many analyses of each step (default: all)", (1, None)] = None
+    calibrate: Annotated[
+        bool,
+        "fit a temperature to the rewards of --scores, and show what it does to the calibration of --apply",
+    ] = False
+    out: Annotated[str | None, "threshold.json to write; the plots go beside it"] = None
+    plots: Annotated[bool, "with --out: draw the sweep and the reliability diagram (needs matplotlib)"] = True
+    overwrite: Annotated[bool, "replace an existing output"] = False
 
 
-def print_solution(line: dict, threshold: float, show: bool) -> None:
-    """A text line for each judged step, the prediction, and with `show` the analyses."""
-    print(f"\nproblem: {line['problem']}")
-    for t, (raw, value) in enumerate(zip(line["samples"], line["rewards"])):
-        analyses = read_analyses({"analyses": raw}, f"step {t + 1}")
-        yes, no, missing = (sum(a.verdict is verdict for a in analyses) for verdict in (True, False, None))
-        shown = "null " if value is None else f"{value:.3f}"
-        predicted = "wrong" if value is not None and value < threshold else "right"
-        print(
-            f"Step {t + 1}: reward {shown}  {predicted}  verdicts {yes} Yes, {no} No, {missing} missing  "
-            f"| {line['steps'][t]}"
-        )
-        if show:
-            print_analyses(analyses)
-    judged = len(line["samples"])
-    if judged < len(line["steps"]):
-        print(f"(steps {judged + 1} to {len(line['steps'])} not judged: --all-steps goes on)")
-    print(
-        "first step predicted wrong: "
-        + (f"step {line['prediction'] + 1}" if line["prediction"] >= 0 else "none")
-    )
+def threshold(config: ThresholdConfig) -> None:
+    """scores.jsonl -> the threshold that is best for them, what it gives on other scores, and the
+    calibration.
+    """
+    print_config(config)
+    if config.out:
+        refuse_existing(config.out, config.overwrite)
+        if config.plots:
+            import_pyplot()  # says so now, if it is missing
+    chosen_on = read_scores(config.scores, config.k)
+    applied_to = read_scores(config.apply, config.k)
+    found = threshold_study.study(chosen_on, applied_to, config.calibrate)
+    is_reported = not config.apply or bool(set(config.apply) & set(config.scores))
+    threshold_study.print_study(found, chosen_is_reported=is_reported)
+    if config.out:
+        if config.plots:
+            threshold_study.draw(found, Path(config.out))
+        write_json(config.out, threshold_study.as_json(found))
 
 
-def print_analyses(analyses: list[Analysis]) -> None:
-    for number, analysis in enumerate(analyses, 1):
-        cut_off = "" if analysis.finished else ", cut off"
-        print(f"  --- analysis {number}: verdict {show_verdict(analysis)}, {show_p_yes(analysis)}, "
-              f"{analysis.n_tokens} tokens{cut_off}")
-        print("    " + analysis.text.replace("\n", "\n    "))
+# ---------------------------------------------------------------------------------------------- best
+
+
+@dataclass(frozen=True)
+class BestConfig:
+    scores: Annotated[
+        tuple[str, ...], "scores.jsonl files with several candidates for a problem, judged with --all-steps"
+    ]
+    out: Annotated[str, "best.jsonl to write: the pick of each problem"] = "best.jsonl"
+    aggregate: Annotated[
+        tuple[str, ...],
+        "the score of a candidate: an aggregate of its steps' rewards. The highest is picked, of equals the first. Null "
+        "rewards are left out; a candidate without any (for `last`: without that of the last step) is picked last",
+        best_of_n.AGGREGATES,
+    ] = best_of_n.AGGREGATES
+    by: Annotated[
+        str,
+        "candidates are for one problem if they share its text, or their source and id",
+        ("problem", "id"),
+    ] = "problem"
+    k: Annotated[int | None, "use the first so many analyses of each step (default: all)", (1, None)] = None
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def best(config: BestConfig) -> None:
+    """scores.jsonl -> best.jsonl: the best candidate for each problem; and, where it is known, how often it
+    is right.
+    """
+    print_config(config)
+    refuse_existing(config.out, config.overwrite)
+    problems = best_of_n.group(read_scores(config.scores, config.k), config.by)
+    aggregates = tuple(dict.fromkeys(config.aggregate))
+    with writing(config.out) as file:
+        for problem in problems:
+            file.write(json_line(best_of_n.picks(problem, aggregates)))
+    best_of_n.print_table(problems, aggregates)
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    scores: Annotated[tuple[str, ...], "scores.jsonl files, one for each judge that is compared"]
+    out: Annotated[str, "the page to write"] = "report.html"
+    runs: Annotated[tuple[str, ...], "folders of training runs whose curves are drawn"] = ()
+    threshold: Annotated[float, "where the page's slider begins", (0, 1)] = 0.5
+    overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+def report(config: ReportConfig) -> None:
+    """scores.jsonl -> report.html: one page to look at scores with."""
+    from formats.page import write_page  # here, as nothing else needs it
+
+    print_config(config)
+    refuse_existing(config.out, config.overwrite)
+    scores = [Path(path) for path in config.scores]
+    runs = [Path(path) for path in config.runs]
+    print(write_page(scores, Path(config.out), runs, config.threshold))
 
 
 if __name__ == "__main__":
-    run((Config, main))
+    run(
+        (JudgeConfig, judge),
+        (ThresholdConfig, threshold),
+        (BestConfig, best),
+        (ReportConfig, report),
+        default="judge",
+    )

@@ -89,7 +89,7 @@ def stage(config: Config) -> dict:
             os.rename(settings.out, f"{settings.out}.part")
         data.sample(replace(settings, resume=config.side == "resume"))
     elif config.side == "score":
-        score.main(score.Config(model=config.model, input=(str(source),), out=out, k=(1, 4), device="cpu"))
+        score.judge(score.JudgeConfig(model=config.model, input=(str(source),), out=out, k=(1, 4), device="cpu"))
     elif config.side in ("sft", "pairs"):
         command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.PairsConfig)}[config.side]
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))

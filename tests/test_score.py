@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ import score
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
-from formats import tables
+from formats.processbench import ProcessBench
 from model import Tree, tree_attention
 from formats.verdicts import VERIFICATION
 from rprm import Analysis, Case, load_prompt, load_sampler, reward
@@ -31,7 +30,9 @@ SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 # ---------------------------------------------------------------------------------------------- helpers
 
 def score_py(*argv) -> None:
-    run((score.Config, score.main), argv=[str(a) for a in argv])
+    commands = [(score.JudgeConfig, score.judge), (score.ThresholdConfig, score.threshold), (score.BestConfig, score.best),
+                (score.ReportConfig, score.report)]
+    run(*commands, default="judge", argv=[str(a) for a in argv])
 
 
 def refused(capsys, *argv) -> str:
@@ -62,10 +63,10 @@ def summary(out: Path) -> list[dict]:
 
 def table_row(lines: list[dict], k: int) -> dict:
     """That of these lines of scores at this K."""
-    counts = Counter()
+    table = ProcessBench((1, k))
     for line in lines:
-        tables.count_line(counts, line | {"source": "s"}, (1, k))
-    return tables.summary_row(counts, "s", k)
+        table.add(line | {"source": "s", "steps": ["a step"] * len(line["samples"])})
+    return table.row("s", k)
 
 
 def rewards_close(lines: list[dict]) -> list[dict]:
@@ -149,7 +150,9 @@ def test_hand_worked_accuracies(tmp_path, stand_in, capsys):
     assert (total["error_accuracy"], total["correct_accuracy"], total["f1"]) == (50, 50, 50)
     assert (total["source"], total["k"], total["solutions"], total["unlabelled"], total["tokens_per_step"]) == ("bench", 2, 7, 1, 20)
     out = capsys.readouterr().out
-    assert re.search(r"^bench +2 +7 +50\.0 +50\.0 +50\.0 +0\.0 +0\.0 +0 +0 +20$", out, re.M)
+    interval = r" \[\d+\.\d, \d+\.\d\] +"
+    assert re.search(rf"^bench +2 +7 +50\.0{interval}50\.0{interval}50\.0{interval[:-2]}$", out, re.M)
+    assert re.search(r"^bench +2 +0\.0 +0\.0 +0 +0 +20 +- +- +-$", out, re.M)  # not all labelled steps were judged
     assert "1 solutions have no label" in out
 
 
@@ -287,7 +290,7 @@ def test_a_step_is_judged_with_the_steps_before_it(tmp_path, tiny, tiny_folder):
     """What score.py writes down is what the method gives for each (problem, previous steps, now step)."""
     rows = [row("a", -1), row("b", 1)]
     score_py(*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl", "--all-steps")
-    config = score.Config(model=str(tiny_folder), device="cpu", prompt_file=str(tmp_path / "short.txt"), max_new_tokens=8)
+    config = score.JudgeConfig(model=str(tiny_folder), device="cpu", prompt_file=str(tmp_path / "short.txt"), max_new_tokens=8)
     sampler = load_sampler(config, 2, force=True)
     for r, line in zip(rows, read(tmp_path / "s.jsonl")):
         for t, step in enumerate(line["samples"]):
@@ -468,7 +471,91 @@ def test_unlabelled_solutions(tmp_path, stand_in, capsys):
     assert [line["prediction"] for line in read(tmp_path / "s.jsonl")] == [1, -1]
     [total] = summary(tmp_path / "s.jsonl")
     assert total["unlabelled"] == 2 and total["f1"] is total["error_accuracy"] is total["correct_accuracy"] is None
-    assert re.search(r"^b +1 +2 +- +- +- ", capsys.readouterr().out, re.M)
+    assert re.search(r"^b +1 +2 +- +- +-$", capsys.readouterr().out, re.M)
+
+
+# ---------------------------------------------------------------------------------------------- PRMBench, candidates, raw text
+
+def prm_row(name: str, classification: str, error_steps: list[int], n_steps: int = 3) -> dict:
+    return {"idx": name, "modified_question": f"Problem of {name}?", "classification": classification, "error_steps": error_steps,
+            "modified_process": [f"{name} step {t}." for t in range(n_steps)]}
+
+
+def as_solution(prm: dict) -> dict:
+    return {"problem": prm["modified_question"], "steps": prm["modified_process"]}
+
+
+def test_prmbench_is_known_by_its_fields(tmp_path, stand_in, capsys):
+    """All steps of its rows are judged, also beside ProcessBench's; each benchmark has its own table, over all of its files."""
+    prm = [prm_row("a", "circular", [2, 3]), prm_row("b", "redundency", [1])]
+    more = [prm_row("c", "circular", [])]
+    rows = [row("d", 1), row("e", -1)]
+    stand_in([*map(as_solution, [*prm, *more]), *rows],
+             [[0.9, 0.1, 0.55], [0.1, 0.1, 0.9], [0.9, 0.9, 0.9], [0.9, 0.1, 0.9], [0.9] * 3])
+    files = [write(tmp_path / name, own) for name, own in (("p.json", prm), ("more.json", more), ("bench.json", rows))]
+    score_py("--input", *files, "--k", 1, 2, "--thresholds", 0.5, 0.6, "--out", tmp_path / "s.jsonl")
+    lines = read(tmp_path / "s.jsonl")
+    assert [len(line["rewards"]) for line in lines] == [3, 3, 3, 2, 3]
+    assert (lines[0]["classification"], lines[0]["error_steps"], lines[0]["label"]) == ("circular", [2, 3], 1)
+    assert lines[0]["prediction"] == 1 and "classification" not in lines[3]
+    bench = summary(tmp_path / "s.jsonl")[0]
+    assert (bench["source"], bench["f1"], bench["solutions"]) == ("bench", 100, 2)
+    tables = [r for r in summary(tmp_path / "s.jsonl") if r["source"] == "PRMBench"]
+    assert [(r["k"], r["threshold"]) for r in tables] == [(1, 0.5), (1, 0.6), (2, 0.5), (2, 0.6)]
+    # at 0.5: right steps .9 | .1 .9 | .9 .9 .9, wrong ones .1 .55 | .1: TP 5, FN 1, TN 2, FP 1
+    assert tables[0]["prm_score"] == pytest.approx(50 * (10 / 12 + 4 / 6))
+    assert tables[1]["prm_score"] == pytest.approx(50 * (10 / 11 + 6 / 7))  # at 0.6: FP 0, TN 3
+    assert (tables[0]["solutions"], tables[0]["classes"]["circular"]["solutions"]) == (3, 2)
+    out = capsys.readouterr().out
+    assert re.search(r"^PRMBench, K = 2 +solutions +steps +F1 at 0\.5 +F1- +PRMScore +F1 at 0\.6 ", out, re.M)
+    assert re.search(r"^overall +3 +9 +83\.3 +66\.7 +75\.0 ", out, re.M) and re.search(r"^bench +2 +2 ", out, re.M)
+
+
+def test_a_killed_run_of_prmbench_resumes_to_the_same_table(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(data, "ROUND", 1)
+    prm = [prm_row(f"r{i}", "circular", [i % 3 + 1]) for i in range(5)]
+    stand_in([as_solution(one) for one in prm], [[0.9, 0.1, 0.55]] * 5)
+    out = tmp_path / "s.jsonl"
+    flags = ["--input", write(tmp_path / "p.json", prm), "--k", 2, "--out", out, "--batch-size", 1]
+    score_py(*flags)
+    whole, table = out.read_bytes(), summary(out)
+    out.rename(f"{out}.part")
+    Path(f"{out}.part").write_bytes(whole[:len(whole) // 2])
+    score_py(*flags, "--resume")
+    assert out.read_bytes() == whole and summary(out) == table
+
+
+def test_candidates_are_judged_to_their_last_step_and_the_best_is_chosen(tmp_path, stand_in, capsys):
+    """From rows with several solutions in raw text to best.jsonl."""
+    rows = [{"id": "q", "problem": "Sum?", "answer": "7", "solutions": ["x step 0.\n\nx step 1.", "y step 0.\n\ny step 1."]}]
+    stand_in([{"problem": "Sum?"}], [[0.4, [0.2, 0.8]]])
+    score_py("--input", write(tmp_path / "c.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl")
+    assert "c.json: row 1: raw text, split into 2 steps (--split blank):\n  Step 1: x step 0.\n  Step 2: x step 1.\n" in \
+        capsys.readouterr().out
+    lines = read(tmp_path / "s.jsonl")
+    assert [(line["id"], line["candidate"], line["answer"], line["rewards"]) for line in lines] == [
+        ("q", 0, "7", [0.4, 0.5]), ("q", 1, "7", [0.4, 0.5])]
+    score_py("best", "--scores", tmp_path / "s.jsonl", "--out", tmp_path / "best.jsonl")
+    [best] = read(tmp_path / "best.jsonl")
+    assert best["picks"]["min"] == {"candidate": 0, "score": 0.4, "steps": ["x step 0.", "x step 1."], "answer": None,
+                                    "correct": False}
+
+
+def test_the_commands(tmp_path, stand_in, capsys):
+    """Judging needs no name, but may have it; the others are filters over what it wrote."""
+    rows = [row("a", -1), row("b", 1), row("c", 0)]
+    stand_in(rows, [[0.9] * 3, [0.9, 0.1, 0.2], [0.7] * 3])
+    bench = write(tmp_path / "b.json", rows)
+    score_py("--input", bench, "--k", 1, "--all-steps", "--out", tmp_path / "s.jsonl")
+    score_py("judge", "--input", bench, "--k", 1, "--all-steps", "--out", tmp_path / "again.jsonl")
+    assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    capsys.readouterr()
+    score_py("threshold", "--scores", tmp_path / "s.jsonl")
+    assert "best threshold by F1: 0.71" in capsys.readouterr().out
+    score_py("report", "--scores", tmp_path / "s.jsonl", "--out", tmp_path / "page.html")
+    assert "3 solutions" in capsys.readouterr().out and (tmp_path / "page.html").read_text().startswith("<!")
+    assert "exists already" in refused(capsys, "report", "--scores", tmp_path / "s.jsonl", "--out", tmp_path / "page.html")
+    assert "invalid choice: 'jugde'" in refused(capsys, "jugde", "--input", bench)
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -40,7 +40,7 @@ from plumbing.memory import memory
 from rprm import response_logprobs
 
 JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
-        "sample": (data.SampleConfig, data.sample), "score": (score.Config, score.main)}
+        "sample": (data.SampleConfig, data.sample), "score": (score.JudgeConfig, score.judge)}
 STOP = 4  # a run that is stopped has done so many of its 9 steps
 # without the last --, torchrun takes --n for a flag of its own
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")

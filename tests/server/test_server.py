@@ -214,7 +214,7 @@ def found(it: StandIn, folder: Path, asked: list[Case], **changes) -> list[list]
 
 
 def score_py(*argv) -> None:
-    run((score.Config, score.main), argv=[str(a) for a in argv])
+    run((score.JudgeConfig, score.judge), argv=[str(a) for a in argv])
 
 
 def refused(capsys, call, *argv) -> str:
@@ -820,7 +820,7 @@ def serve():
         process.wait()
 
 
-def compare(config: score.Config, there: ServedConfig, asked: list[Case], k: int) -> tuple[int, float, float]:
+def compare(config: score.JudgeConfig, there: ServedConfig, asked: list[Case], k: int) -> tuple[int, float, float]:
     """How many analyses have another text; among the others, the largest difference of P(Yes), of rewards."""
     different, of_p_yes, of_rewards = 0, [], []
     here = in_order(load_sampler(config, k, force=True).analyses(asked))
@@ -853,7 +853,7 @@ def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
     for most in (120, 30):
         common = {"temperature": 0.0, "max_new_tokens": most}
         there = ServedConfig(model="model", server=url, tokenizer=str(base), **common)
-        different, p, r = compare(score.Config(model=str(base), device="cpu", **common), there, asked, 2)
+        different, p, r = compare(score.JudgeConfig(model=str(base), device="cpu", **common), there, asked, 2)
         assert (different, p <= 1e-4, r <= 1e-4) == (0, True, True), (different, p, r)
     there = ServedConfig(model="model", server=url, tokenizer=str(base), max_new_tokens=120)
     it = load_sampler(there, 10, force=True)
@@ -861,7 +861,7 @@ def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
     [(_, analyses)] = it.analyses(asked[:1])
     assert len(analyses) == 10 and len({a.text for a in analyses}) > 1
     assert all(a.p_yes is not None for a in analyses)
-    local = load_sampler(score.Config(model=str(base), device="cpu"), 1, force=True)
+    local = load_sampler(score.JudgeConfig(model=str(base), device="cpu"), 1, force=True)
     for a in analyses:  # each with a verdict is read again here, with one full pass
         if a.verdict is not None:
             before = local.tokenizer.encode(a.text[:a.text.rindex("?") + 1])
@@ -880,5 +880,5 @@ def test_a_real_server_with_a_real_model(serve, smollm2, processbench, tmp_path)
     (tmp_path / "words.txt").write_text(WORDS)
     common = {"temperature": 0.0, "max_new_tokens": 16, "prompt_file": str(tmp_path / "words.txt")}
     there = ServedConfig(model="model", server=serve(smollm2), tokenizer=str(smollm2), **common)
-    different, p, r = compare(score.Config(model=str(smollm2), device="cpu", **common), there, asked, 1)
+    different, p, r = compare(score.JudgeConfig(model=str(smollm2), device="cpu", **common), there, asked, 1)
     assert (different, p <= 1e-4, r <= 1e-4) == (0, True, True), (different, p, r)
