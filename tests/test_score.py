@@ -282,7 +282,8 @@ def test_several_k_in_one_run_equal_separate_runs(tmp_path, tiny):
             "rewards": [reward(Analysis(**a) for a in step[:k]) for step in line["samples"]], "prediction": line["predictions"][str(k)],
             "predictions": {str(k): line["predictions"][str(k)]}, "samples": [step[:k] for step in line["samples"]]} for line in together])
         [own], [same] = summary(tmp_path / "alone.jsonl"), [r for r in summary(tmp_path / "together.jsonl") if r["k"] == k]
-        assert own == same
+        for name, value in same.items():  # batches of other sizes round P(Yes) otherwise
+            assert own[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
 
 
 @pytest.mark.slow
