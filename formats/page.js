@@ -56,6 +56,9 @@ function describePage() {
         `${named(steps, "judged step")}, ${named(analyses, "analysis", "analyses")}.`,
     );
   }
+  if (hasPrmBench()) {
+    parts.push("PRMBench's rows are in no accuracy here; their PRMScore is in the table of score.py.");
+  }
   if (page.curves.length) parts.push(`Training runs: ${page.curves.map(run => run.name).join(", ")}.`);
   if (page.texts_left_out) {
     parts.push(
@@ -65,6 +68,8 @@ function describePage() {
   }
   return parts.join(" ");
 }
+
+const hasPrmBench = () => solutions.some(({wrong}) => wrong !== null);
 
 /** Show a section, and the link to it. */
 function reveal(id) {

@@ -9,7 +9,7 @@ holds the browser to that. It is made of page.html, its styles and scripts (STYL
     <script type="text/plain" id="NAME">base64 of a zlib stream</script>
 
     page            JSON: the judges, the threshold, the curves of training runs
-    solutions       JSON: source, id, problem, steps and label of each solution
+    solutions       JSON: source, id, problem, steps and label of each solution, and PRMBench's wrong steps
     judge-J-NAME    numbers of the judge J, as flat arrays (`Judge`)
     texts-J-I       JSON: for each step of solution I that judge J has judged, the texts of its analyses
 
@@ -30,6 +30,7 @@ import numpy as np
 
 from formats.curves import read_curves
 from formats.markup import template
+from formats.rows import Solution
 from formats.score_lines import ScoreLine, read_score_lines
 from plumbing.errors import BadInput
 from plumbing.files import writing
@@ -135,6 +136,7 @@ class Solutions:
             "problem": solution.problem,
             "steps": solution.steps,
             "label": solution.label,
+            "wrong": wrong_steps(solution),
         }
         key = json.dumps(row).encode()
         while True:
@@ -144,6 +146,14 @@ class Solutions:
                 self.rows.append(row)
             if number not in taken:
                 return number
+
+
+def wrong_steps(solution: Solution) -> list[int] | None:
+    """All wrong steps, from 0, as PRMBench's rows name them. None for other rows: their label is the first."""
+    if "classification" not in solution.extra:
+        return None
+    numbers = solution.extra.get("error_steps", [])
+    return [number - 1 for number in numbers if 1 <= number <= len(solution.steps)]
 
 
 class Judge:
@@ -177,7 +187,7 @@ class Judge:
     def header(self) -> dict:
         return {
             "name": self.name,
-            "k": max(self.samples),
+            "k": max(1, *self.samples),
             "float": "float32" if self.fits_float32() else "float64",
         }
 

@@ -60,6 +60,7 @@ function legendText() {
   return (
     "A bar for each step: its height and colour are the reward, the line across is the threshold, and the " +
     "box is the first step that is predicted wrong. ▲ marks the first wrong step by the label" +
+    (hasPrmBench() ? " (every wrong one in PRMBench's rows)" : "") +
     (judges.length > 1 ? ", • a step on which the judges differ" : "") +
     ". Enter opens a step; the arrow keys go from bar to bar, Escape closes." +
     (judges.length > 1 ? ` Filters go by the judge in focus, ${focused().name}.` : "")
@@ -68,13 +69,15 @@ function legendText() {
 
 const stepName = t => (t === NO_STEP ? "none" : `step ${t + 1}`);
 
-function labelName(label) {
+function labelName({label, wrong}) {
+  if (wrong?.length)
+    return `wrong: ${wrong.length > 1 ? "steps" : "step"} ${wrong.map(t => t + 1).join(", ")}`;
   if (label === null) return "no label";
   return label === NO_STEP ? "all right" : `wrong: step ${label + 1}`;
 }
 
 function makeRow(number) {
-  const {id, problem, label} = solutions[number];
+  const {id, problem} = solutions[number];
   const name = element(
     "div",
     {class: "name"},
@@ -87,7 +90,7 @@ function makeRow(number) {
     "li",
     {class: "solution", "--judges": judges.length},
     name,
-    element("div", {class: "label"}, labelName(label)),
+    element("div", {class: "label"}, labelName(solutions[number])),
     ...groups,
     element("div", {class: "opened", hidden: true}),
   );
@@ -155,19 +158,20 @@ function refreshGroup(group, judge, number, differing) {
     bar.style.setProperty("--reward", Number.isNaN(reward) ? 0 : reward);
     bar.classList.toggle("null", Number.isNaN(reward));
     bar.classList.toggle("predicted", t === predicted);
-    bar.querySelector(".bar-mark").textContent = (t === label ? "▲" : "") + (differing.has(t) ? "•" : "");
+    const marked = isWrong(solutions[number], t);
+    bar.querySelector(".bar-mark").textContent = (marked ? "▲" : "") + (differing.has(t) ? "•" : "");
     bar.setAttribute("aria-expanded", isOpen);
-    bar.setAttribute("aria-label", barName(judge, t, reward, {predicted, label, differs: differing.has(t)}));
+    bar.setAttribute("aria-label", barName(judge, t, reward, {predicted, marked, differs: differing.has(t)}));
   });
 }
 
-function barName(judge, t, reward, {predicted, label, differs}) {
+function barName(judge, t, reward, {predicted, marked, differs}) {
   const parts = [
     `${judge.name}, step ${t + 1}`,
     Number.isNaN(reward) ? "reward null" : `reward ${reward.toFixed(3)}`,
   ];
   if (t === predicted) parts.push("first predicted wrong");
-  if (t === label) parts.push("labelled the first wrong");
+  if (marked) parts.push("labelled wrong");
   if (differs) parts.push("judges differ");
   return parts.join(", ");
 }
@@ -199,7 +203,7 @@ function refreshOpened(row, number) {
 }
 
 function openedStep(number, judge, t) {
-  const {problem, steps, label} = solutions[number];
+  const {problem, steps} = solutions[number];
   const close = element(
     "button",
     {type: "button", class: "close", onclick: () => closeOpened(number)},
@@ -209,7 +213,7 @@ function openedStep(number, judge, t) {
     const item = element("li", {class: i > t ? "later" : ""}, text);
     if (i === t) item.className = "now";
     if (i === t) item.setAttribute("aria-current", "step");
-    if (i === label) item.append(element("span", {class: "mark"}, " ▲ the first wrong step"));
+    if (isWrong(solutions[number], i)) item.append(element("span", {class: "mark"}, " ▲ wrong"));
     return item;
   });
   return [
@@ -300,6 +304,10 @@ function samplesOf(judge, number, t) {
 /** A card for each text, with all samples that have it. */
 function analysesOfStep(judge, number, t) {
   const samples = samplesOf(judge, number, t);
+  if (!samples.length) {
+    const note = "This step has no analyses: its prompt was longer than the model's context.";
+    return [element("p", {class: "note"}, note)];
+  }
   if (samples[0].text === undefined) {
     const note = "The texts of these analyses are left out, since the page would be too large.";
     return [element("p", {class: "note"}, note)];

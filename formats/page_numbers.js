@@ -1,5 +1,5 @@
 "use strict";
-// What is computed from the scores: rewards, predictions, accuracies. All functions are pure but `unpack`, which
+// What is computed from the scores: rewards, predictions, accuracies. All functions are pure but `unpack`, that
 // reads the page's data blocks.
 //
 // A judge is an object of flat arrays, made by formats/page.py:
@@ -14,6 +14,9 @@ const YES = 1,
   NO = 2,
   CUT_OFF = 4,
   FORCED = 8;
+// A solution is {source, id, problem, steps, label, wrong}. `wrong` has all wrong steps in the rows of PRMBench, and
+// is null in all others. PRMBench's rows are in no accuracy of ProcessBench's kind.
+
 const NO_STEP = -1; // a prediction or a label: no step is wrong
 
 // -------------------------------------------------------------------------------------- unpacking
@@ -127,8 +130,8 @@ function measure(judge, solutions, source, k, threshold) {
     kept = 0,
     correct = 0;
   judge.order.forEach((number, line) => {
-    const {label, source: own} = solutions[number];
-    if (own !== source || label === null) return;
+    const {label, source: own, wrong: ofPrmBench} = solutions[number];
+    if (own !== source || label === null || ofPrmBench) return;
     const hit = predict(judge, line, rewards, threshold) === label;
     if (label === NO_STEP) {
       correct++;
@@ -160,7 +163,7 @@ function countAll(judge, solutions, source, k) {
     tokens: 0,
   };
   judge.order.forEach((number, line) => {
-    if (solutions[number].source !== source) return;
+    if (solutions[number].source !== source || solutions[number].wrong) return;
     n.solutions++;
     n.unlabelled += solutions[number].label === null;
     for (let step = judge.firstStep[line]; step < judge.firstStep[line + 1]; step++) {
@@ -188,8 +191,8 @@ function summaryRow(judge, solutions, source, k, threshold) {
     solutions: n.solutions,
     unlabelled: n.unlabelled,
     ...measure(judge, solutions, source, k, threshold),
-    unparsed: (100 * n.unparsed) / n.analyses,
-    truncated: (100 * n.truncated) / n.analyses,
+    unparsed: n.analyses ? (100 * n.unparsed) / n.analyses : null,
+    truncated: n.analyses ? (100 * n.truncated) / n.analyses : null,
     forced: n.forced,
     null_rewards: n.null_rewards,
     tokens_per_step: n.tokens / n.steps,
@@ -206,14 +209,16 @@ function summaryRows(judge, solutions, k, threshold) {
   if (rows.length < 2 || rows.some(row => row.f1 === null)) return rows;
   const average = {source: "average", k};
   for (const name of SUMS) average[name] = sum(rows.map(row => row[name]));
-  for (const name of MEANS) average[name] = sum(rows.map(row => row[name])) / rows.length;
+  for (const name of MEANS) average[name] = meanOf(rows.map(row => row[name]));
   return [...rows, average];
 }
 
+/** The files whose accuracies are taken. */
 function sourcesOf(judge, solutions) {
-  return remembered(judge, "sources", () => [
-    ...new Set(Array.from(judge.order, number => solutions[number].source)),
-  ]);
+  return remembered(judge, "sources", () => {
+    const counted = Array.from(judge.order, number => solutions[number]).filter(({wrong}) => !wrong);
+    return [...new Set(counted.map(({source}) => source))];
+  });
 }
 
 /** The accuracies on one source, or their averages over all (source ""); null where a source lacks one. */
@@ -222,10 +227,14 @@ function headline(judge, solutions, source, k, threshold) {
   const all = sources.map(own => measure(judge, solutions, own, k, threshold));
   const means = {};
   for (const name of ["error_accuracy", "correct_accuracy", "f1"]) {
-    const values = all.map(row => row[name]);
-    means[name] = values.includes(null) ? null : sum(values) / values.length;
+    means[name] = meanOf(all.map(row => row[name]));
   }
   return means;
+}
+
+/** The mean; null where there is no value, or one is null. */
+function meanOf(values) {
+  return values.length && !values.includes(null) ? sum(values) / values.length : null;
 }
 
 function sum(values) {
@@ -234,18 +243,23 @@ function sum(values) {
 
 // -------------------------------------------------------------------------------------- for the figures
 
-/** [{reward, right}] of the steps whose label is known: those up to the first wrong one. No null rewards. */
+/** Is a step named by the label: as the first wrong one, in PRMBench's rows as a wrong one? */
+function isWrong({label, wrong}, t) {
+  return wrong ? wrong.includes(t) : t === label;
+}
+
+/** [{reward, right}] of the steps whose label is known: up to the first wrong one, in PRMBench's rows all. */
 function labelledSteps(judge, solutions, source, k) {
   const rewards = rewardsOf(judge, k);
   const found = [];
   judge.order.forEach((number, line) => {
-    const {label, source: own} = solutions[number];
-    if (label === null || (source && own !== source)) return;
+    const {label, source: own, wrong: ofPrmBench} = solutions[number];
+    if ((label === null && !ofPrmBench) || (source && own !== source)) return;
     const first = judge.firstStep[line];
     for (let step = first; step < judge.firstStep[line + 1]; step++) {
-      const right = step - first !== label;
+      const right = !isWrong(solutions[number], step - first);
       if (!Number.isNaN(rewards[step])) found.push({reward: rewards[step], right});
-      if (!right) return;
+      if (!right && !ofPrmBench) return;
     }
   });
   return found;

@@ -334,9 +334,9 @@ def test_steps_on_which_judges_differ(tmp_path, open_page):
     names = tab.locator(".step").evaluate_all("bars => bars.map(bar => bar.getAttribute('aria-label'))")
     assert names == [
         "a, step 1, reward 0.900",
-        "a, step 2, reward 0.800, labelled the first wrong, judges differ",
+        "a, step 2, reward 0.800, labelled wrong, judges differ",
         "b, step 1, reward 0.700",
-        "b, step 2, reward 0.400, first predicted wrong, labelled the first wrong, judges differ",
+        "b, step 2, reward 0.400, first predicted wrong, labelled wrong, judges differ",
     ]
     set_threshold(tab, 0.85)  # now it is step 0 that they differ on
     assert tab.evaluate("[...differingSteps(judges, 0, 1, state.threshold)]") == [0]
@@ -402,7 +402,7 @@ def test_the_keyboard_reaches_everything(tmp_path, open_page):
         ("End", "s, step 3, reward 0.700"),
         ("ArrowDown", "s, step 2, reward 0.100"),
         ("ArrowRight", "s, step 2, reward 0.100"),
-        ("Home", "s, step 1, reward 0.200, first predicted wrong, labelled the first wrong"),
+        ("Home", "s, step 1, reward 0.200, first predicted wrong, labelled wrong"),
         ("ArrowUp", "s, step 1, reward 0.900"),
         ("ArrowRight", "s, step 2, reward 0.800"),
     ):
@@ -538,10 +538,34 @@ def test_names_of_judges():
     ]
 
 
-def test_a_step_without_analyses_is_in_the_page(tmp_path):
+def test_a_step_without_analyses_is_in_the_page(tmp_path, open_page):
     """Its prompt was longer than the context: its reward is null."""
-    path = write_scores(tmp_path / "s.jsonl", [simple_line(0, -1, [[0.9], []]), simple_line(1, 0, [[0.1]])])
-    assert "2 solutions" in write_page([path], tmp_path / "p.html")
+    lines = [simple_line(0, -1, [[0.9], []]), simple_line(1, 0, [[0.1]])]
+    write_page([write_scores(tmp_path / "s.jsonl", lines)], tmp_path / "p.html")
+    tab = ready(open_page(tmp_path / "p.html"))
+    assert_same_rows(tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"), score_summary(lines, (1,)))
+    tab.get_by_role("button", name="s, step 2, reward null").click()
+    assert "has no analyses" in tab.locator(".opened .note").inner_text()
+    write_page([write_scores(tmp_path / "s.jsonl", [simple_line(0, 0, [[]])])], tmp_path / "none.html")
+    assert ready(open_page(tmp_path / "none.html")).locator("#count").inner_text() == "1 of 1 solution."
+
+
+def test_all_wrong_steps_of_prmbench_are_marked(tmp_path, open_page):
+    """They are in no accuracy of ProcessBench's kind, as in score.py; all of their steps have a label."""
+    prmbench = simple_line(0, 1, [[0.9], [0.2], [0.8], [0.3]], classification="confidence", error_steps=[2, 4, 9])
+    lines = [prmbench, simple_line(1, -1, [[0.7]]), simple_line(2, 0, [[0.9], [0.9]])]
+    write_page([write_scores(tmp_path / "s.jsonl", lines)], tmp_path / "p.html")
+    tab = ready(open_page(tmp_path / "p.html"))
+    assert_same_rows(tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"), score_summary(lines[1:], (1,)))
+    assert tab.evaluate("labelledSteps(judges[0], solutions, '', 1).map(step => step.right)") == [
+        True, False, True, False, True, False,
+    ]
+    assert tab.locator(".solution .label").all_inner_texts() == ["wrong: steps 2, 4", "all right", "wrong: step 1"]
+    marks = tab.locator(".solution").first.locator(".bar-mark").all_text_contents()
+    assert marks == ["", "▲", "", "▲"]
+    assert "PRMBench's rows are in no accuracy here" in tab.locator("#about").inner_text()
+    write_page([write_scores(tmp_path / "s.jsonl", [prmbench])], tmp_path / "alone.html")
+    assert "F1 –" in ready(open_page(tmp_path / "alone.html")).locator("#headline").inner_text()
 
 
 @pytest.mark.parametrize(
