@@ -546,8 +546,13 @@ def test_a_step_without_analyses_is_in_the_page(tmp_path, open_page):
     assert_same_rows(tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"), score_summary(lines, (1,)))
     tab.get_by_role("button", name="s, step 2, reward null").click()
     assert "has no analyses" in tab.locator(".opened .note").inner_text()
-    write_page([write_scores(tmp_path / "s.jsonl", [simple_line(0, 0, [[]])])], tmp_path / "none.html")
-    assert ready(open_page(tmp_path / "none.html")).locator("#count").inner_text() == "1 of 1 solution."
+    nothing = [simple_line(0, 0, [[]])]
+    write_page([write_scores(tmp_path / "s.jsonl", nothing)], tmp_path / "none.html")
+    tab = ready(open_page(tmp_path / "none.html"))
+    assert_same_rows(
+        tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"),
+        score_summary([nothing[0] | {"predictions": {"1": -1}}], (1,)),
+    )
 
 
 def test_all_wrong_steps_of_prmbench_are_marked(tmp_path, open_page):
