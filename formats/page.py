@@ -149,7 +149,7 @@ class Solutions:
 
 
 def wrong_steps(solution: Solution) -> list[int] | None:
-    """All wrong steps, from 0, as PRMBench's rows name them. None for others: their label is the first."""
+    """All wrong steps, from 0, as PRMBench's rows name them; None for others, which name the first one."""
     if "classification" not in solution.extra:
         return None
     numbers = solution.extra.get("error_steps", [])

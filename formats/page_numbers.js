@@ -9,14 +9,11 @@
 //   firstStep      line -> its first step; firstStep[line + 1] is one past its last
 //   firstAnalysis  step -> its first analysis, likewise
 //   pYes, tokens, flags    of each analysis; a P(Yes) that is not known is NaN
+//
+// A solution is {source, id, problem, steps, label, wrong}. `wrong` has all wrong steps in the rows of PRMBench,
+// and is null in others. PRMBench's rows are in no accuracy of ProcessBench's kind.
 
-const YES = 1,
-  NO = 2,
-  CUT_OFF = 4,
-  FORCED = 8;
-// A solution is {source, id, problem, steps, label, wrong}. `wrong` has all wrong steps in the rows of PRMBench, and
-// is null in all others. PRMBench's rows are in no accuracy of ProcessBench's kind.
-
+const [YES, NO, CUT_OFF, FORCED] = [1, 2, 4, 8]; // the bits of a flag
 const NO_STEP = -1; // a prediction or a label: no step is wrong
 
 // -------------------------------------------------------------------------------------- unpacking

@@ -157,6 +157,11 @@ def test_rows_are_those_of_scores_summary_json(tab, judged, k):
     for number, name in enumerate(("first", "second")):
         found = tab.evaluate(f"summaryRows(judges[{number}], solutions, {k}, 0.5)")
         assert_same_rows(found, [row for row in score_summary(judged[name]) if row["k"] == k])
+    tab.locator("#k").select_option(str(k))
+    shown = tab.locator("#summary tbody tr")
+    assert shown.locator("td:nth-child(2)").all_inner_texts() == [str(k)] * 6 + ["1"]  # the third has one each
+    [*_, average] = [row for row in score_summary(judged["first"]) if row["k"] == k]
+    assert shown.nth(2).locator("td").nth(4).inner_text() == f"{average['f1']:.1f}"
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.3, 0.61, 0.75, 1.0])
@@ -546,8 +551,14 @@ def test_a_step_without_analyses_is_in_the_page(tmp_path, open_page):
     assert_same_rows(tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"), score_summary(lines, (1,)))
     tab.get_by_role("button", name="s, step 2, reward null").click()
     assert "has no analyses" in tab.locator(".opened .note").inner_text()
-    write_page([write_scores(tmp_path / "s.jsonl", [simple_line(0, 0, [[]])])], tmp_path / "none.html")
-    assert ready(open_page(tmp_path / "none.html")).locator("#count").inner_text() == "1 of 1 solution."
+    nothing = [simple_line(0, 0, [[]])]
+    write_page([write_scores(tmp_path / "s.jsonl", nothing)], tmp_path / "none.html")
+    tab = ready(open_page(tmp_path / "none.html"))
+    assert tab.locator("#k").input_value() == "1"
+    assert_same_rows(
+        tab.evaluate("summaryRows(judges[0], solutions, 1, 0.5)"),
+        score_summary([nothing[0] | {"predictions": {"1": -1}}], (1,)),
+    )
 
 
 def test_all_wrong_steps_of_prmbench_are_marked(tmp_path, open_page):
