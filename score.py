@@ -76,6 +76,14 @@ class JudgeConfig(ServedConfig):
         "judge the steps after the first one predicted wrong too (PRMBench's rows, and rows with several "
         "candidates, always are)",
     ] = False
+    best: Annotated[
+        bool,
+        "candidates for a problem: leave one as soon as it can no longer be the best by --aggregate. The "
+        "picks are those of judging all steps",
+    ] = False
+    aggregate: Annotated[
+        str, "with --best: how the steps' rewards make a candidate's score", best_of_n.FALLING
+    ] = "min"
     direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = (
         False
     )
@@ -111,6 +119,8 @@ def check_flags(config: JudgeConfig) -> None:
         raise BadInput("give either --problem with its --step, or --input FILE")
     if config.resume and not config.out:
         raise BadInput("--resume goes on with a file of scores; name it with --out")
+    if config.best and (len(set(config.k)) > 1 or config.direct):
+        raise BadInput("--best leaves candidates by their rewards at one --k, and not with --direct; give one --k")
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
     if ranks.count() > 1 and one_is_given:
@@ -129,10 +139,7 @@ def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None
     start = time.perf_counter()
     with journal:
         if not lines:
-            solutions = [(source, solution)]
-            lines = list(
-                score_lines(sampler, solutions, config.k, config.threshold, config.all_steps, config.direct)
-            )
+            lines = list(score_lines(sampler, [(source, solution)], config.direct, extent_of(config)))
             if config.out:
                 journal.write(lines[0])
     print_solution(lines[0], config.threshold, config.show)
@@ -145,15 +152,13 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     own = ranks.share(range(len(inputs)))
     size = round_size(config)
     tally = Tally(config.k, config.thresholds)
-    too_long = []
     journal = nullcontext()
     done = 0
-    items = (item_of(*inputs[i]) for i in own)
+    items = (item_to_judge(*inputs[i], config.best) for i in own)
     if config.out:
         journal = Journal(config.out, config, size or 1)
         for where, line in journal.check(items):  # what a killed run left
             tally.add(check_line(line, config.k, where))
-            too_long += too_long_steps(line)
         done = journal.done
     deque(items, maxlen=0)  # the rest of them: a bad solution is named before the work
 
@@ -163,24 +168,32 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     with journal, bar:
         for numbers in rounds(own, done, size):
             some = map(inputs.__getitem__, numbers)
-            for line in score_lines(
-                sampler, some, config.k, config.threshold, config.all_steps, config.direct
-            ):
+            for line in score_lines(sampler, some, config.direct, extent_of(config)):
                 tally.add(line)
-                too_long += too_long_steps(line)
                 if config.out:
                     journal.write(line)
                 figure = tally.so_far(line, max(config.k))
                 speed = sampler.engine.new_tokens / (time.perf_counter() - start)
                 bar.update()
                 bar.set_postfix_str(f"{figure}, {speed:.0f} tokens/s")
-        rows = Tally.sum(ranks.gather(tally)).rows(inputs.sources)
+        tally = Tally.sum(ranks.gather(tally))
+        rows = tally.rows(inputs.sources)
         # Before the scores are complete: a kill between the two would leave no table.
         if config.out and ranks.rank() == 0:
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
     print_rows(rows)
-    print_too_long([name for names in ranks.gather(too_long) for name in names])
+    print_too_long(tally.too_long)
+    tally.print_left()
     print_work(config, sampler, time.perf_counter() - start)
+
+
+def item_to_judge(source: str, solution: Solution, best: bool) -> dict:
+    if best and solution.label is not None:
+        raise BadInput(
+            f"{source} {solution.id}: has a label, and --best may leave a solution before the step that it "
+            "names; leave --best out"
+        )
+    return item_of(source, solution)
 
 
 def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
@@ -196,10 +209,29 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
 # ---------------------------------------------------------------------------------------------- judging steps
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How far solutions are judged.
+
+    leave_by: a candidate that can no longer be the best of its problem by this aggregate is left; None: none is.
+    """
+
+    ks: tuple[int, ...]
+    threshold: float
+    all_steps: bool
+    leave_by: str | None
+
+
+def extent_of(config: JudgeConfig) -> Extent:
+    leave_by = config.aggregate if config.best else None
+    return Extent(config.k, config.threshold, config.all_steps or config.best, leave_by)
+
+
 class Judged(NamedTuple):
     source: str
     solution: Solution
     steps: list[list[Analysis]]  # the analyses of each step that was judged
+    left: bool = False  # as it could no longer be the best
 
 
 class Open(NamedTuple):
@@ -215,32 +247,29 @@ class Open(NamedTuple):
 
 
 def judge_all(
-    sampler: Sampler,
-    solutions: Iterable[tuple[str, Solution]],
-    ks: tuple[int, ...],
-    threshold: float,
-    all_steps: bool,
+    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], extent: Extent
 ) -> Iterator[tuple[int, Judged]]:
     """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as
     room is found.
 
-    Many solutions are judged side by side. The steps of one come one after the other, since none is needed
-    after the first predicted wrong; if all of them are needed, they do not wait for each other. A step whose
-    prompt is longer than the context has no analyses.
+    Many solutions are judged side by side. The steps of one come one after the other if it may be left after
+    any of them; if all are needed, they do not wait for each other. A step whose prompt is longer than the
+    context has no analyses.
     """
     numbered = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}  # ticket -> (index of the solution, step)
     open_ones: dict[int, Open] = {}  # index of the solution -> the solution
+    race = best_of_n.Race(extent.leave_by)
     sampler.restart()
     while True:
         answers: list[tuple[int, int, list[Analysis]]] = []  # (index of the solution, step, its analyses)
         while sampler.has_room:
             if not waiting and (new := next(numbered, None)):
                 i, (source, solution) = new
-                open_ones[i] = Open(source, solution, all_steps or solution.needs_all_steps, {})
-                first_ones = len(solution.steps) if open_ones[i].all_steps else 1
-                waiting.extend((i, t) for t in range(first_ones))
+                open_ones[i] = Open(source, solution, extent.all_steps or solution.needs_all_steps, {})
+                side_by_side = open_ones[i].all_steps and extent.leave_by is None
+                waiting.extend((i, t) for t in range(len(solution.steps) if side_by_side else 1))
             if not waiting:
                 break
             i, t = waiting.popleft()
@@ -257,19 +286,20 @@ def judge_all(
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
             one = open_ones[i]
             one.by_step[t] = analyses
-            if is_complete(one.steps(), len(one.solution.steps), ks, threshold, one.all_steps):
-                yield i, Judged(one.source, one.solution, one.steps())
+            steps = one.steps()
+            complete = is_complete(steps, len(one.solution.steps), extent, one.all_steps)
+            left = not complete and race.is_lost(i, one.solution, steps)
+            if complete:
+                race.finish(i, one.solution, steps)
+            if complete or left:
+                yield i, Judged(one.source, one.solution, steps, left)
                 del open_ones[i]
-            elif not one.all_steps:
+            elif not one.all_steps or extent.leave_by is not None:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 
 
 def judge_directly(
-    sampler: Sampler,
-    solutions: Iterable[tuple[str, Solution]],
-    ks: tuple[int, ...],
-    threshold: float,
-    all_steps: bool,
+    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], extent: Extent
 ) -> Iterator[tuple[int, Judged]]:
     """The same without analyses: all steps of a batch of solutions at a time."""
     numbered = enumerate(solutions)
@@ -278,12 +308,11 @@ def judge_directly(
         answers = iter(direct_answers(sampler, cases))
         for i, (source, solution) in batch:
             own = islice(answers, len(solution.steps))
+            all_steps = extent.all_steps or solution.needs_all_steps
             steps = []
             for analyses in own:
                 steps.append(analyses)
-                if is_complete(
-                    steps, len(solution.steps), ks, threshold, all_steps or solution.needs_all_steps
-                ):
+                if is_complete(steps, len(solution.steps), extent, all_steps):
                     break
             deque(own, maxlen=0)  # those of the other steps are not wanted
             yield i, Judged(source, solution, steps)
@@ -306,27 +335,23 @@ def case_of(solution: Solution, t: int) -> Case:
     return Case(solution.problem, solution.steps[:t], solution.steps[t])
 
 
-def is_complete(
-    steps: list[list[Analysis]], n_steps: int, ks: tuple[int, ...], threshold: float, all_steps: bool
-) -> bool:
+def is_complete(steps: list[list[Analysis]], n_steps: int, extent: Extent, all_steps: bool) -> bool:
     """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
     if len(steps) == n_steps:
         return True
-    return not all_steps and all(predict(steps, k, threshold) >= 0 for k in ks)
+    return not all_steps and all(predict(steps, k, extent.threshold) >= 0 for k in extent.ks)
 
 
 def score_lines(
-    sampler: Sampler,
-    solutions: Iterable[tuple[str, Solution]],
-    ks: tuple[int, ...],
-    threshold: float,
-    all_steps: bool,
-    direct: bool,
+    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], direct: bool, extent: Extent
 ) -> Iterator[dict]:
     """Judge solutions -> their lines of scores.jsonl, in order."""
     judge = judge_directly if direct else judge_all
-    for judged in in_order(judge(sampler, solutions, ks, threshold, all_steps)):
-        yield score_line(judged.source, judged.solution, judged.steps, ks, threshold)
+    for judged in in_order(judge(sampler, solutions, extent)):
+        line = score_line(judged.source, judged.solution, judged.steps, extent.ks, extent.threshold)
+        if judged.left:
+            line["left"] = extent.leave_by
+        yield line
 
 
 # ---------------------------------------------------------------------------------------------- threshold
@@ -398,8 +423,10 @@ def best(config: BestConfig) -> None:
     """
     print_config(config)
     refuse_existing(config.out, config.overwrite)
-    problems = best_of_n.group(read_scores(config.scores, config.k), config.by)
+    scores = read_scores(config.scores, config.k)
     aggregates = tuple(dict.fromkeys(config.aggregate))
+    best_of_n.check_left(scores, config.by, config.k, aggregates)
+    problems = best_of_n.group(scores, config.by)
     with writing(config.out) as file:
         for problem in problems:
             file.write(json_line(best_of_n.picks(problem, aggregates)))

@@ -12,6 +12,7 @@ at N = 1, 2, 4, ... candidates: the mean over all choices of N among those of a 
 there is one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,10 +23,13 @@ import numpy as np
 from formats.answers import answer_classes, find_answer, has_math_verify, same_answer
 from formats.bootstrap import interval, weights_of
 from formats.columns import Column, print_columns
+from formats.rows import Solution
 from formats.scores import Scored
 from plumbing.errors import BadInput
+from rprm import Analysis, reward
 
 AGGREGATES = ("min", "mean", "last", "product")
+FALLING = ("min", "product")  # no further step can raise these, as no reward is above 1
 LEAST = 1e-300  # the logarithm of a reward of 0 is that of this
 SUBSETS = 1000  # so many choices of N candidates are drawn where there are more
 
@@ -56,7 +60,7 @@ def aggregate(rewards: np.ndarray, how: str) -> float:
     if how == "min":
         return float(known.min())
     if how == "product":
-        return float(np.log(np.maximum(known, LEAST)).sum())
+        return math.fsum(np.log(np.maximum(known, LEAST)))  # rounded once: a further step never raises it
     return float(known.mean())
 
 
@@ -67,7 +71,54 @@ def weight(score: float, how: str) -> float:
     return float(np.exp(score)) if how == "product" else score
 
 
+class Race:
+    """Which candidates can no longer be the best of their problem, while all of them are being judged.
+
+    A candidate's score by one of FALLING can only fall. One whose steps by now give less than a complete
+    candidate has lost, and so has one that gives as much and comes later: the first of equals is picked.
+    """
+
+    def __init__(self, how: str | None):
+        """how: one of FALLING; None: nobody loses before the end."""
+        self.how = how
+        self.best: dict[str, tuple[float, int]] = {}  # problem -> (score, -number) of the best
+
+    def finish(self, number: int, solution: Solution, steps: list[list[Analysis]]) -> None:
+        """All steps of a candidate are judged. number: its number in the order of the candidates."""
+        if self.how is None:
+            return
+        problem = solution.problem.strip()
+        own = score_by_now(steps, self.how), -number
+        self.best[problem] = max(own, self.best.get(problem, own))
+
+    def is_lost(self, number: int, solution: Solution, steps: list[list[Analysis]]) -> bool:
+        """steps: the analyses of the steps that are judged by now."""
+        best = self.best.get(solution.problem.strip())
+        if best is None:
+            return False
+        score = score_by_now(steps, self.how)
+        return score > -np.inf and (score, -number) < best  # without any reward nothing is known yet
+
+
+def score_by_now(steps: list[list[Analysis]], how: str) -> float:
+    rewards = [reward(analyses) for analyses in steps]
+    return aggregate(np.array([np.nan if value is None else value for value in rewards], dtype=float), how)
+
+
 # ---------------------------------------------------------------------------------------------- problems
+
+
+def check_left(scores: Sequence[Scored], by: str, k: int | None, aggregates: Sequence[str]) -> None:
+    """Raise BadInput if a candidate was left (judge --best) that this other choice may pick."""
+    for line in scores:
+        if line.left is None:
+            continue
+        if by != "problem" or k is not None or tuple(aggregates) != (line.left,):
+            raise BadInput(
+                f"{line.where}: was left, as it could no longer be the best of its problem by {line.left}; "
+                f"give --aggregate {line.left} alone, without --k and --by, or judge the solutions anew "
+                f"without --best"
+            )
 
 
 def group(scores: Sequence[Scored], by: str) -> list[Problem]:
@@ -76,7 +127,8 @@ def group(scores: Sequence[Scored], by: str) -> list[Problem]:
     """
     groups: dict[tuple[str, ...], list[Scored]] = {}
     for line in scores:
-        line.check_judged(len(line.solution.steps))
+        if line.left is None:
+            line.check_judged(len(line.solution.steps))
         key = (line.solution.problem.strip(),) if by == "problem" else (line.source, line.solution.id)
         groups.setdefault(key, []).append(line)
     return [make_problem(candidates) for candidates in groups.values()]
@@ -243,19 +295,23 @@ def table(problems: Sequence[Problem], aggregates: Sequence[str]) -> list[dict]:
     """A row for each way of choosing and N: the accuracy in percent over problems, with its 95% interval.
 
     Problems of which a candidate's correctness is unknown are left out. There is no vote where no candidate
-    has an answer.
+    has an answer. Of a candidate that was left (judge --best) it is known only that it loses among all: then
+    there is but the largest N, and no vote by score.
     """
     known = [problem for problem in problems if None not in problem.correct]
     if not known:
         return []
+    some_were_left = any(candidate.left for problem in known for candidate in problem.candidates)
     has_answers = any(answer is not None for problem in known for answer in problem.answers)
     weights = weights_of([np.ones(len(known), dtype=bool)]) / len(known)
     rng = np.random.default_rng(0)
     rows = []
-    for n in sizes(known):
+    for n in sizes(known)[-1:] if some_were_left else sizes(known):
         of_problems = [accuracies(problem, aggregates, n, rng) for problem in known]
         for name in of_problems[0]:
             if name.startswith("vote") and not has_answers:
+                continue
+            if name.startswith("vote by") and some_were_left:
                 continue
             values = 100 * np.array([found[name] for found in of_problems])
             low, high = interval(weights @ values)

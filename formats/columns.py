@@ -1,9 +1,9 @@
 """Tables of text, a line for each row and a column for each field.
 
-print_columns(rows, [Column("source", "source", 16, "s"), Column("F1", "f1", 20, ".1f", interval=True)])
+    print_columns(rows, [Column("source", "source", 16, "s"), Column("F1", "f1", 20, ".1f", interval=True)])
 
-source                            F1
-gsm8k              61.2 [57.9, 64.6]
+    source                            F1
+    gsm8k              61.2 [57.9, 64.6]
 """
 
 from collections.abc import Iterable

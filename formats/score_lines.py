@@ -1,7 +1,7 @@
 """Lines of scores.jsonl: what a judge said of each solution. Written, and read and checked.
 
-for where, line in read_score_lines("scores.jsonl"):
-    line.solution.label, line.analyses[0][0].p_yes
+    for where, line in read_score_lines("scores.jsonl"):
+        line.solution.label, line.analyses[0][0].p_yes
 """
 
 import math
@@ -26,6 +26,7 @@ class ScoreLine:
     solution: Solution
     analyses: list[list[Analysis]]  # K of each judged step, none if it is too long; a judge may stop early
     rewards: list[float | None]  # of each judged step
+    left: str | None = None  # the aggregate by which it could no longer be the best, so that it was left
 
 
 def read_score_lines(path: str | Path) -> Iterator[tuple[str, ScoreLine]]:
@@ -48,7 +49,8 @@ def read_score_line(row: dict, where: str) -> ScoreLine:
         here = f"{where}: field 'samples', step {number}"
         analyses.append(read_analyses({"analyses": step}, here))
     rewards = read_rewards(row, analyses, where)
-    return ScoreLine(get_field(row, "source", str, where), solution, analyses, rewards)
+    left = get_field(row, "left", str, where) if "left" in row else None
+    return ScoreLine(get_field(row, "source", str, where), solution, analyses, rewards, left)
 
 
 def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[float | None]:

@@ -21,6 +21,7 @@ class Scored:
     source: str
     solution: Solution
     rewards: np.ndarray  # (judged steps,) in [0, 1]; nan = null
+    left: str | None  # the aggregate by which it could no longer be the best, and was left (judge --best)
     right: np.ndarray  # (labelled steps,) bool: those up to the first wrong one; in PRMBench's rows all
 
     @property
@@ -63,5 +64,10 @@ def scored(line: ScoreLine, where: str, k: int | None) -> Scored:
     )
     values = [np.nan if value is None else value for value in rewards]
     return Scored(
-        where, line.source, line.solution, np.array(values, dtype=float), np.array(right, dtype=bool)
+        where=where,
+        source=line.source,
+        solution=line.solution,
+        rewards=np.array(values, dtype=float),
+        left=line.left,
+        right=np.array(right, dtype=bool),
     )

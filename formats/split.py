@@ -1,9 +1,9 @@
 """Raw text of a solution -> its steps.
 
-split_steps("Tom has 3.\\n\\nHe buys 4.", "blank")              ['Tom has 3.', 'He buys 4.']
-split_steps("1. Tom has 3.\\n2. He buys 4.", "numbered")        the same
-split_steps("Tom has 3.\\nHe buys 4.", "lines")                 the same
-split_steps("Tom has 3. He buys 4.", "sentences")              the same
+    split_steps("Tom has 3.\\n\\nHe buys 4.", "blank")              ['Tom has 3.', 'He buys 4.']
+    split_steps("1. Tom has 3.\\n2. He buys 4.", "numbered")        the same
+    split_steps("Tom has 3.\\nHe buys 4.", "lines")                 the same
+    split_steps("Tom has 3. He buys 4.", "sentences")              the same
 """
 
 import re

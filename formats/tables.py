@@ -10,11 +10,13 @@ A tally holds sums, and the rewards of labelled steps, so that any number of lin
 several ranks can be added.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from formats import prmbench, processbench
 from formats.prmbench import PRMBench
 from formats.processbench import ProcessBench
+from formats.score_lines import too_long_steps
 
 
 class Tally:
@@ -23,10 +25,18 @@ class Tally:
     def __init__(self, ks: Sequence[int], thresholds: Sequence[float]):
         self.processbench = ProcessBench(ks)
         self.prmbench = PRMBench(ks, thresholds)
+        self.too_long: list[str] = []  # names of steps that could not be judged
+        self.numbers = Counter()  # of steps judged and left out by --best, and of the tokens of the former
 
     def add(self, line: dict) -> None:
         benchmark = self.prmbench if is_prmbench(line) else self.processbench
         benchmark.add(line)
+        self.too_long += too_long_steps(line)
+        self.numbers["judged"] += len(line["samples"])
+        self.numbers["tokens"] += sum(a["n_tokens"] for analyses in line["samples"] for a in analyses)
+        if "left" in line:
+            self.numbers["left"] += 1
+            self.numbers["not judged"] += len(line["steps"]) - len(line["samples"])
 
     @classmethod
     def sum(cls, tallies: Iterable["Tally"]) -> "Tally":
@@ -34,6 +44,8 @@ class Tally:
         for other in others:
             first.processbench.update(other.processbench)
             first.prmbench.update(other.prmbench)
+            first.too_long += other.too_long
+            first.numbers.update(other.numbers)
         return first
 
     def rows(self, sources: Sequence[str]) -> list[dict]:
@@ -45,6 +57,17 @@ class Tally:
         if is_prmbench(line):
             return f"PRMScore {self.prmbench.so_far(k):.1f}"
         return f"F1 {self.processbench.f1_so_far(line['source'], k):.1f}"
+
+
+    def print_left(self) -> None:
+        """What --best has saved: the steps that were not judged would have taken tokens like the others."""
+        n = self.numbers
+        if n["left"]:
+            saved = n["not judged"] * n["tokens"] / n["judged"]
+            print(
+                f"{n['left']} candidates were left when they could no longer be the best: {n['not judged']} of "
+                f"{n['judged'] + n['not judged']} steps were not judged, about {saved:.0f} tokens"
+            )
 
 
 def is_prmbench(line: dict) -> bool:

@@ -1,8 +1,8 @@
 """The threshold below which a step is predicted wrong: swept and chosen on one file, and applied to another.
 
-[sweep] = sweeps_of(read_scores(["validation.scores.jsonl"]))
-choose(sweep)              # {"threshold": 0.47, "threshold_low": 0.31, "threshold_high": 0.58}
-at(sweep, [0.47, 0.5])     # [{"threshold": 0.47, "f1": 61.9, "f1_low": 57.2, ...}, ...]
+    [sweep] = sweeps_of(read_scores(["validation.scores.jsonl"]))
+    choose(sweep)              # {"threshold": 0.47, "threshold_low": 0.31, "threshold_high": 0.58}
+    at(sweep, [0.47, 0.5])     # [{"threshold": 0.47, "f1": 61.9, "f1_low": 57.2, ...}, ...]
 """
 
 from collections.abc import Sequence

@@ -116,6 +116,30 @@ def stand_in(monkeypatch):
     return install
 
 
+class StepStandIn:
+    """A sampler that gives one analysis of each step, with the P(Yes) of (problem, step), up to four cases at a time."""
+
+    def __init__(self, p_yes: dict, asked: list[Case]):
+        self.p_yes, self.asked, self.rng, self.engine = p_yes, asked, random.Random(0), SimpleNamespace(new_tokens=1)
+
+    def restart(self):
+        self.open_cases, self.tickets = [], 0
+
+    def add(self, case: Case) -> int:
+        self.asked.append(case)
+        self.open_cases.append((self.tickets, case))
+        self.tickets += 1
+        return self.tickets - 1
+
+    has_room = property(lambda self: len(self.open_cases) < 4)
+    busy = property(lambda self: bool(self.open_cases))
+
+    def step(self) -> list:
+        ticket, case = self.open_cases.pop(self.rng.randrange(len(self.open_cases)))
+        p = self.p_yes[case.problem, case.now_step]
+        return [(ticket, [Analysis("", None if p is None else p > 0.5, p, 10, True)])]
+
+
 @pytest.fixture()
 def tiny(tiny_folder, tmp_path) -> list:
     """The flags for the tiny model."""
@@ -540,6 +564,51 @@ def test_candidates_are_judged_to_their_last_step_and_the_best_is_chosen(tmp_pat
     [best] = read(tmp_path / "best.jsonl")
     assert best["picks"]["min"] == {"candidate": 0, "score": 0.4, "steps": ["x step 0.", "x step 1."], "answer": None,
                                     "correct": False}
+
+
+def random_candidates(seed: int) -> tuple[list[dict], list[dict], list[list]]:
+    """Rows with several solutions, the same as the stand-in wants them, and P(Yes), of which many are equal."""
+    rng = random.Random(seed)
+    rows, solutions, p_yes = [], [], []
+    for problem in range(12):
+        own = [[f"{problem} {c} step {t}." for t in range(rng.randrange(1, 5))] for c in range(rng.randrange(1, 6))]
+        rows.append({"id": str(problem), "problem": f"Problem {problem}?", "solutions": own})
+        for steps in own:
+            solutions.append({"problem": f"Problem {problem}?", "steps": steps})
+            p_yes.append([rng.choice([None, 0.25, 0.5, 0.75, 1.0]) for _ in steps])
+    return rows, solutions, p_yes
+
+
+@pytest.mark.parametrize("aggregate", ["min", "product"])
+@pytest.mark.parametrize("seed", range(4))
+def test_candidates_that_have_lost_are_left_and_the_picks_are_the_same(tmp_path, stand_in, capsys, monkeypatch, aggregate, seed):
+    rows, solutions, p_yes = random_candidates(seed)
+    by_step = {(r["problem"], step): p for r, own in zip(solutions, p_yes) for step, p in zip(r["steps"], own)}
+    asked = stand_in([], [])
+    monkeypatch.setattr(score, "load_sampler", lambda *_, **__: StepStandIn(by_step, asked))
+    bench = write(tmp_path / "c.json", rows)
+    found = []
+    for name, flags in (("all", []), ("best", ["--best", "--aggregate", aggregate])):
+        asked.clear()
+        score_py("--input", bench, "--k", 1, "--out", tmp_path / f"{name}.jsonl", *flags)
+        out = capsys.readouterr().out
+        found.append(len(asked))
+        score_py("best", "--scores", tmp_path / f"{name}.jsonl", "--aggregate", aggregate, "--out", tmp_path / f"{name}.best.jsonl")
+    assert (tmp_path / "all.best.jsonl").read_bytes() == (tmp_path / "best.best.jsonl").read_bytes()
+    lines = read(tmp_path / "best.jsonl")
+    left = [line for line in lines if "left" in line]
+    missing = sum(len(line["steps"]) - len(line["samples"]) for line in lines)
+    assert left and all(line["left"] == aggregate and len(line["samples"]) < len(line["steps"]) for line in left)
+    assert found[0] == sum(len(r["steps"]) for r in solutions) and found[0] - found[1] == missing > 0
+    assert (f"{len(left)} candidates were left when they could no longer be the best: {missing} of {found[0]} steps were not "
+            f"judged, about {10 * missing} tokens") in out
+
+
+def test_best_will_not_do_with_labels_several_k_or_direct(tmp_path, tiny, capsys):
+    bench = write(tmp_path / "b.json", [row("a", -1), row("b", 1)])
+    assert "b a: has a label" in refused(capsys, *tiny, "--input", bench, "--best")
+    assert "one --k" in refused(capsys, *tiny, "--input", bench, "--best", "--k", 1, 2)
+    assert "one --k" in refused(capsys, *tiny, "--input", bench, "--best", "--direct")
 
 
 def test_the_commands(tmp_path, stand_in, capsys):

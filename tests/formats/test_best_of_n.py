@@ -15,6 +15,7 @@ from formats.answers import answer_classes
 from formats.best_of_n import (
     AGGREGATES,
     Problem,
+    Race,
     accuracies,
     accuracy_of_best,
     accuracy_of_oracle,
@@ -26,8 +27,10 @@ from formats.best_of_n import (
     table,
     weight,
 )
+from formats.rows import Solution
 from formats.scores import read_scores
 from plumbing.cli import run
+from rprm import Analysis
 
 NAN = float("nan")
 
@@ -368,3 +371,40 @@ def test_an_existing_output_is_kept(tmp_path, capsys):
         capsys, "--scores", tmp_path / "s.jsonl", "--aggregate", "median"
     )
     assert (tmp_path / "best.jsonl").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------- no more than the choice needs
+
+def analyses(p: float | None) -> list[Analysis]:
+    return [Analysis("", None, p, 10, True)]
+
+
+def test_a_candidate_has_lost_when_it_can_no_longer_win():
+    """Against 0.5 of the candidate 1: a lower score loses, and an equal one of a later candidate."""
+    solution, other = Solution("i", "P", ("a", "b"), None), Solution("i", "Q", ("a", "b"), None)
+    race = Race("min")
+    assert not race.is_lost(0, solution, [analyses(0.1)])  # none is complete
+    race.finish(1, solution, [analyses(0.5), analyses(0.9)])
+    race.finish(3, solution, [analyses(0.4), analyses(0.9)])  # it does not take the first one's place
+    for number, p, lost in ((0, 0.5, False), (2, 0.5, True), (0, 0.49, True), (2, 0.51, False), (2, None, False)):
+        assert race.is_lost(number, solution, [analyses(p)]) is lost
+    assert not race.is_lost(0, other, [analyses(0.1)])
+    assert not Race(None).is_lost(0, solution, [analyses(0.1)])
+    product = Race("product")
+    product.finish(0, solution, [analyses(0.5), analyses(0.5)])
+    assert product.is_lost(1, solution, [analyses(0.5), analyses(0.5), analyses(None)])
+    assert not product.is_lost(1, solution, [analyses(0.3)])
+
+
+def test_candidates_that_were_left(tmp_path, capsys):
+    """They can be chosen from by that aggregate alone; the table has no column for fewer candidates, and no vote by score."""
+    lines = [line([0.9, 0.8], text="#### 3", answer="3"), line([0.7], n_steps=2, left="min"), line([0.95, 0.1], text="#### 4")]
+    path = write(tmp_path / "s.jsonl", lines)
+    best_py("--scores", path, "--out", tmp_path / "best.jsonl", "--aggregate", "min")
+    [picked] = [json.loads(text) for text in (tmp_path / "best.jsonl").read_text().splitlines()]
+    assert picked["picks"]["min"]["candidate"] == 0 and picked["candidates"] == 3
+    rows = table(problems_of(tmp_path, lines), ("min",))
+    assert [(row["by"], row["n"]) for row in rows] == [("pass@1", 3), ("min", 3), ("vote", 3), ("oracle", 3)]
+    for flags in ([], ["--aggregate", "product"], ["--aggregate", "min", "--by", "id"], ["--aggregate", "min", "--k", "1"]):
+        said = refused(capsys, "--scores", path, "--out", tmp_path / "b.jsonl", *flags)
+        assert f"{path}:2: was left, as it could no longer be the best of its problem by min; give --aggregate min alone" in said
