@@ -11,7 +11,6 @@ Asking a model for analyses of cases is one operation (`sample`); seed data and 
 its file. Each command prints what it kept and what it dropped, and why.
 """
 import dataclasses
-import hashlib
 import math
 import time
 from array import array
@@ -39,7 +38,7 @@ from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
-from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, load_prompt
+from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, fingerprint, load_prompt
 from rprm import load_sampler as load_local_sampler
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -498,12 +497,6 @@ def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | P
         "--prompt-file FILE"
     )
     return None
-
-
-def fingerprint(seed: int, value: object) -> int:
-    """A 64-bit number from a seed and a value's repr, the same in every run."""
-    content = repr((seed, value)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def print_table(title: str, counts: Counter) -> None:

@@ -3,7 +3,7 @@
     engine = Engine(model, eos_ids, yes_no=(yes_id, no_id))
     engine.add(Request(ids=[5, 6, 7], seeds=[1, 2, 3]))      # three continuations of one prompt
     while engine.busy:
-        for ticket, continuations in engine.step():
+        for request_id, continuations in engine.step():
             ...
 
 The engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every
@@ -40,9 +40,13 @@ class Request(NamedTuple):
 class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
     p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
-    finished: bool      # ended by itself; False: cut off at max_new_tokens
-    # P(Yes) after the words that `Engine.added` put behind it, None where there were none
-    read: float | None = None
+    end: int | None     # the end-of-text token; None: it was cut off at max_new_tokens
+    # P(Yes) behind the suffix of `Engine.suffix_of`, None where there was none
+    p_yes_after_suffix: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.end is not None
 
 
 def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -99,7 +103,7 @@ class Engine:
     yes_no    the two token ids whose probabilities are compared
     max_rows  how many continuations are decoded side by side
     reserve   positions of the model's context that sampling leaves free
-    added     a function from a continuation's tokens to the tokens of words that are put behind it, where
+    suffix_of a function from a continuation's tokens to those of a suffix that is put behind it and where
               P(Yes) is read: at most `reserve` - 1 of them, or none
 
     The counters say what was computed.
@@ -115,7 +119,7 @@ class Engine:
         self.max_rows = max_rows
         self.context = model.config.max_position_embeddings - reserve
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
-        self.added: Callable[[list[int]], list[int]] = lambda ids: []
+        self.suffix_of: Callable[[list[int]], list[int]] = lambda ids: []
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
         # Sampled tokens are counted on the device, so that no step waits for the sum.
@@ -128,16 +132,16 @@ class Engine:
         return int(self.sampled)
 
     def restart(self) -> None:
-        """Forget all requests; tickets count from 0 again."""
+        """Forget all requests; request ids count from 0 again."""
         self.waiting: deque[tuple[int, Request]] = deque()
-        self.tickets = 0
+        self.next_id = 0
 
     def add(self, request: Request) -> int:
-        """Take a request in. -> its ticket: 0, 1, 2, ..."""
-        ticket = self.tickets
-        self.waiting.append((ticket, request))
-        self.tickets += 1
-        return ticket
+        """Take a request in. -> its request id: 0, 1, 2, ..."""
+        request_id = self.next_id
+        self.waiting.append((request_id, request))
+        self.next_id += 1
+        return request_id
 
     @property
     def has_room(self) -> bool:
@@ -151,14 +155,14 @@ class Engine:
         return bool(self.waiting)
 
     def step(self) -> list[tuple[int, list[Continuation]]]:
-        """Sample a batch of the waiting requests to its end -> (ticket, its K continuations) of each."""
+        """Sample a batch of the waiting requests to its end -> (request id, its K continuations) of each."""
         batch = [self.waiting.popleft()]
         rows = len(batch[0][1].seeds)
         while self.waiting and rows + len(self.waiting[0][1].seeds) <= self.max_rows:
             batch.append(self.waiting.popleft())
             rows += len(batch[-1][1].seeds)
         found = self.generate([request for _, request in batch])
-        return [(ticket, continuations) for (ticket, _), continuations in zip(batch, found, strict=True)]
+        return [(request_id, continuations) for (request_id, _), continuations in zip(batch, found, strict=True)]
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
         """(index of the request, its K continuations), as they are completed, of any number of requests."""
@@ -209,10 +213,13 @@ class Engine:
         p_yes = torch.stack(p_yes, dim=1).tolist()
         found: list[list[Continuation]] = [[] for _ in requests]
         for i, n, row_tokens, row_p_yes in zip(owner.tolist(), length.tolist(), tokens, p_yes, strict=True):
-            finished = row_tokens[n - 1] in self.eos.tolist()
-            ids = row_tokens[:n - 1] if finished else row_tokens[:n]
-            found[i].append(Continuation(ids, row_p_yes[:n], finished))
-        self.read_added_words(requests, found)
+            last = row_tokens[n - 1]
+            if last in self.eos.tolist():
+                continuation = Continuation(row_tokens[:n - 1], row_p_yes[:n], end=last)
+            else:
+                continuation = Continuation(row_tokens[:n], row_p_yes[:n], end=None)
+            found[i].append(continuation)
+        self.read_after_suffixes(requests, found)
         return found
 
     def prefill(
@@ -261,18 +268,18 @@ class Engine:
             return y[:, :, 0]
         return self.model.logits(self.model(token, position, attend))
 
-    def read_added_words(self, requests: list[Request], found: list[list[Continuation]]) -> None:
-        """Put the words that `added` gives behind each continuation, and read P(Yes) there."""
-        open_ones = []
+    def read_after_suffixes(self, requests: list[Request], found: list[list[Continuation]]) -> None:
+        """Put its suffix, if it has one, behind each continuation, and read P(Yes) there."""
+        with_suffix = []
         sequences = []
         for request, continuations in zip(requests, found, strict=True):
             for continuation in continuations:
-                words = self.added(continuation.ids)
-                if words:
-                    open_ones.append(continuation)
-                    sequences.append(request.ids + continuation.ids + words)
-        for continuation, p_yes in zip(open_ones, self.read_p_yes(sequences), strict=True):
-            continuation.read = p_yes
+                suffix = self.suffix_of(continuation.ids)
+                if suffix:
+                    with_suffix.append(continuation)
+                    sequences.append(request.ids + continuation.ids + suffix)
+        for continuation, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
+            continuation.p_yes_after_suffix = p_yes
 
     @torch.no_grad()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:

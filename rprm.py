@@ -147,12 +147,10 @@ class Sampling:
     complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
-def is_conversation(prompt: Prompt, tokenizer: ChatTokenizer) -> bool:
-    """Is the prompt a whole conversation? It is if its own words hold special tokens; then it is said."""
-    found = tokenizer.has_special_tokens(prompt.text)
-    if found:
-        print("prompt: has special tokens of its own, so it is the whole conversation: no chat template is put around it")
-    return found
+def up_to_last_sentence(text: str) -> str:
+    """A text without the sentence in which it was cut off: "It is 3.5. So" -> "It is 3.5."."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
+    return text[:ends[-1]] if ends else ""
 
 
 class TooLong(BadInput):
@@ -162,9 +160,9 @@ class TooLong(BadInput):
 class Sampler:
     """K analyses per case: one operation for the teacher, for preferences and for rewards.
 
-        sampler.add(case)                               # -> its ticket: 0, 1, 2, ...
+        sampler.add(case)                               # -> its request id: 0, 1, 2, ...
         while sampler.busy:
-            for ticket, analyses in sampler.step():     # the cases that are complete
+            for request_id, analyses in sampler.step():     # the cases that are complete
                 ...
 
     P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
@@ -185,7 +183,7 @@ class Sampler:
         self.prompt = prompt
         self.sampling = sampling
         # Kept free in the context, for a verdict to be read
-        self.room = len(tokenizer.encode("\n" + VERIFICATION)) + 1
+        self.reserve = len(tokenizer.encode("\n" + VERIFICATION)) + 1
         self.engine = engine_class(
             model,
             tokenizer.eos_ids,
@@ -194,46 +192,56 @@ class Sampler:
             sampling.top_p,
             sampling.max_new_tokens,
             sampling.batch_size * sampling.k,
-            self.room,
+            self.reserve,
         )
-        self.engine.added = self.added_words
-        self.is_conversation = is_conversation(prompt, tokenizer)
-        # Ticket -> the case and its prompt's token ids
+        self.engine.suffix_of = self.missing_line
+        self.read_prompt_form()
+        # request id -> the case and its prompt's token ids
         self.open_cases: dict[int, tuple[Case, list[int]]] = {}
 
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
 
+    def read_prompt_form(self) -> None:
+        """Is the prompt a whole conversation, and with which token does it end?
+
+        It is a conversation if its own words hold special tokens.
+        """
+        self.is_conversation = self.tokenizer.has_special_tokens(self.prompt.text)
+        self.prompt_end = self.encode_prompt(BUILT_IN)[-1:]
+
+    def encode_prompt(self, case: Case) -> list[int]:
+        if self.is_conversation:
+            return self.tokenizer.conversation(self.prompt.fill_pieces(case))
+        return self.tokenizer.chat(self.prompt.fill(case))
+
     def prompt_ids(self, case: Case) -> list[int]:
         """The prompt's token ids. Raises TooLong."""
-        if self.is_conversation:
-            ids = self.tokenizer.conversation(self.prompt.fill_pieces(case))
-        else:
-            ids = self.tokenizer.chat(self.prompt.fill(case))
-        if len(ids) + self.room >= self.context:
+        ids = self.encode_prompt(case)
+        if len(ids) + self.reserve >= self.context:
             raise TooLong(
-                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.room + 1} more "
+                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.reserve + 1} more "
                 f"are needed, but the model's context is {self.context}; "
                 f"leave this case out or use a model with a longer context"
             )
         return ids
 
     def restart(self) -> None:
-        """Forget all cases, and what is cached of them; tickets count from 0 again."""
+        """Forget all cases, and what is cached of them; request ids count from 0 again."""
         self.engine.restart()
         self.open_cases.clear()
 
     def add(self, case: Case) -> int:
-        """Take a case in. -> its ticket. Its analyses depend on the seed, the case and the sample's number.
+        """Take a case in. -> its request id. Its analyses depend on the seed, the case and the sample's number.
 
         Raises TooLong, and then takes nothing in.
         """
         ids = self.prompt_ids(case)
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
-        ticket = self.engine.add(Request(ids, seeds))
-        self.open_cases[ticket] = case, ids
-        return ticket
+        request_id = self.engine.add(Request(ids, seeds))
+        self.open_cases[request_id] = case, ids
+        return request_id
 
     @property
     def has_room(self) -> bool:
@@ -246,11 +254,11 @@ class Sampler:
         return bool(self.open_cases)
 
     def step(self) -> list[tuple[int, list[Analysis]]]:
-        """Work on. -> (ticket, K analyses) of the cases that are complete, mostly none."""
+        """Work on. -> (request id, K analyses) of the cases that are complete, mostly none."""
         found = []
-        for ticket, continuations in self.engine.step():
-            case, ids = self.open_cases.pop(ticket)
-            found.append((ticket, self._judge(case, ids, continuations)))
+        for request_id, continuations in self.engine.step():
+            case, ids = self.open_cases.pop(request_id)
+            found.append((request_id, self._judge(case, ids, continuations)))
         return found
 
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
@@ -259,7 +267,7 @@ class Sampler:
         A case whose prompt is longer than the context has no analyses: (index, []).
         """
         waiting = enumerate(cases)
-        index_of: dict[int, int] = {}  # ticket -> index of the case
+        index_of: dict[int, int] = {}  # request id -> index of the case
         self.restart()
         while True:
             while self.has_room and (new := next(waiting, None)) is not None:
@@ -270,15 +278,15 @@ class Sampler:
                     yield index, []
             if not self.busy:
                 return
-            for ticket, analyses in self.step():
-                yield index_of.pop(ticket), analyses
+            for request_id, analyses in self.step():
+                yield index_of.pop(request_id), analyses
 
     def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         found = self._read(prompt, continuations)
         return self._complete(case, prompt, found) if self.sampling.complete else found
 
     def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses: P(Yes) at the verdict, or after the words that were added."""
+        """The continuations as analyses: P(Yes) at the verdict, or after the added line."""
         found = []
         # Index of the analysis -> the ids after which a second pass reads P(Yes)
         elsewhere: dict[int, list[int]] = {}
@@ -287,7 +295,7 @@ class Sampler:
             verdict = parse_verdict(text)
             p_yes = None
             if verdict is None:
-                p_yes = c.read
+                p_yes = c.p_yes_after_suffix
             elif has_usual_word(text):
                 verdict_token = tokens_within(c.ids, find_verdict(text).letter, self.tokenizer)
                 p_yes = c.p_yes[verdict_token]
@@ -304,8 +312,8 @@ class Sampler:
         kept = ids[:tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
         return kept + self._verification(self.tokenizer.decode(kept))
 
-    def added_words(self, ids: list[int]) -> list[int]:
-        """The verification line for the engine to add, if a verdict is missing and is to be forced."""
+    def missing_line(self, ids: list[int]) -> list[int]:
+        """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
         if not self.sampling.force or self.sampling.complete:  # `complete` cuts the analysis back first
             return []
         text = self.tokenizer.decode(ids)
@@ -323,8 +331,8 @@ class Sampler:
             if a.verdict is None and a.finished:
                 texts[i] = a.text.rstrip()
             elif a.verdict is None:
-                texts[i] = re.sub(r"(.*[.!?])?.*", r"\1", a.text, count=1, flags=re.S)
-        asked = [prompt + self.tokenizer.continuation([], text) + self._verification(text) for text in texts.values()]
+                texts[i] = up_to_last_sentence(a.text)
+        asked = [prompt + self._answer(text) + self._verification(text) for text in texts.values()]
         for i, p_yes in zip(texts, self.engine.read_p_yes(asked), strict=True):
             if p_yes is None:  # only a server may not know it
                 continue
@@ -335,10 +343,15 @@ class Sampler:
             found[i] = replace(found[i], text=text, verdict=verdict, p_yes=p_yes, finished=True, forced=True)
         return found
 
+    def _answer(self, text: str) -> list[int]:
+        """The ids of an analysis's text behind the prompt."""
+        return self.tokenizer.continuation(self.prompt_end, text)
+
     def _verification(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
         on_own_line = not text or text.endswith("\n")
-        return self.tokenizer.continuation(text, VERIFICATION if on_own_line else "\n" + VERIFICATION)
+        line = VERIFICATION if on_own_line else "\n" + VERIFICATION
+        return self.tokenizer.continuation(text or self.prompt_end, line)
 
     def direct(self, cases: list[Case]) -> list[Analysis]:
         """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
@@ -372,6 +385,12 @@ class SamplerConfig:
     ] = False
 
 
+def tell_conversation(sampler: Sampler) -> None:
+    """Say it, if the prompt is a whole conversation."""
+    if sampler.is_conversation:
+        print("prompt: has special tokens of its own, so it is the whole conversation: no chat template is put around it")
+
+
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
                  batch_size: int = 1) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
@@ -385,17 +404,25 @@ def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = Fa
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if config.plain:
-        return Sampler(model, tokenizer, prompt, sampling)
-    fast.speed_up(model)
-    return Sampler(model, tokenizer, prompt, sampling, fast.engine_for(model))
+        engine_class = Engine
+    else:
+        fast.speed_up(model)
+        engine_class = fast.engine_for(model)
+    sampler = Sampler(model, tokenizer, prompt, sampling, engine_class)
+    tell_conversation(sampler)
+    return sampler
+
+
+def fingerprint(*values: object) -> int:
+    """A 64-bit number from what the values say, the same in every run."""
+    content = repr(values).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def row_seed(seed: int, case: Case, k: int) -> int:
-    """A 64-bit number from the seed, what the case says, and the sample's number."""
-    content = repr((seed, case.problem, tuple(case.previous_steps), case.now_step, k)).encode(
-        "utf-8", "surrogatepass"
-    )
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    """The seed of an analysis, an int64: from the seed, what the case says, and the sample's number."""
+    number = fingerprint(seed, case.problem, tuple(case.previous_steps), case.now_step, k)
+    return number - 2 ** 64 if number >= 2 ** 63 else number
 
 
 def reward(analyses: Iterable[Analysis]) -> float | None:

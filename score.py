@@ -16,7 +16,7 @@ prediction (--all-steps goes on).
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +40,7 @@ from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import json_line, refuse_existing, write_json, writing
 from plumbing.journal import Journal
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward
 
 # ---------------------------------------------------------------------------------------------- judge
 
@@ -258,7 +258,7 @@ def judge_all(
     """
     numbered = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
-    asked: dict[int, tuple[int, int]] = {}  # ticket -> (index of the solution, step)
+    asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
     open_ones: dict[int, Open] = {}  # index of the solution -> the solution
     race = best_of_n.Race(extent.leave_by)
     sampler.restart()
@@ -274,14 +274,14 @@ def judge_all(
                 break
             i, t = waiting.popleft()
             try:
-                ticket = sampler.add(case_of(open_ones[i].solution, t))
-                asked[ticket] = i, t
+                request_id = sampler.add(case_of(open_ones[i].solution, t))
+                asked[request_id] = i, t
             except TooLong:
                 answers.append((i, t, []))
         if not answers and not sampler.busy:
             return
         if sampler.busy:
-            answers += [(*asked.pop(ticket), analyses) for ticket, analyses in sampler.step()]
+            answers += [(*asked.pop(request_id), analyses) for request_id, analyses in sampler.step()]
         for i, t, analyses in answers:
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
             one = open_ones[i]
@@ -352,6 +352,52 @@ def score_lines(
         if judged.left:
             line["left"] = extent.leave_by
         yield line
+
+
+# -------------------------------------------------------------------------------------- from other programs
+
+
+class Judge:
+    """The rewards of solutions' steps, for other programs. PYTHONPATH names this file's folder.
+
+        from score import Judge
+        judge = Judge("runs/dpo/model", k=10)
+        judge.rewards("1 + 1 + 1?", ["1 + 1 = 2.", "2 + 1 = 4."])          # [0.97, 0.02]
+        judge.rewards_of([(problem, steps), (problem, other_steps)])       # many, side by side: [[...], [...]]
+        judge.judge([Case(problem, tuple(steps[:-1]), steps[-1])])         # the last step alone: [0.02]
+
+    The same call gives the same rewards, whatever was judged before it, up to rounding. A reward is None where
+    no analysis has a P(Yes), as where the prompt is longer than the model's context.
+    """
+
+    def __init__(self, model: str, k: int = 10, name: str = "", force: bool = True, **flags):
+        """model: a checkpoint's folder, or a server's URL. flags: the other fields of ServedConfig, as seed=1.
+
+        With a URL `name` is the model's there, and tokenizer="FOLDER" is needed. Raises BadInput.
+        """
+        if "://" in model:
+            config = ServedConfig(model=name, server=model, **flags)
+        else:
+            config = ServedConfig(model=model, **flags)
+        self.sampler = load_sampler(config, k, force)
+
+    def rewards(self, problem: str, steps: Sequence[str]) -> list[float | None]:
+        """The reward of each step of a solution."""
+        return self.rewards_of([(problem, steps)])[0]
+
+    def rewards_of(self, solutions: Iterable[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
+        """The rewards of each (problem, steps), all judged side by side."""
+        cases = []
+        ends = []  # ends[i]: where the cases of solution i end
+        for problem, steps in solutions:
+            cases += [Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)]
+            ends.append(len(cases))
+        rewards = self.judge(cases)
+        return [rewards[start:end] for start, end in zip([0, *ends], ends)]
+
+    def judge(self, cases: Iterable[Case]) -> list[float | None]:
+        """The reward of each case."""
+        return [reward(analyses) for analyses in in_order(self.sampler.analyses(cases))]
 
 
 # ---------------------------------------------------------------------------------------------- threshold

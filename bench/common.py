@@ -53,6 +53,7 @@ class Row:
     ours: float
     wanted: str
     met: bool
+    plain: float | None = None            # ours with --plain, the code as it reads
     peer: float | None = None
     ratio: float | None = None
     roofline: float | None = None         # share of what the hardware could do, measured in the same run
@@ -218,9 +219,9 @@ def print_rows(rows: list[Row]) -> None:
     """As Markdown, for bench/README.md."""
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
-    print("\n| work | unit | ours | peer | ratio | wanted | met | roofline | peak MB ours / peer |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| work | unit | ours | plain | peer | ratio | wanted | met | roofline | peak MB ours / peer |\n|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
-        print(f"| {r.work} | {r.unit} | {r.ours:.3g} | {shown(r.peer, '.3g')} | {shown(r.ratio, '.1f')} | {r.wanted} | "
+        print(f"| {r.work} | {r.unit} | {r.ours:.3g} | {shown(r.plain, '.3g')} | {shown(r.peer, '.3g')} | {shown(r.ratio, '.1f')} | {r.wanted} | "
               f"{'yes' if r.met else 'NO'} | {shown(r.roofline, '.0%')} | {shown(r.memory, '.0f')} / {shown(r.peer_memory, '.0f')} |")
     for r in rows:
         if r.note:

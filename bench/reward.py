@@ -21,6 +21,7 @@ from checkpoint import DTYPES, load_model
 from plumbing.cli import run
 from formats.readers import read_solutions
 from formats.verdicts import VERIFICATION
+from generate import Engine
 from rprm import Case, Sampler, Sampling, reward, yes_no_ids
 
 
@@ -36,26 +37,27 @@ class Config(BenchConfig):
 
 
 def main(config: Config) -> None:
-    run_side_or_all(config, {"ours": ours, "peer": peer}, measure)
+    run_side_or_all(config, {"ours": ours, "plain": plain, "peer": peer}, measure)
 
 
 def measure(config: Config) -> list[Row]:
     if config.full:
         config = replace(config, peer_steps=10 ** 6)
     sides = {f"ours, {dtype}": replace(config, side="ours", dtypes=(dtype,)) for dtype in config.dtypes}
+    sides |= {f"plain, {dtype}": replace(config, side="plain", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"peer, {dtype}": replace(config, side="peer", peer_dtypes=(dtype,)) for dtype in config.peer_dtypes}
     found = in_turn(__file__, sides, config.repeats)
     medians = {name: median_run(runs, "steps_per_second") for name, runs in found.items()}
-    (our_name, our), (best_name, best) = (
+    (our_name, our), (_, plainly), (best_name, best) = (
         max(((name, m) for name, m in medians.items() if name.startswith(side)), key=lambda item: item[1]["steps_per_second"])
-        for side in ("ours", "peer"))
+        for side in ("ours", "plain", "peer"))
     ratio, same = our["steps_per_second"] / best["steps_per_second"], best["steps"]
     note = (f"{our_name}: {our['steps']} steps in {our['seconds']:.1f} s; {best_name}, on {same} of them, {best['seconds']:.1f} s "
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
             f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}"
             + "; all: " + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
     return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
-                our["steps_per_second"], "≥ 10×", ratio >= 10, best["steps_per_second"], ratio, None,
+                our["steps_per_second"], "≥ 10×", ratio >= 10, plainly["steps_per_second"], best["steps_per_second"], ratio, None,
                 our["peak_mb"], best["peak_mb"], note, found)]
 
 
@@ -65,14 +67,26 @@ def cases_of(config: Config) -> list[Case]:
 
 
 def ours(config: Config) -> dict:
+    return timed(config, is_plain=False)
+
+
+def plain(config: Config) -> dict:
+    return timed(config, is_plain=True)
+
+
+def timed(config: Config, is_plain: bool) -> dict:
+    """The project's rewards, fast or as rprm.py, generate.py and model.py read."""
     tokenizer, prompt = load_words(config)
     [dtype] = config.dtypes
-    fast.keep_freed_memory()
-    model, cases = fast.speed_up(load_model(config.model, DTYPES[dtype])), cases_of(config)
+    model, cases = load_model(config.model, DTYPES[dtype]), cases_of(config)
+    engine_class = Engine
+    if not is_plain:
+        fast.keep_freed_memory()
+        engine_class = fast.engine_for(fast.speed_up(model))
 
     def sampler(tokens: int) -> Sampler:
         sampling = Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed)
-        it = Sampler(model, tokenizer, prompt, sampling, fast.engine_for(model))
+        it = Sampler(model, tokenizer, prompt, sampling, engine_class)
         it.engine.eos = it.engine.eos[:0]  # end-of-text off
         return it
     list(sampler(2).analyses(cases[:1]))  # warm up

@@ -28,7 +28,7 @@ from model import Decoder, at_least_fp32
 
 class Slot(NamedTuple):
     """A prompt that is being decoded: its request, and its tokens behind the prefix."""
-    ticket: int
+    request_id: int
     length: int
 
 
@@ -84,7 +84,7 @@ class Cache:
         self.D = c.head_dim
         self.prefix = weight.new_zeros(2, c.num_hidden_layers, self.KV, 0, self.D)
         self.buckets: dict[int, Bucket] = {}
-        self.slots: dict[int, Slot] = {}  # by ticket
+        self.slots: dict[int, Slot] = {}  # by request id
         # (2, layers, at least R, KV, at least W, D)
         self.rows = weight.new_zeros(2, c.num_hidden_layers, 0, self.KV, 0, self.D)
 
@@ -94,17 +94,17 @@ class Cache:
     def prefix_length(self) -> int:
         return self.prefix.shape[3]
 
-    def add_prompt(self, ticket: int, keys_values: torch.Tensor) -> None:
+    def add_prompt(self, request_id: int, keys_values: torch.Tensor) -> None:
         """keys_values (2, layers, KV, n, D): of the prompt's tokens behind the prefix."""
-        slot = Slot(ticket, keys_values.shape[3])
+        slot = Slot(request_id, keys_values.shape[3])
         length = bucket_length(slot.length)
         if length not in self.buckets:
             self.buckets[length] = Bucket(keys_values, length)
         self.buckets[length].add(slot, keys_values)
-        self.slots[ticket] = slot
+        self.slots[request_id] = slot
 
-    def remove_prompt(self, ticket: int) -> None:
-        slot = self.slots.pop(ticket)
+    def remove_prompt(self, request_id: int) -> None:
+        slot = self.slots.pop(request_id)
         self.buckets[bucket_length(slot.length)].remove(slot)
 
     def shorten_prefix(self, length: int) -> None:
@@ -116,7 +116,7 @@ class Cache:
         for bucket in old.values():
             for i, slot in enumerate(bucket.slots):
                 own = bucket.keys_values[:, :, i, :, :slot.length]
-                self.add_prompt(slot.ticket, torch.cat((cut, own), dim=3))
+                self.add_prompt(slot.request_id, torch.cat((cut, own), dim=3))
 
     # ------------------------------------------------------------------------------------------ rows
 
@@ -135,14 +135,14 @@ class Cache:
 
     # ------------------------------------------------------------------------------------------ attention
 
-    def arrange(self, tickets: torch.Tensor) -> None:
-        """After a change of rows or prompts: put each slot's rows side by side. tickets (R,), of the rows."""
+    def arrange(self, request_ids: torch.Tensor) -> None:
+        """After a change of rows or prompts: put each slot's rows side by side. request_ids (R,), of the rows."""
         buckets = [bucket for bucket in self.buckets.values() if bucket.slots]
         self.in_use = [(bucket.keys_values, bucket.mask()) for bucket in buckets]
         slots = [slot for bucket in buckets for slot in bucket.slots]
-        slot_of = {slot.ticket: i for i, slot in enumerate(slots)}
+        slot_of = {slot.request_id: i for i, slot in enumerate(slots)}
         # (R,)
-        self.slot = torch.tensor([slot_of[ticket] for ticket in tickets.tolist()], device=tickets.device)
+        self.slot = torch.tensor([slot_of[request_id] for request_id in request_ids.tolist()], device=request_ids.device)
         order = self.slot.argsort(stable=True)
         counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
         before = counts.cumsum(0) - counts

@@ -11,11 +11,10 @@ continuation. Fast:
   of the tokens that it samples.
 - Prompts are prefilled as a tree below the prefix that all of them share, and the prefix is computed once
   (fast/cache.py).
-- The words that `added` puts behind a continuation run through its row, whose keys and values are there
-  already.
+- The suffix of a continuation runs through its row, whose keys and values are there already.
 
 Why it samples what the plain one does: a token depends on its row's logits and on uniform(seed, t), neither
-of which knows the batch. Gain: 10 times Transformers' `generate` on 2 cores (bench/README.md); `added` words
+of which knows the batch. Gain: 10 times Transformers' `generate` on 2 cores (bench/README.md); suffixes
 35% of the reward's time without it.
 """
 from collections import deque
@@ -37,7 +36,7 @@ WINDOW = 64            # tokens that the rows have room for at first
 
 class Prompt(NamedTuple):
     """A prefilled prompt that waits for a slot."""
-    ticket: int
+    request_id: int
     request: Request
     keys_values: torch.Tensor  # of all that was prefilled with it, (2, layers, KV, T, D)
     path: torch.Tensor         # which of them are this prompt's own
@@ -55,9 +54,9 @@ class Engine(generate.Engine):
         self.cache = Cache(self.model)
         self.rows = Rows.new(0, 0, 0, n=0, width=0, device=device)
         self.draws = Draws(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3)))
-        # Ticket -> its K continuations, None = not ended yet
+        # request id -> its K continuations, None = not ended yet
         self.answers: dict[int, list[Continuation | None]] = {}
-        # (ticket, number) -> one whose added words are being read
+        # (request id, number) -> one whose suffix is being read
         self.reading: dict[tuple[int, int], Continuation] = {}
         self.longest = 0        # tokens of the longest row
         self.arranged = False   # is the cache arranged for these rows and prompts?
@@ -104,9 +103,9 @@ class Engine(generate.Engine):
         hidden, keys_values = self.forward_tree(tree, prefix)
         logits = self.model.logits(hidden)  # (prompts, V)
         check_finite(logits)
-        for (ticket, request), path, row in zip(group, tree.paths, logits, strict=True):
+        for (request_id, request), path, row in zip(group, tree.paths, logits, strict=True):
             self.ready.append(
-                Prompt(ticket, request, keys_values, torch.from_numpy(path).to(self.model.device), row)
+                Prompt(request_id, request, keys_values, torch.from_numpy(path).to(self.model.device), row)
             )
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
@@ -159,14 +158,14 @@ class Engine(generate.Engine):
         new = self.rows_of(K)
         start = len(prompt.request.ids)
         device = self.model.device
-        self.cache.add_prompt(prompt.ticket, prompt.keys_values[:, :, :, prompt.path])
+        self.cache.add_prompt(prompt.request_id, prompt.keys_values[:, :, :, prompt.path])
         self.cache.make_room(R + new)
-        self.answers[prompt.ticket] = [None] * K
+        self.answers[prompt.request_id] = [None] * K
         self.longest = max(self.longest, 1)
         self.rows.widen(self.longest)
         limit = min(self.max_new_tokens, self.context - start)
         width = self.rows.tokens.shape[1]
-        self.rows = self.rows.append(Rows.new(prompt.ticket, start, limit, new, width, device))
+        self.rows = self.rows.append(Rows.new(prompt.request_id, start, limit, new, width, device))
         number = torch.arange(K, device=device)
         seed = torch.tensor(prompt.request.seeds, dtype=torch.int64, device=device)
         self.draws = self.draws.append(Draws(R + number % new, seed, number))
@@ -181,7 +180,7 @@ class Engine(generate.Engine):
         """One more token for every row that is not done."""
         width = self.width()
         if not self.arranged:
-            self.cache.arrange(self.rows.ticket)
+            self.cache.arrange(self.rows.request_id)
         if not self.arranged or width != self.decoded_width:
             self.cache.make_room(len(self.rows), max(width, min(WINDOW, self.max_new_tokens)))
             self.rows.widen(width + 1)
@@ -230,7 +229,7 @@ class Engine(generate.Engine):
         position = self.rows.length[row]
         u = uniform(self.draws.seed[draws], position)
         token = sample(logits, row - rows.start, u, self.temperature, self.top_p)
-        given = self.rows.added_end[row] > 0
+        given = self.rows.suffix_end[row] > 0
         token = torch.where(given, self.rows.tokens[row, position], token)
         self.sampled += (~self.rows.done[row] & ~given).sum()
 
@@ -239,7 +238,7 @@ class Engine(generate.Engine):
         self.rows.tokens[row, position] = token
         row_index = torch.arange(rows.start, rows.stop, device=device)
         last = self.rows.tokens[row_index, self.rows.length[rows]]
-        ends = torch.isin(last, self.eos) & (self.rows.added_end[rows] == 0)
+        ends = torch.isin(last, self.eos) & (self.rows.suffix_end[rows] == 0)
         self.rows.length[rows] += ~self.rows.done[rows]
         self.rows.done[rows] |= ends | (self.rows.length[rows] >= self.rows.limit[rows])
 
@@ -273,25 +272,25 @@ class Engine(generate.Engine):
         return bool(self.rows.done.any())
 
     def retire(self) -> list[tuple[int, list[Continuation]]]:
-        """Take finished rows out, unless words are added to them. -> the requests that are answered with them."""
+        """Take finished rows out, unless a suffix is added to them. -> the requests that are answered with them."""
         answered = []
         for row, numbers in self.draws_of_done_rows().items():
-            ticket = int(self.rows.ticket[row])
-            added_end = int(self.rows.added_end[row])
-            if added_end:
-                ended = self.reading.pop((ticket, numbers[0]))
-                ended.read = float(self.rows.p_yes[row, added_end])
+            request_id = int(self.rows.request_id[row])
+            suffix_end = int(self.rows.suffix_end[row])
+            if suffix_end:
+                ended = self.reading.pop((request_id, numbers[0]))
+                ended.p_yes_after_suffix = float(self.rows.p_yes[row, suffix_end])
             else:
                 ended = self.continuation_of(row)
-                if self.add_words(row, ended):
-                    self.reading[ticket, numbers[0]] = ended
+                if self.add_suffix(row, ended):
+                    self.reading[request_id, numbers[0]] = ended
                     continue
             for number in numbers:
-                self.answers[ticket][number] = ended
-            if all(self.answers[ticket]):
-                answered.append((ticket, self.answers.pop(ticket)))
-        for ticket, _ in answered:
-            self.cache.remove_prompt(ticket)
+                self.answers[request_id][number] = ended
+            if all(self.answers[request_id]):
+                answered.append((request_id, self.answers.pop(request_id)))
+        for request_id, _ in answered:
+            self.cache.remove_prompt(request_id)
         self.drop_done_rows()
         self.arranged = False
         return answered
@@ -308,24 +307,25 @@ class Engine(generate.Engine):
         n = int(self.rows.length[row])
         ids = self.rows.tokens[row, :n].tolist()
         p_yes = self.rows.p_yes[row, :n].tolist()
-        finished = ids[-1] in self.eos.tolist()
-        return Continuation(ids[:-1] if finished else ids, p_yes, finished)
+        if ids[-1] in self.eos.tolist():
+            return Continuation(ids[:-1], p_yes, end=ids[-1])
+        return Continuation(ids, p_yes, end=None)
 
-    def add_words(self, row: int, ended: Continuation) -> bool:
-        """Put the added words, if any, behind a continuation, in place of its end-of-text token.
+    def add_suffix(self, row: int, ended: Continuation) -> bool:
+        """Put its suffix, if it has one, behind a continuation, in place of its end-of-text token.
 
-        Its row then runs through them.
+        Its row then runs through it. -> whether it has one.
         """
-        words = self.added(ended.ids)
-        if words:
+        suffix = self.suffix_of(ended.ids)
+        if suffix:
             n = len(ended.ids)
-            added_end = n + len(words)
-            self.rows.widen(added_end + 1)
-            self.rows.tokens[row, n:added_end] = torch.tensor(words, device=self.model.device)
-            self.rows.added_end[row] = added_end
-            self.rows.limit[row] = added_end + 1
+            suffix_end = n + len(suffix)
+            self.rows.widen(suffix_end + 1)
+            self.rows.tokens[row, n:suffix_end] = torch.tensor(suffix, device=self.model.device)
+            self.rows.suffix_end[row] = suffix_end
+            self.rows.limit[row] = suffix_end + 1
             self.rows.done[row] = False
-        return bool(words)
+        return bool(suffix)
 
     def drop_done_rows(self) -> None:
         """The last rows that go on overwrite the first ones that are done."""

@@ -14,7 +14,8 @@ out before the first case, not assumed.
     http.py         one request, asked again as long as its failure may pass
     jobs.py         many requests side by side
 """
-from server.http import parse_url, read_key
+from server.http import Server, parse_url, read_key
+from server.jobs import side_by_side
 from server.sampler import load_served
 
-__all__ = ["load_served", "parse_url", "read_key"]
+__all__ = ["Server", "load_served", "parse_url", "read_key", "side_by_side"]

@@ -15,7 +15,17 @@ from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer, read_template
 from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
 from plumbing.errors import BadInput
-from rprm import Analysis, Case, Prompt, Sampler, Sampling, is_conversation, load_prompt, row_seed, yes_no_ids
+from rprm import (
+    Analysis,
+    Case,
+    Prompt,
+    Sampler,
+    Sampling,
+    load_prompt,
+    row_seed,
+    tell_conversation,
+    yes_no_ids,
+)
 from server.completions import Choice, ServerEngine, Token, YesNo
 from server.http import Refused, Server, read_key
 from server.jobs import Jobs
@@ -29,27 +39,27 @@ class ServerSampler(Sampler):
     """
 
     def __init__(self, engine: ServerEngine, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
-                 room: int):
+                 reserve: int):
         self.engine = engine
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.sampling = sampling
-        self.room = room
-        self.is_conversation = is_conversation(prompt, tokenizer)
+        self.reserve = reserve
+        self.read_prompt_form()
         self.jobs = Jobs()
 
     @property
     def context(self) -> float:
-        return self.engine.context + self.room
+        return self.engine.context + self.reserve
 
     # ------------------------------------------------------------------------------------------ pushed
 
     def restart(self) -> None:
-        """Forget the cases before; tickets count from 0 again."""
+        """Forget the cases before; request ids count from 0 again."""
         self.jobs = Jobs()
 
     def add(self, case: Case) -> int:
-        """Start the work on a case. -> its ticket: 0, 1, 2, ... in the order of adding. Raises TooLong."""
+        """Start the work on a case. -> its request id: 0, 1, 2, ... Raises TooLong."""
         return self.jobs.start(partial(self._analyse, case, self.prompt_ids(case)))
 
     @property
@@ -63,7 +73,7 @@ class ServerSampler(Sampler):
         return self.jobs.running > 0
 
     def step(self) -> list[tuple[int, list[Analysis]]]:
-        """Wait for the next answer. -> (ticket, the case's K analyses), once."""
+        """Wait for the next answer. -> (request id, the case's K analyses), once."""
         try:
             return [self.jobs.next()]
         except BaseException:  # also Ctrl-C: nobody waits for what the other threads ask for
@@ -96,12 +106,12 @@ class ServerSampler(Sampler):
             p_yes = None
             if verdict is not None and not has_usual_word(choice.text):
                 before = before_verdict(choice.text)
-                unread[i] = prompt + self.tokenizer.continuation([], before) + self._verification(before)
+                unread[i] = prompt + self._answer(before) + self._verification(before)
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
                 if at is None:
-                    unread[i] = prompt + self.tokenizer.continuation([], choice.text[:letter].rstrip(" "))
+                    unread[i] = prompt + self._answer(choice.text[:letter].rstrip(" "))
                 else:
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
             elif forces:
@@ -125,20 +135,24 @@ class ServerSampler(Sampler):
     def _ids(self, tokens: list[Token], text: str) -> list[int]:
         """The ids of the tokens, if the server told them; else those of the text."""
         has_ids = all(isinstance(token, int) for token in tokens)
-        return tokens if has_ids else self.tokenizer.continuation([], text)
+        return tokens if has_ids else self._answer(text)
 
     def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
         """The index of the token with the verdict's first letter; the text from there on is `rest`.
 
-        None if the tokens do not tell: their texts, put together from behind, do not end with `rest`.
+        None if the tokens do not tell: no last ones of them say `rest`, but for what stands before it.
         """
-        text = ""
         for i in reversed(range(len(tokens))):
-            token = tokens[i]
-            text = (self.tokenizer.decode([token]) if isinstance(token, int) else token) + text
+            text = self._text(tokens[i:])
             if len(text) >= len(rest):
                 return i if text.endswith(rest) else None
         return None
+
+    def _text(self, tokens: list[Token]) -> str:
+        """The text of tokens that are all ids or all texts."""
+        if all(isinstance(token, int) for token in tokens):
+            return self.tokenizer.decode(tokens)
+        return "".join(map(str, tokens))
 
 
 def context_of(model: dict) -> float:
@@ -165,11 +179,13 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     models = server.models()
     if models is not None and config.model not in models:
         raise BadInput(f"{server.url}: no model {config.model!r}; --model may be {', '.join(sorted(models))}")
-    room = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, to read a verdict
+    reserve = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, to read a verdict
     context = config.context or context_of((models or {}).get(config.model, {}))
     yes_id, no_id = yes_no_ids(tokenizer)
     yes_no = YesNo((yes_id, " Yes"), (no_id, " No"))
-    engine = ServerEngine(server, config.model, yes_no, sampling, context - room)
+    engine = ServerEngine(server, config.model, yes_no, sampling, context - reserve)
     said = engine.probe(tokenizer.chat("Is 1 + 1 = 2?"))
     print(f"server: {server.url}, model {config.model}; {said}")
-    return ServerSampler(engine, tokenizer, prompt, sampling, room)
+    sampler = ServerSampler(engine, tokenizer, prompt, sampling, reserve)
+    tell_conversation(sampler)
+    return sampler

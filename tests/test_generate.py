@@ -83,9 +83,9 @@ def naive(model, ids: list[int], seed: int, temperature: float, top_p: float, ma
         p_yes.append(yes_against_no(logits))
         token = draw(logits.numpy(), (splitmix64(seed, len(new)) >> 40) / 2 ** 24, temperature, top_p)
         if token in EOS:
-            return Continuation(new, p_yes, True)
+            return Continuation(new, p_yes, token)
         new.append(token)
-    return Continuation(new, p_yes, False)
+    return Continuation(new, p_yes, None)
 
 
 # ---------------------------------------------------------------------------------------------- helpers
@@ -123,9 +123,9 @@ def engine_of(request):
 
 def run(engine, requests, added: Callable[[list[int]], list[int]] = lambda ids: []) -> list[list[Continuation]]:
     """The continuations of every request, each given once, in the order of the requests."""
-    engine.added = added
+    engine.suffix_of = added
     found = list(engine.run(requests))
-    assert sorted(ticket for ticket, _ in found) == list(range(len(found)))
+    assert sorted(request_id for request_id, _ in found) == list(range(len(found)))
     return [continuations for _, continuations in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -291,8 +291,8 @@ def test_requests_that_wait_for_a_result(engine_of, model):
         engine.add(request)
     coming = iter(requests[3:])
     while engine.busy:
-        for ticket, continuations in engine.step():
-            results[ticket] = continuations
+        for request_id, continuations in engine.step():
+            results[request_id] = continuations
             if (request := next(coming, None)) is not None:
                 engine.add(request)
     assert_same([results[i] for i in range(6)], run(engine_of(model), requests))
@@ -312,24 +312,24 @@ def test_prompts_of_one_group_share_what_they_share(engine_of, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("max_rows", [5, 160])
-def test_p_yes_after_added_words_equals_a_full_pass(model, recording, monkeypatch, max_rows, kind):
-    """Rows that end by themselves and rows that are cut off, with added words of several lengths or none; the rest is as without."""
+def test_p_yes_after_suffixes_equals_a_full_pass(model, recording, monkeypatch, max_rows, kind):
+    """Rows that end by themselves and rows that are cut off, with suffixes of several lengths or none; the rest is as without."""
     monkeypatch.setattr(fast.engine, "WINDOW", 4)
     monkeypatch.setattr(fast.graphs, "WINDOW", 4)
-    words = {0: [], 1: [7], 2: [9, EOS[0], 11], 3: random_ids(9, 1)}  # an end-of-text token among them ends nothing
+    suffixes = {0: [], 1: [7], 2: [9, EOS[0], 11], 3: random_ids(9, 1)}  # an end-of-text token among them ends nothing
     requests = requests_of(shared_prompts(7), 3)
     engine = make_engine(kind, model, max_rows, max_new_tokens=12)
     without = run(engine, requests)
     assert {c.finished for row in without for c in row} == {True, False}
-    assert {sum(c.ids) % 4 for row in without for c in row} == set(words)
+    assert {sum(c.ids) % 4 for row in without for c in row} == set(suffixes)
     sampled = engine.new_tokens
-    found = run(engine, requests, lambda ids: words[sum(ids) % 4])
+    found = run(engine, requests, lambda ids: suffixes[sum(ids) % 4])
     assert_same(found, without)
     assert engine.new_tokens == 2 * sampled
     for request, row in zip(requests, found):
         for c in row:
-            added = words[sum(c.ids) % 4]
-            assert c.read == (pytest.approx(yes_against_no(full_pass(model, request.ids + c.ids + added)), abs=1e-5) if added else None)
+            suffix = suffixes[sum(c.ids) % 4]
+            assert c.p_yes_after_suffix == (pytest.approx(yes_against_no(full_pass(model, request.ids + c.ids + suffix)), abs=1e-5) if suffix else None)
 
 
 # ---------------------------------------------------------------------------------------------- ends
@@ -387,7 +387,7 @@ def test_read_p_yes_equals_a_full_pass(engine_of, model, monkeypatch, prefill_to
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_the_fast_engine_samples_what_the_plain_one_does(make_folder, seed):
-    """Over random models, prompts and requests: the same tokens and ends, P(Yes) to 1e-6, added words too.
+    """Over random models, prompts and requests: the same tokens and ends, P(Yes) to 1e-6, after suffixes too.
 
     fp64, so that rounding moves no token.
     """
@@ -408,7 +408,7 @@ def test_the_fast_engine_samples_what_the_plain_one_does(make_folder, seed):
     assert [[c.finished for c in row] for row in found] == [[c.finished for c in row] for row in plain]
     for c, expected in zip(sum(found, []), sum(plain, [])):
         assert c.p_yes == pytest.approx(expected.p_yes, abs=1e-6)
-        assert c.read == (None if expected.read is None else pytest.approx(expected.read, abs=1e-6))
+        assert c.p_yes_after_suffix == (None if expected.p_yes_after_suffix is None else pytest.approx(expected.p_yes_after_suffix, abs=1e-6))
 
 
 # ---------------------------------------------------------------------------------------------- uniform

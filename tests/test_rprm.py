@@ -386,8 +386,9 @@ def test_a_direct_reading_equals_a_full_pass(make_sampler):
 def test_complete_writes_line_and_verdict(make_sampler, monkeypatch):
     """The line follows the last whole sentence; its answer is drawn; what has a verdict is left alone."""
     given = f"Fine.\n{VERIFICATION} No"
-    texts = ["The sum is right.", "", given, "The sum is right.\n\n", "The sum is right. Yes! The data co", "The da"]
-    kept = ["The sum is right.", "", None, "The sum is right.", "The sum is right. Yes!", ""]
+    texts = ["The sum is right.", "", given, "The sum is right.\n\n", "The sum is right. Yes! The data co", "The da",
+             "It is 3.5. So 4.2 kg"]
+    kept = ["The sum is right.", "", None, "The sum is right.", "The sum is right. Yes!", "", "It is 3.5."]
     for n, (text, sentence) in enumerate(zip(texts, kept)):
         cut = n >= 4
         ids = make_sampler().tokenizer.encode(text)

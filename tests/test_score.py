@@ -97,20 +97,20 @@ def stand_in(monkeypatch):
                 self.k, self.engine = k, SimpleNamespace(new_tokens=1)
 
             def restart(self):
-                self.open_cases, self.tickets = [], 0
+                self.open_cases, self.next_id = [], 0
 
             def add(self, case: Case) -> int:
                 asked.append(case)
-                self.open_cases.append((self.tickets, case))
-                self.tickets += 1
-                return self.tickets - 1
+                self.open_cases.append((self.next_id, case))
+                self.next_id += 1
+                return self.next_id - 1
 
             has_room = property(lambda self: len(self.open_cases) < 4)
             busy = property(lambda self: bool(self.open_cases))
 
             def step(self) -> list:
-                ticket, case = self.open_cases.pop(rng.randrange(len(self.open_cases)))
-                return [(ticket, analyses_of(case, self.k))]
+                request_id, case = self.open_cases.pop(rng.randrange(len(self.open_cases)))
+                return [(request_id, analyses_of(case, self.k))]
         monkeypatch.setattr(score, "load_sampler", lambda config, k, force, complete=False, direct=False: StandIn(k))
         return asked
     return install
@@ -123,21 +123,21 @@ class StepStandIn:
         self.p_yes, self.asked, self.rng, self.engine = p_yes, asked, random.Random(0), SimpleNamespace(new_tokens=1)
 
     def restart(self):
-        self.open_cases, self.tickets = [], 0
+        self.open_cases, self.next_id = [], 0
 
     def add(self, case: Case) -> int:
         self.asked.append(case)
-        self.open_cases.append((self.tickets, case))
-        self.tickets += 1
-        return self.tickets - 1
+        self.open_cases.append((self.next_id, case))
+        self.next_id += 1
+        return self.next_id - 1
 
     has_room = property(lambda self: len(self.open_cases) < 4)
     busy = property(lambda self: bool(self.open_cases))
 
     def step(self) -> list:
-        ticket, case = self.open_cases.pop(self.rng.randrange(len(self.open_cases)))
+        request_id, case = self.open_cases.pop(self.rng.randrange(len(self.open_cases)))
         p = self.p_yes[case.problem, case.now_step]
-        return [(ticket, [Analysis("", None if p is None else p > 0.5, p, 10, True)])]
+        return [(request_id, [Analysis("", None if p is None else p > 0.5, p, 10, True)])]
 
 
 @pytest.fixture()

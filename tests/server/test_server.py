@@ -389,7 +389,7 @@ def test_the_context_bounds_the_analysis(stand_in, tiny_folder):
     it = sampler(stand_in, tiny_folder)
     list(it.analyses(cases(1)))
     [body] = stand_in.analyses_asked()
-    assert body["max_tokens"] == 4000 - it.room - len(body["prompt"])
+    assert body["max_tokens"] == 4000 - it.reserve - len(body["prompt"])
     long = Case("x " * 5000, (), "1.")
     with pytest.raises(TooLong, match="context is 4000; leave this case out"):
         it.add(long)
@@ -645,7 +645,7 @@ def test_a_case_may_be_added_when_another_is_answered(stand_in, tiny_folder):
     for n, case in enumerate(cases(5)):
         assert not it.busy and it.add(case) == n
         while it.busy:
-            answered += [ticket for ticket, analyses in it.step() if len(analyses) == 4]
+            answered += [request_id for request_id, analyses in it.step() if len(analyses) == 4]
     assert answered == [0, 1, 2, 3, 4] and stand_in.most_under_way == 1
 
 
@@ -665,9 +665,9 @@ def test_a_sampler_has_room_for_so_many_cases_and_forgets_them(stand_in, tiny_fo
     go.set()
     found = dict(it.step() + it.step())
     assert not it.busy and it.has_room
-    for ticket, case in enumerate(cases(5)[3:]):
+    for request_id, case in enumerate(cases(5)[3:]):
         prompt = stand_in.tokenizer.decode(it.prompt_ids(case))
-        for a in found[ticket]:
+        for a in found[request_id]:
             assert a.p_yes == pytest.approx(p_yes(prompt + a.text[:a.text.rindex("?") + 1]), abs=1e-9)
 
 
