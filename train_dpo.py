@@ -76,8 +76,9 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, config.model)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context)
-    validation = validation_examples(config.validation, read_pair, tokenizer, config.micro_tokens, context)
+    train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context, prompt)
+    validation = validation_examples(
+        config.validation, read_pair, tokenizer, config.micro_tokens, context, prompt)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
@@ -85,7 +86,8 @@ def main(config: Config) -> None:
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations)
 
-    flags = (config.context, config.system, config.template_args)
+    conversation = prompt if train.conversation is not None else None
+    flags = (config.context, config.system, config.template_args, conversation)
     reference = reference_logprobs(model, config.model, train, config.batch_size, flags)
     if validation:
         validation_reference = reference_logprobs(model, config.model, validation, config.batch_size, flags)
@@ -97,7 +99,7 @@ def main(config: Config) -> None:
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              save_model)
+              save_model, config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from plumbing import ranks
 from plumbing.errors import BadInput, Stopped
 from plumbing.files import json_line, naming, read_json, write_json, writing
+from plumbing.settings import summary_writer_class
 
 # ------------------------------------------------------------------------------ batches, schedule, optimizer
 
@@ -96,7 +97,8 @@ class Run:
     """A training run on the disk: how far it has come, its checkpoints, its log, its best model."""
 
     def __init__(self, out: str, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer,
-                 steps: int, save_every: int, keep: int, resume: bool, save_model: Callable[[Path], None]):
+                 steps: int, save_every: int, keep: int, resume: bool, save_model: Callable[[Path], None],
+                 tensorboard: bool = False):
         self.out = Path(out)
         self.settings = settings
         self.model = model
@@ -113,6 +115,9 @@ class Run:
             self._restore(checkpoints[-1])
         if ranks.rank() == 0:
             self._open_folder(resume)
+        self.board = None  # TensorBoard's writer
+        if tensorboard and ranks.rank() == 0:
+            self.board = summary_writer_class()(str(self.out / "tensorboard"), purge_step=self.step)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
@@ -153,6 +158,10 @@ class Run:
         with naming(self.out / "metrics.jsonl"):
             self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
             self.log_file.flush()
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(f"{split}/{name}", value, self.step)
+            self.board.flush()
         line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         if split == "train":
             self.bar.set_postfix_str(line)
