@@ -3,18 +3,22 @@
     python examples/arithmetic/uses.py --out runs/claims
 
 Each seed has the R-PRM DPO model of claims.py, with the settings that claims.json says were chosen, as its judge; what
-claims.py has left in --out is not run again. Solutions come from the embedded base model, which has read worked
-solutions. Writes OUT/uses.json, the plot OUT/uses.png and the tables between the markers of examples/arithmetic/README.md.
+claims.py has left in --out is not run again. Writes OUT/uses.json, the plot OUT/uses.png and the tables between the
+markers of examples/arithmetic/README.md.
+
+The policy is the embedded base, which has read worked solutions. It solves 98% of the problems, which leaves nothing to
+choose; so its weights get noise, a quarter of their standard deviation, and it solves less than half.
 
 All ways of solving a problem are compared by the tokens that they take, those of the judge among them:
 
-    greedy          the policy's most likely solution
+    greedy          the policy's most likely solution, token by token
     one sample      at temperature 0.95; the mean of eight
     majority of 8   the most frequent answer of eight samples
     best of 8       the sample whose rewards have the highest aggregate (min, mean, last or product)
     guided, N       N candidates for each next step; the one with the highest reward goes on (guided_search.py)
 """
 import re
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +27,8 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -54,6 +60,7 @@ class Config:
     solutions: Annotated[int, "solutions per seed by which the threshold is chosen, and as many others for which "
                               "it is reported", (10, None)] = 200
     k: Annotated[int, "analyses of a step", (1, None)] = 10
+    noise: Annotated[float, "added to the policy's matrices, in their standard deviations", (0, None)] = 0.25
     guided: Annotated[tuple[int, ...], "guided search with so many candidates for a step", (1, None)] = (2, 4, 8)
     readme: Annotated[bool, "write the tables into examples/arithmetic/README.md"] = True
 
@@ -69,7 +76,7 @@ def main(config: Config) -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         found = list(pool.map(of_seed, config.seeds))
     result = {"problems": config.problems, "solutions": config.solutions, "k": config.k, "seeds": list(config.seeds),
-              "threshold": over_seeds([one["threshold"] for one in found]),
+              "noise": config.noise, "threshold": over_seeds([one["threshold"] for one in found]),
               "solving": {way: over_seeds([one["solving"][way] for one in found]) for way in found[0]["solving"]}}
     write_json(Path(config.out) / "uses.json", result)
     text = tables(result)
@@ -140,8 +147,9 @@ def solving(config: Config, chain: Chain, judge_folder: Path) -> dict[str, dict[
     texts = [problem.text for problem in problems]
     answers = [world.draw_solution(rng, problem)[-1].result for problem in problems]
     judge = Judge(str(judge_folder), config.k, max_new_tokens=120, batch_size=64, seed=chain.seed)
-    policy = Policy(str(HERE / "base"), SEPARATOR, 0.95, 0.95, max_step_tokens=60)
-    greedy = Policy(str(HERE / "base"), SEPARATOR, 0, 0.95, max_step_tokens=60)
+    folder = write_policy(chain.folder / "uses" / "policy", config.noise, chain.seed)
+    policy = Policy(str(folder), SEPARATOR, 0.95, 0.95, max_step_tokens=60)
+    greedy = Policy(str(folder), SEPARATOR, 0, 0.95, max_step_tokens=60)
     ways = {}
 
     def add(way: str, right: list[float], tokens: int) -> None:
@@ -172,6 +180,19 @@ def solving(config: Config, chain: Chain, judge_folder: Path) -> dict[str, dict[
     write_json(path, ways)
     print(f"seed {chain.seed}: {ways}", flush=True)
     return ways
+
+
+def write_policy(folder: Path, noise: float, seed: int) -> Path:
+    """The base with noise on its matrices."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(HERE / "base", folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            weights[name] = weight + noise * weight.std() * torch.randn(weight.shape, generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def as_step(problem: str, previous_steps: tuple[str, ...], text: str) -> str:
@@ -221,7 +242,7 @@ def tables(result: dict) -> str:
         f"| Brier before, after | {shown(t['brier_before'], 3)}, {shown(t['brier_after'], 3)} |",
         f"| AUROC | {shown(t['auroc'], 3)} |",
         "",
-        f"| {result['problems']} problems a seed, solved by the base | solved, % | tokens a problem |",
+        f"| {result['problems']} problems a seed, solved by the base with noise | solved, % | tokens a problem |",
         "|---|---|---|",
     ]
     lines += [f"| {way} | {shown(row['solved'])} | {row['tokens']['mean']:,.0f} |" for way, row in result["solving"].items()]
