@@ -376,12 +376,12 @@ class Sampler:
 class SamplerConfig:
     """The flags of sampling from a checkpoint."""
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = Sampling.temperature
     top_p: Annotated[
         float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)
-    ] = 0.95
-    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    seed: Annotated[int, "seed of the sampling"] = 0
+    ] = Sampling.top_p
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = Sampling.max_new_tokens
+    seed: Annotated[int, "seed of the sampling"] = Sampling.seed
     prompt_file: Annotated[str | None, "the words around the case "
                                        "(default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"

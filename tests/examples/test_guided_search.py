@@ -11,7 +11,7 @@ from rprm import DEFAULT_MODEL, Case
 
 sys.path.insert(0, str(ROOT / "examples"))
 import guided_search
-from guided_search import Config, Policy, Step, search
+from guided_search import Config, Policy, ServedPolicy, Step, search
 
 PROMPT = "Solve the problem.\n\nProblem: {problem}"
 PROBLEM = "Mia has 37 apples. Then Tom sells 15 to Mia. Mia lends to Ann 21. How many apples does Mia have now?"
@@ -129,6 +129,45 @@ def test_a_separator_of_two_tokens_is_found_in_the_text(policy):
     step = policy.step_of(Continuation(ids, [], end=None))
     assert step.text == "Tom +1" and not step.is_last
     assert tokenizer.decode(step.ids).startswith("Tom +15:") and len(step.ids) < len(ids)
+
+
+class ScriptedServer:
+    """Answers completions by their seed; `stop_reason` is the name of the field that tells what ended a text."""
+
+    url = "http://there"
+    concurrency = 2
+
+    def __init__(self, *choices: dict):
+        self.choices = choices
+        self.bodies = []
+
+    def ask(self, path, body, read):
+        self.bodies.append(body)
+        return read({"choices": [self.choices[body["seed"]]], "usage": {"completion_tokens": 5}})
+
+
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
+def test_a_served_policy_tells_steps_from_the_end_of_the_answer(field):
+    served = ServedPolicy("http://there", "judge", str(DEFAULT_MODEL), "\n\n", 0.95, 0.9, 60)
+    served.server = ScriptedServer(
+        {"text": " One.", "finish_reason": "stop", field: "\n\n"},
+        {"text": " Two.", "finish_reason": "stop", field: None},
+        {"text": " Thr", "finish_reason": "length"},
+    )
+    [[one, two, three]] = served.propose([[1, 2]], [[0, 1, 2]])
+    encode = served.tokenizer.encode
+    assert one == Step(encode(" One.\n\n"), "One.", False)
+    assert two == Step(encode(" Two."), "Two.", True)
+    assert (three.text, three.is_last) == ("Thr", False)
+    assert served.new_tokens == 15
+    assert all(body["stop"] == ["\n\n"] and body["prompt"] == [1, 2] and body["max_tokens"] == 60 for body in served.server.bodies)
+
+
+def test_a_server_that_does_not_tell_is_refused():
+    served = ServedPolicy("http://there", "judge", str(DEFAULT_MODEL), "\n\n", 0.95, 0.9, 60)
+    served.server = ScriptedServer({"text": " One.", "finish_reason": "stop"})
+    with pytest.raises(BadInput, match="there: does not tell whether a step or the answer has ended"):
+        served.propose([[1]], [[0]])
 
 
 # ---------------------------------------------------------------------------------------------- the script
