@@ -42,9 +42,11 @@ def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     assert all(share > 0 and math.isfinite(share) for share in shares)
 
 
+VLLM = ROOT / ".venv-vllm/bin/python"
+PEERS = " --peer-dtypes float32 --slots 4 --slot-context 512"
 SIDES = {
-    "sampling.py": (("ours", "plain"), "--dtypes float32 --prompts 3 --k 2 --new-tokens 4"),
-    "reward.py": (("ours", "plain"), "--dtypes float32 --solutions 2 --k 2 --max-new-tokens 4"),
+    "sampling.py": (("ours", "plain", "llama", "vllm"), "--dtypes float32 --prompts 3 --k 2 --new-tokens 4" + PEERS),
+    "reward.py": (("ours", "plain", "llama", "vllm"), "--dtypes float32 --solutions 2 --k 2 --max-new-tokens 4" + PEERS),
     "training.py --what sft": (("ours", "plain", "loss"), "--examples 2 --peer-examples 2 --shortest 20 --longest 30"),
     "training.py --what dpo": (("ours", "plain", "loss"), "--examples 2 --peer-examples 2 --shortest 20 --longest 30"),
     "prefill.py": (("ours",), "--prompts 3"),
@@ -54,13 +56,18 @@ SIDES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, side", [(script, side) for script, (sides, _) in SIDES.items() for side in sides])
-def test_our_sides_of_the_benchmarks_run_in_miniature(script, side, tmp_path):
+def test_sides_of_the_benchmarks_run_in_miniature(script, side, tmp_path):
+    if side == "llama":
+        pytest.importorskip("xllamacpp", reason="no llama.cpp here: pip install xllamacpp gguf")
+    if side == "vllm" and not VLLM.exists():
+        pytest.skip("no vLLM here: make vllm")
+    python = VLLM if side == "vllm" else sys.executable
     row = {"id": "0", "problem": "1 + 1 + 1 + 1?", "steps": ["1 + 1 = 2.", "2 + 1 = 3.", "So 4."], "label": 2}
     data = tmp_path / "solutions.jsonl"
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
     base = ROOT / "examples/arithmetic/base"
     name, *what = script.split()
-    line = [sys.executable, ROOT / "bench" / name, *what, "--side", side, "--model", base, "--data", data, *SIDES[script][1].split()]
+    line = [python, ROOT / "bench" / name, *what, "--side", side, "--model", base, "--data", data, *SIDES[script][1].split()]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
