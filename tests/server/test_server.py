@@ -37,6 +37,12 @@ BAD = f"The sum is wrong \u2713.\n{VERIFICATION} No."
 WORDS = "{problem}\n{previous_steps}\n{now_step}"
 KEY = "sk-very-secret-0123456789"
 NAMED = "logprob_token_ids"  # vLLM's field for the tokens whose log-probabilities are wanted
+# Of vLLM's page of metrics, in part
+METRICS_ON_CPU = ("# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig\n"
+                  "# TYPE vllm:cache_config_info gauge\n"
+                  'vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",num_cpu_blocks="None",'
+                  'user_specified_block_size="False"} 1.0\n')
+METRICS_ON_GPU = METRICS_ON_CPU.replace("128", "16")
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
