@@ -203,7 +203,7 @@ class ServerEngine:
         if self.raw:
             where = "read where the verdict is sampled"
         which = f"top {self.top} log-probabilities"
-        if self.extras and self._gives_named_tokens(prompt):
+        if self.extras and self._gives_named_tokens(prompt, len(at_one)):
             self.extras = self.extras | self._named_tokens()
             which = "log-probabilities of Yes and No themselves"
         said = f"{which}, {where}; analyses a request: {self.per_request}"
@@ -218,17 +218,17 @@ class ServerEngine:
         """vLLM's field for the tokens whose log-probabilities are wanted in place of the top ones."""
         return {"logprob_token_ids": [self.yes_no.yes[0], self.yes_no.no[0]]}
 
-    def _gives_named_tokens(self, prompt: list[int]) -> bool:
+    def _gives_named_tokens(self, prompt: list[int], n_top: int) -> bool:
         """Does the server give the log-probabilities of Yes and No, and of the drawn token, alone?
 
-        A server that does not know the field refuses the request, or gives the top ones all the same.
+        A server that does not know the field refuses the request, or gives as many top ones as without it.
         """
         try:
             choice = self._next_token(prompt, self._named_tokens())
         except Refused:
             return False
         shown = choice.top[0] if choice.top else {}
-        return {self.yes_no.yes[0], self.yes_no.no[0]} <= shown.keys() and len(shown) <= 3
+        return {self.yes_no.yes[0], self.yes_no.no[0]} <= shown.keys() and len(shown) <= 3 < n_top
 
     def _find_fields(self, prompt: list[int]) -> Choice:
         """Find the fields that the server takes. -> a token at temperature 1."""
