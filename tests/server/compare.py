@@ -45,7 +45,7 @@ class Config:
     most: Annotated[float, "largest difference of P(Yes), and of log-probabilities where texts part", (0, None)] = 1e-3
     server: Annotated[str | None, "URL of a server that is up (default: start vLLM)"] = None
     name: Annotated[str, "the model's name there"] = "model"
-    vllm: Annotated[str, "vLLM's command"] = ".venv-vllm/bin/vllm"
+    vllm: Annotated[str, "the Python of an environment with vLLM"] = ".venv-vllm/bin/python"
     logprobs_mode: Annotated[str, "what vLLM is to report", ("raw_logprobs", "processed_logprobs")] = "raw_logprobs"
     threads: Annotated[int, "of vLLM", (1, None)] = 2
 

