@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 import fast
 import fast.kernels
 import rprm
-from bench import gpu
+from bench import common, gpu, sampling
 from fast.attention import TreeAttention
 from model import Decoder, Tree, head_chunk
 from plumbing.memory import memory
@@ -71,6 +72,27 @@ def test_sides_of_the_benchmarks_run_in_miniature(script, side, tmp_path):
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
+def test_peers_that_are_not_installed_are_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(common, "find_spec", lambda name: "found")
+    config = sampling.Config(peers=("vllm", "llama.cpp"), vllm=sys.executable)
+    assert list(common.further_peers(replace(config, peer_dtypes=("float32",)))) == [
+        "vLLM, float32, eager", "vLLM, float32, compiled", "llama.cpp, float32"]
+    assert common.further_peers(replace(config, peers=())) == {} and capsys.readouterr().out == ""
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    assert common.further_peers(replace(config, vllm="nowhere/python")) == {}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "`make vllm` installs it" in said[0] and "pip install xllamacpp gguf" in said[1]
+
+
+def test_each_further_peer_has_a_row_with_the_best_of_its_runs():
+    rates = {"ours, float32": 120.0, "vLLM, float32, eager": 40.0, "vLLM, float32, compiled": 60.0}
+    medians = {name: {"rate": rate, "peak_mb": 2 * rate} for name, rate in rates.items()}
+    row = common.Row("sampling", "tokens/s", 120.0, "≥ 8×", True, peer=10.0, ratio=12.0)
+    [found] = common.rows_of_further_peers(row, medians, "rate")
+    assert found.work == "the same, the peer vLLM, float32, compiled"
+    assert (found.ours, found.peer, found.ratio, found.peer_memory, found.met) == (120.0, 60.0, 2.0, 120.0, None)
 
 
 def test_its_flops_are_those_that_pytorch_counts():

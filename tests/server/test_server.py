@@ -20,6 +20,7 @@ import pytest
 import data
 import score
 from checkpoint import load_tokenizer
+from compare import small_world_cases
 from conftest import HANG, ROOT, start
 from data import ServedConfig, load_sampler
 from formats.verdicts import VERIFICATION
@@ -908,12 +909,7 @@ def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
     Whole ones, with P(Yes) where the verdict is sampled, and cut ones, with P(Yes) after an added line.
     """
     base = ROOT / "examples" / "arithmetic" / "base"
-    asked = []
-    for a, b, wrong in [(34, 27, 0), (34, 27, 1), (50, 31, 0), (62, 19, 10), (25, 25, 0), (71, 8, 0)]:
-        problem = (f"At first Mia has {a} shells. Then Tom gives {b} to Mia. Now to Ann, Mia sells 18. "
-                   "How many shells does Mia have now?")
-        previous = f"After Tom: {a}+{b}={a + b}."
-        asked.append(Case(problem, (previous,), f"With Ann: {a + b}-18={a + b - 18 + wrong}."))
+    asked = small_world_cases()
     url = serve(base)
     for most in (120, 30):
         common = {"temperature": 0.0, "max_new_tokens": most}
