@@ -211,7 +211,7 @@ class ServerEngine:
             said += "; it refuses further fields, so its own top-k, min-p and penalties apply"
         if not self.seeded and self.sampling.temperature:
             said += ("; without seeds, as vLLM on a CPU dies of one where it cuts a prompt: "
-                     "another run gives other analyses")
+                     "another run gives other analyses (docs/server.md has a remedy)")
         return said
 
     def _named_tokens(self) -> dict[str, list[int]]:
