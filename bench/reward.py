@@ -63,7 +63,7 @@ def measure(config: Config) -> list[Row]:
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
             f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}"
             + "; all: " + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
-    which = f"all steps of {config.solutions} solutions" if config.steps is None else f"{our['steps']} steps alone"
+    which = f"all steps of {config.solutions} solutions" if config.steps is None else f"the first steps alone ({our['steps']})"
     row = Row(f"reward of {which}, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
               our["steps_per_second"], "≥ 10×", ratio >= 10, plainly["steps_per_second"], best["steps_per_second"], ratio, None,
               our["peak_mb"], best["peak_mb"], note, found)
