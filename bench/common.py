@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Annotated, Callable
@@ -32,6 +33,7 @@ from formats.readers import read_labelled_steps
 from rprm import Case, load_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
+MET = {True: "yes", False: "NO", None: "–"}  # what the table says of a goal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,17 @@ class BenchConfig:
     side: Annotated[str | None, "do this side's work alone and print it as JSON"] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PeersConfig(BenchConfig):
+    """The flags of a benchmark that knows further peers."""
+    peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peers try", ("float32", "bfloat16")] = ("float32", "bfloat16")
+    peers: Annotated[tuple[str, ...], "peers besides Transformers, where they are installed", ("vllm", "llama.cpp")] = ()
+    vllm: Annotated[str, "the Python of an environment with vLLM"] = ".venv-vllm/bin/python"
+    vllm_compiled: Annotated[bool, "vLLM with torch.compile"] = False
+    slots: Annotated[int, "sequences that llama.cpp takes side by side", (1, 256)] = 40
+    slot_context: Annotated[int, "tokens of each of them", (1, None)] = 1280
+
+
 @dataclass
 class Row:
     """A line of the table."""
@@ -52,7 +65,7 @@ class Row:
     unit: str
     ours: float
     wanted: str
-    met: bool
+    met: bool | None                      # None: nothing was wanted
     plain: float | None = None            # ours with --plain, the code as it reads
     peer: float | None = None
     ratio: float | None = None
@@ -83,7 +96,8 @@ def run_side(script: str, config: BenchConfig) -> dict:
     threads = str(config.threads or len(os.sched_getaffinity(0)))
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
                         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, script, *command_line(config)], env=env, capture_output=True, text=True)
+    python = config.vllm if config.side == "vllm" else sys.executable
+    done = subprocess.run([python, script, *command_line(config)], env=env, capture_output=True, text=True)
     if done.returncode:
         raise BadInput(f"side '{config.side}' ended with code {done.returncode}: {(done.stderr or done.stdout).strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -108,12 +122,46 @@ def report(result: dict) -> None:
     print(json.dumps({"peak_mb": peak_mb()} | result))
 
 
+def further_peers(config: PeersConfig) -> dict[str, PeersConfig]:
+    """The sides of --peers that are installed: vLLM eager and compiled in each dtype, llama.cpp in fp32."""
+    sides = {}
+    if "vllm" in config.peers and not Path(config.vllm).exists():
+        print(f"  vLLM is left out: no {config.vllm}; `make vllm` installs it")
+    elif "vllm" in config.peers:
+        for dtype in config.peer_dtypes:
+            eager = dataclasses.replace(config, side="vllm", peer_dtypes=(dtype,))
+            sides[f"vLLM, {dtype}, eager"] = eager
+            sides[f"vLLM, {dtype}, compiled"] = dataclasses.replace(eager, vllm_compiled=True)
+    if "llama.cpp" in config.peers and not (find_spec("xllamacpp") and find_spec("gguf")):
+        print("  llama.cpp is left out: pip install xllamacpp gguf")
+    elif "llama.cpp" in config.peers:
+        sides["llama.cpp, float32"] = dataclasses.replace(config, side="llama")
+    return sides
+
+
+def rows_of_further_peers(row: Row, medians: dict[str, dict], rate: str) -> list[Row]:
+    """The row with the better of vLLM's runs as its peer, and one with llama.cpp's, where there are such runs."""
+    rows = []
+    for peer in ("vLLM", "llama.cpp"):
+        own = {name: median for name, median in medians.items() if name.startswith(peer)}
+        if own:
+            best = max(own, key=lambda name: own[name][rate])
+            rows.append(dataclasses.replace(row, work=f"the same, the peer {best}", wanted="–", met=None, peer=own[best][rate],
+                                            ratio=row.ours / own[best][rate], peer_memory=own[best]["peak_mb"], note="", raw={}))
+    return rows
+
+
 def peak_mb() -> float:
     """The most memory this process has held so far. Not ru_maxrss where it can be helped: a child inherits that."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    if Path("/proc/self/status").exists():
+        return peak_mb_of("self")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+def peak_mb_of(process: int | str) -> float:
+    """The most memory that a process has held so far, on Linux."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def median_run(runs: list[dict], key: str) -> dict:
@@ -222,7 +270,7 @@ def print_rows(rows: list[Row]) -> None:
     print("\n| work | unit | ours | plain | peer | ratio | wanted | met | roofline | peak MB ours / peer |\n|---|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(f"| {r.work} | {r.unit} | {r.ours:.3g} | {shown(r.plain, '.3g')} | {shown(r.peer, '.3g')} | {shown(r.ratio, '.1f')} | {r.wanted} | "
-              f"{'yes' if r.met else 'NO'} | {shown(r.roofline, '.0%')} | {shown(r.memory, '.0f')} / {shown(r.peer_memory, '.0f')} |")
+              f"{MET[r.met]} | {shown(r.roofline, '.0%')} | {shown(r.memory, '.0f')} / {shown(r.peer_memory, '.0f')} |")
     for r in rows:
         if r.note:
             print(f"\n{r.work}: {r.note}")

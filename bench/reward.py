@@ -1,21 +1,27 @@
 """The reward of all steps of some solutions, against Transformers' `generate` and a second pass for P(Yes).
 
     python bench/reward.py --model FOLDER --data gsm8k.json
+    python bench/reward.py --model FOLDER --data gsm8k.json --peers vllm llama.cpp                      # they do all steps in any case
+    python bench/reward.py --model FOLDER --data gsm8k.json --steps 1 --peers vllm llama.cpp --repeats 5   # one case alone
 
 Each side is the better of its dtypes. The peer goes as the official code does: one case at a time, K analyses, then one
 full pass per analysis at batch size 1 that reads P(Yes). The end-of-text token is off, so that both sides write the
-same number of tokens; as no analysis then has a verdict of its own, both read P(Yes) after an added verification line.
+same number of tokens; as no analysis then has a verdict of its own, all read P(Yes) after an added verification line:
+vLLM and llama.cpp by a request of one token each, for which they have the rest in their caches. Each side has loaded its
+model and is warm, but has seen nothing of the prompts.
 """
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 import torch
 
-from bench.common import BenchConfig, Row, in_turn, load_words, median_run, run_side_or_all
+from bench.common import (PeersConfig, Row, further_peers, in_turn, load_words, median_run, rows_of_further_peers,
+                          run_side_or_all)
 import fast
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
@@ -26,18 +32,18 @@ from rprm import Case, Sampler, Sampling, reward, yes_no_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BenchConfig):
+class Config(PeersConfig):
     solutions: Annotated[int, "the first so many of the file", (1, None)] = 5
+    steps: Annotated[int | None, "their first so many steps alone", (1, None)] = None
     k: Annotated[int, "analyses per step", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis", (1, None)] = 64
     dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     peer_steps: Annotated[int, "how many of the steps the peer does", (1, None)] = 1
-    peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     full: Annotated[bool, "the peer does all steps"] = False
 
 
 def main(config: Config) -> None:
-    run_side_or_all(config, {"ours": ours, "plain": plain, "peer": peer}, measure)
+    run_side_or_all(config, {"ours": ours, "plain": plain, "peer": peer, "vllm": vllm, "llama": llama}, measure)
 
 
 def measure(config: Config) -> list[Row]:
@@ -46,6 +52,7 @@ def measure(config: Config) -> list[Row]:
     sides = {f"ours, {dtype}": replace(config, side="ours", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"plain, {dtype}": replace(config, side="plain", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"peer, {dtype}": replace(config, side="peer", peer_dtypes=(dtype,)) for dtype in config.peer_dtypes}
+    sides |= further_peers(config)
     found = in_turn(__file__, sides, config.repeats)
     medians = {name: median_run(runs, "steps_per_second") for name, runs in found.items()}
     (our_name, our), (_, plainly), (best_name, best) = (
@@ -56,14 +63,16 @@ def measure(config: Config) -> list[Row]:
             f"({best['p_yes_seconds']:.1f} s of it the second pass); rewards of these steps (different draws): ours "
             f"{' '.join(f'{r:.2f}' for r in our['rewards'][:min(same, 5)])}, peer {' '.join(f'{r:.2f}' for r in best['rewards'][:5])}"
             + "; all: " + ", ".join(f"{name} {m['steps_per_second']:.3f}" for name, m in medians.items()))
-    return [Row(f"reward of all steps of {config.solutions} solutions, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
-                our["steps_per_second"], "≥ 10×", ratio >= 10, plainly["steps_per_second"], best["steps_per_second"], ratio, None,
-                our["peak_mb"], best["peak_mb"], note, found)]
+    which = f"all steps of {config.solutions} solutions" if config.steps is None else f"the first steps alone ({our['steps']})"
+    row = Row(f"reward of {which}, K={config.k}, {config.max_new_tokens} tokens", "steps/s",
+              our["steps_per_second"], "≥ 10×", ratio >= 10, plainly["steps_per_second"], best["steps_per_second"], ratio, None,
+              our["peak_mb"], best["peak_mb"], note, found)
+    return [row, *rows_of_further_peers(row, medians, "steps_per_second")]
 
 
 def cases_of(config: Config) -> list[Case]:
     found = [solution for _, solution in read_solutions(config.data)][:config.solutions]
-    return [Case(s.problem, s.steps[:t], s.steps[t]) for s in found for t in range(len(s.steps))]
+    return [Case(s.problem, s.steps[:t], s.steps[t]) for s in found for t in range(len(s.steps))][:config.steps]
 
 
 def ours(config: Config) -> dict:
@@ -116,6 +125,38 @@ def peer(config: Config) -> dict:
         rewards.append(sum(found) / len(found))
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "p_yes_seconds": second, "steps": len(cases), "steps_per_second": len(cases) / seconds, "rewards": rewards}
+
+
+def vllm(config: Config) -> dict:
+    from bench import peer_vllm
+    [dtype] = config.peer_dtypes
+    model = peer_vllm.load(config.model, dtype, config.vllm_compiled)
+    found = further_peer(config, partial(peer_vllm.generate, model), partial(peer_vllm.p_yes, model))
+    return found | {"peak_mb": peer_vllm.peak_mb()}
+
+
+def llama(config: Config) -> dict:
+    from bench import peer_llama
+    model = peer_llama.Llama(config.model, torch.get_num_threads(), config.slots, config.slot_context)
+    return further_peer(config, partial(peer_llama.generate, model), partial(peer_llama.p_yes, model))
+
+
+def further_peer(config: Config, generate: Callable, p_yes: Callable) -> dict:
+    """All steps at once: K analyses of each, then P(Yes) after each analysis."""
+    tokenizer, prompt = load_words(config)
+    prompts = [tokenizer.chat(prompt.fill(case)) for case in cases_of(config)]
+    line, yes_no = tokenizer.encode("\n" + VERIFICATION), yes_no_ids(tokenizer)
+    backwards = prompts[0][::-1]  # to warm up with: it shares nothing with the prompts
+    generate([backwards], config.k, 4, [], 0.95, 0.95)
+    p_yes([backwards + line], yes_no)
+    start = time.perf_counter()
+    analyses = generate(prompts, config.k, config.max_new_tokens, [], 0.95, 0.95)
+    then = time.perf_counter()
+    found = p_yes([ids + analysis + line for ids, own in zip(prompts, analyses) for analysis in own], yes_no)
+    rewards = [sum(found[i:i + config.k]) / config.k for i in range(0, len(found), config.k)]
+    end = time.perf_counter()
+    return {"seconds": end - start, "p_yes_seconds": end - then, "steps": len(prompts), "steps_per_second": len(prompts) / (end - start),
+            "rewards": rewards, "tokens": sum(len(analysis) for own in analyses for analysis in own)}
 
 
 if __name__ == "__main__":

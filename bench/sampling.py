@@ -1,7 +1,8 @@
-"""Sampling against Transformers' `generate`: K continuations of each of 16 verification prompts.
+"""Sampling against Transformers' `generate`, vLLM and llama.cpp: K continuations of each of 16 verification prompts.
 
     python bench/sampling.py --model FOLDER --data gsm8k.json            # the peer on one batch of them
     python bench/sampling.py --model FOLDER --data gsm8k.json --full     # the peer on all of them, in batches of 1, 4 and 16
+    python bench/sampling.py --model FOLDER --data gsm8k.json --peers vllm llama.cpp     # they do all of them in any case
     python bench/sampling.py --model SMALL --data test.jsonl --natural-ends --prompts 200 --new-tokens 200
 
 Each side is the best of its dtypes, and the peer of its batch sizes too; the note has fp32 against fp32. Figures are
@@ -11,14 +12,15 @@ sides sample the same number.
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules; this folder is `bench`
 import torch
 
-from bench.common import (BenchConfig, Clock, Row, in_turn, linear_rate, median_run, peak_mb, prompt_ids,
-                          run_side_or_all, scattered_cases)
+from bench.common import (Clock, PeersConfig, Row, further_peers, in_turn, linear_rate, median_run, peak_mb, prompt_ids,
+                          rows_of_further_peers, run_side_or_all, scattered_cases)
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
 import fast
@@ -27,7 +29,7 @@ from rprm import row_seed, yes_no_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BenchConfig):
+class Config(PeersConfig):
     prompts: Annotated[int, "cases, drawn at random", (1, None)] = 16
     k: Annotated[int, "continuations of each", (1, None)] = 10
     new_tokens: Annotated[int, "tokens per continuation (at most, with --natural-ends)", (2, None)] = 64
@@ -38,12 +40,11 @@ class Config(BenchConfig):
     dtypes: Annotated[tuple[str, ...], "dtypes that ours tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     peer_prompts: Annotated[int, "how many of the prompts the peer does, a batch at least", (1, None)] = 1
     peer_batches: Annotated[tuple[int, ...], "prompts side by side that the peer tries", (1, None)] = (1, 2)
-    peer_dtypes: Annotated[tuple[str, ...], "dtypes that the peer tries", ("float32", "bfloat16")] = ("float32", "bfloat16")
     full: Annotated[bool, "the peer does all prompts, in batches of 1, 4 and 16"] = False
 
 
 def main(config: Config) -> None:
-    run_side_or_all(config, {"ours": ours, "plain": plain, "peer": peer}, measure)
+    run_side_or_all(config, {"ours": ours, "plain": plain, "peer": peer, "vllm": vllm, "llama": llama}, measure)
 
 
 def measure(config: Config) -> list[Row]:
@@ -53,6 +54,7 @@ def measure(config: Config) -> list[Row]:
     sides |= {f"plain, {dtype}": replace(config, side="plain", dtypes=(dtype,)) for dtype in config.dtypes}
     sides |= {f"peer, {dtype}, batches of {size}": replace(config, side="peer", peer_batches=(size,), peer_dtypes=(dtype,))
               for size in config.peer_batches for dtype in config.peer_dtypes}
+    sides |= further_peers(config)
     found = in_turn(__file__, sides, config.repeats)
     medians = {name: median_run(runs, "tokens_per_second") for name, runs in found.items()}
 
@@ -75,9 +77,10 @@ def measure(config: Config) -> list[Row]:
         fp32, peer32 = (best_of(side, ("float32",))[1]["tokens_per_second"] for side in ("ours", "peer"))
         note += f"; fp32 against fp32: {fp32 / peer32:.1f}×"
     ends = "natural ends" if config.natural_ends else f"{config.new_tokens} tokens"
-    return [Row(f"sampling {config.prompts} prompts × K={config.k}, {ends}", "tokens/s", our["tokens_per_second"],
-                "≥ 8×" if config.natural_ends else "≥ 8×, roofline ≥ 60%", ratio >= 8 and bar, plainly["tokens_per_second"], best["tokens_per_second"], ratio,
-                None if config.natural_ends else share, our["peak_mb"], best["peak_mb"], note, found)]
+    row = Row(f"sampling {config.prompts} prompts × K={config.k}, {ends}", "tokens/s", our["tokens_per_second"],
+              "≥ 8×" if config.natural_ends else "≥ 8×, roofline ≥ 60%", ratio >= 8 and bar, plainly["tokens_per_second"], best["tokens_per_second"], ratio,
+              None if config.natural_ends else share, our["peak_mb"], best["peak_mb"], note, found)
+    return [row, *rows_of_further_peers(row, medians, "tokens_per_second")]
 
 
 def ours(config: Config) -> dict:
@@ -130,6 +133,32 @@ def peer(config: Config) -> dict:
         rows = generate(model, prompts[first:first + size], config.k, config.new_tokens, eos, config.temperature, config.top_p)
         tokens += sum(map(len, rows))
     seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "prompts": len(prompts),
+            "prompt_tokens": sum(map(len, prompts))}
+
+
+def vllm(config: Config) -> dict:
+    from bench import peer_vllm
+    [dtype] = config.peer_dtypes
+    model = peer_vllm.load(config.model, dtype, config.vllm_compiled)
+    found = further_peer(config, partial(peer_vllm.generate, model))
+    return found | {"peak_mb": peer_vllm.peak_mb()}
+
+
+def llama(config: Config) -> dict:
+    from bench import peer_llama
+    model = peer_llama.Llama(config.model, torch.get_num_threads(), config.slots, config.slot_context)
+    return further_peer(config, partial(peer_llama.generate, model))
+
+
+def further_peer(config: Config, generate: Callable) -> dict:
+    tokenizer, prompts = prompt_ids(config, scattered_cases(config.data, config.prompts, config.seed))
+    eos = tokenizer.eos_ids if config.natural_ends else []
+    generate([prompts[0][::-1]], config.k, 4, eos, config.temperature, config.top_p)  # warm up, with a prompt that shares nothing
+    start = time.perf_counter()
+    rows = generate(prompts, config.k, config.new_tokens, eos, config.temperature, config.top_p)
+    seconds = time.perf_counter() - start
+    tokens = sum(len(row) for of_prompt in rows for row in of_prompt)
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "prompts": len(prompts),
             "prompt_tokens": sum(map(len, prompts))}
 

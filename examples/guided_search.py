@@ -131,12 +131,13 @@ class ServedPolicy:
 
     def __init__(self, url: str, name: str, tokenizer: str, separator: str, temperature: float, top_p: float,
                  max_step_tokens: int, concurrency: int = 16):
-        from server import Server  # here, as nothing else needs it
+        from server import Server, takes_seeds  # here, as nothing else needs it
         self.server = Server(url, key=None, timeout=600.0, retries=6, concurrency=concurrency)
         self.name = name
         self.tokenizer = load_tokenizer(tokenizer)
         self.separator = separator
         self.sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_step_tokens}
+        self.seeded = takes_seeds(self.server)
         self.new_tokens = 0
 
     def has_room(self, ids: list[int]) -> bool:
@@ -152,7 +153,9 @@ class ServedPolicy:
         return [list(islice(steps, len(own))) for own in seeds]
 
     def _step(self, ids: list[int], seed: int) -> Step:
-        body = self.sampling | {"model": self.name, "prompt": ids, "n": 1, "seed": seed % 2 ** 31, "stop": [self.separator]}
+        body = self.sampling | {"model": self.name, "prompt": ids, "n": 1, "stop": [self.separator]}
+        if self.seeded:
+            body["seed"] = seed % 2 ** 31
         text, is_last, tokens = self.server.ask("/v1/completions", body, self._read)
         self.new_tokens += tokens
         between = "" if is_last else self.separator

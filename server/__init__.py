@@ -14,8 +14,9 @@ out before the first case, not assumed.
     http.py         one request, asked again as long as its failure may pass
     jobs.py         many requests side by side
 """
+from server.completions import takes_seeds
 from server.http import Server, parse_url, read_key
 from server.jobs import side_by_side
 from server.sampler import load_served
 
-__all__ = ["Server", "load_served", "parse_url", "read_key", "side_by_side"]
+__all__ = ["Server", "load_served", "parse_url", "read_key", "side_by_side", "takes_seeds"]

@@ -9,7 +9,8 @@ A request for two analyses, and vLLM's answer:
         "tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -0.1, "token_id:4": -2.4}]}}, ...]}
 
 Servers differ in how they name tokens, in the most that `n` and `logprobs` may be, in the fields that they
-refuse, and in whether log-probabilities are those before or after temperature: see `ServerEngine.probe`.
+refuse, in whether log-probabilities are those before or after temperature, in whether they give those of the
+tokens that one names, and one of them dies of a seed: see `ServerEngine.probe`.
 """
 import math
 import re
@@ -25,6 +26,7 @@ from server.jobs import side_by_side
 STANDARD_TOP = 5  # top log-probabilities that the protocol promises
 TOP = 20  # those that vLLM gives unless it is told otherwise
 IMPOSSIBLE = -1000  # or less: servers show an impossible token with null, -inf, -9999 or the least float
+METRICS = "/metrics"  # vLLM's page of metrics, which lists the settings of its cache
 # Fields beyond the protocol. The nucleus alone decides, whatever defaults the server or the model has. Tokens
 # are named by id (vLLM; llama.cpp always does so). Servers ignore fields that they do not know, or refuse the
 # request.
@@ -176,6 +178,7 @@ class ServerEngine:
         self.extras = EXTRAS  # the fields beyond the protocol that it takes
         self.top = TOP  # the log-probabilities that it gives
         self.per_request = sampling.k  # the analyses that one request may ask for
+        self.seeded = True  # requests carry a seed, so that a run can be repeated
         self.raw = True  # log-probabilities are the model's own, before temperature and top-p
         self.has_logprobs = False  # seen so far: an answer without them is broken
 
@@ -186,6 +189,7 @@ class ServerEngine:
 
         Raises BadInput if P(Yes) cannot be known.
         """
+        self.seeded = takes_seeds(self.server)  # first: a request might kill it
         first = self._find_fields(prompt)
         if not first.top or not first.top[0]:
             raise BadInput(f"{self.server.url}: the answer has no log-probabilities, so P(Yes) is unknown; "
@@ -198,10 +202,33 @@ class ServerEngine:
         where = "after temperature: P(Yes) is read with requests of its own, at 1"
         if self.raw:
             where = "read where the verdict is sampled"
-        said = f"top {self.top} log-probabilities, {where}; analyses a request: {self.per_request}"
+        which = f"top {self.top} log-probabilities"
+        if self.extras and self._gives_named_tokens(prompt, len(at_one)):
+            self.extras = self.extras | self._named_tokens()
+            which = "log-probabilities of Yes and No themselves"
+        said = f"{which}, {where}; analyses a request: {self.per_request}"
         if not self.extras:
             said += "; it refuses further fields, so its own top-k, min-p and penalties apply"
+        if not self.seeded and self.sampling.temperature:
+            said += ("; without seeds, as vLLM on a CPU dies of one where it cuts a prompt: "
+                     "another run gives other analyses (docs/server.md has a remedy)")
         return said
+
+    def _named_tokens(self) -> dict[str, list[int]]:
+        """vLLM's field for the tokens whose log-probabilities are wanted in place of the top ones."""
+        return {"logprob_token_ids": [self.yes_no.yes[0], self.yes_no.no[0]]}
+
+    def _gives_named_tokens(self, prompt: list[int], n_top: int) -> bool:
+        """Does the server give the log-probabilities of Yes and No, and of the drawn token, alone?
+
+        A server that does not know the field refuses the request, or gives as many top ones as without it.
+        """
+        try:
+            choice = self._next_token(prompt, self._named_tokens())
+        except Refused:
+            return False
+        shown = choice.top[0] if choice.top else {}
+        return {self.yes_no.yes[0], self.yes_no.no[0]} <= shown.keys() and len(shown) <= 3 < n_top
 
     def _find_fields(self, prompt: list[int]) -> Choice:
         """Find the fields that the server takes. -> a token at temperature 1."""
@@ -284,23 +311,24 @@ class ServerEngine:
 
     # ------------------------------------------------------------------------------------------ one request
 
-    def _next_token(self, prompt: list[int]) -> Choice:
-        """One token more, at temperature 1, with its top log-probabilities."""
-        return self._complete(prompt, n=1, max_tokens=1, temperature=1.0, top_p=1.0, seed=0)[0]
+    def _next_token(self, prompt: list[int], fields: dict[str, Any] | None = None) -> Choice:
+        """One token more, at temperature 1, with its top log-probabilities. fields: further ones to try."""
+        return self._complete(prompt, n=1, max_tokens=1, temperature=1.0, top_p=1.0, seed=0, fields=fields)[0]
 
     def _complete(self, prompt: list[int], n: int, max_tokens: int, temperature: float, top_p: float,
-                  seed: int) -> list[Choice]:
+                  seed: int, fields: dict[str, Any] | None = None) -> list[Choice]:
         """Up to n choices, at least one."""
-        body = self.extras | {
+        body = self.extras | (fields or {}) | {
             "model": self.model,
             "prompt": prompt,
             "n": n,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
-            "seed": seed % 2 ** 31,
             "logprobs": self.top,
         }
+        if self.seeded:
+            body["seed"] = seed % 2 ** 31
         return self.server.ask("/v1/completions", body, lambda answer: self._check(read_choices(answer)[:n]))
 
     def _check(self, choices: list[Choice]) -> list[Choice]:
@@ -309,6 +337,24 @@ class ServerEngine:
         if self.has_logprobs and any(choice.top is None for choice in choices):
             raise Again("broken answer", "no log-probabilities")
         return choices
+
+
+def takes_seeds(server: Server) -> bool:
+    """May a request have a seed? Read from a page, as a vLLM on a CPU may die of one."""
+    return not is_vllm_on_cpu(server.read_page(METRICS))
+
+
+def is_vllm_on_cpu(metrics: str | None) -> bool:
+    """Is this page of metrics one of a vLLM that computes on a CPU?
+
+    Its engine dies of a seed where it computes a prompt in more than one step (chunked prefill: the prompts
+    that wait are longer together than --max-num-batched-tokens). It then asks the seed's generator for its
+    offset, and one on a CPU has none (vLLM 0.32). No page tells what it computes on; but the blocks of its
+    cache have 128 tokens if nobody chose another size, and on a GPU 16.
+    """
+    line = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics or "", re.M)
+    signs = {'block_size="128"', 'user_specified_block_size="False"'}
+    return line is not None and signs <= set(line[1].split(","))
 
 
 def _are_alike(first: TopLogprobs, second: TopLogprobs) -> bool:

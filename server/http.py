@@ -114,6 +114,15 @@ class Server:
             return None
         return {str(model.get("id")): model for model in listed if isinstance(model, dict)} or None
 
+    def read_page(self, path: str) -> str | None:
+        """The text of a page that a server may have or not; None if it gives none."""
+        try:
+            with self.slots:
+                response, content = self._exchange(path, None, CONNECT_TIMEOUT)
+        except Again:
+            return None
+        return content.decode("utf-8", "replace") if response.status == 200 else None
+
     def ask(self, path: str, body: dict | None, read: Callable[[Any], Any]) -> Any:
         """What `read` makes of the answer's JSON. It raises Again if that is broken. BadInput in the end."""
         for attempt in range(self.retries + 1):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import fast.kernels
 import rprm
 import train_dpo
 import train_sft
-from bench import gpu, growth, prefill, reward, sampling, training
+from bench import common, gpu, growth, prefill, reward, sampling, training
 from fast.attention import TreeAttention
 from model import Decoder, Tree, head_chunk
 from plumbing.memory import memory
@@ -54,17 +55,63 @@ SIDES = [
 ]
 
 
+def solutions_file(folder: Path) -> Path:
+    row = {"id": "0", "problem": "1 + 1 + 1 + 1?", "steps": ["1 + 1 = 2.", "2 + 1 = 3.", "So 4."], "label": 2}
+    path = folder / "solutions.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("script, side, sizes", SIDES)
 def test_our_sides_of_the_benchmarks_run_in_miniature(script, side, sizes, tmp_path, monkeypatch):
-    row = {"id": "0", "problem": "1 + 1 + 1 + 1?", "steps": ["1 + 1 = 2.", "2 + 1 = 3.", "So 4."], "label": 2}
-    data = tmp_path / "solutions.jsonl"
-    data.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = solutions_file(tmp_path)
     for module, name in ((train_sft, "Run"), (train_dpo, "Run"), (train_dpo, "reference_logprobs")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back what a side has replaced
     monkeypatch.setattr(fast, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(training, "matmul_flops", lambda: 1e11)
     result = getattr(script, side)(script.Config(model=str(ROOT / "examples/arithmetic/base"), data=str(data), **sizes))
     assert result["seconds"] > 0
+
+
+VLLM = ROOT / ".venv-vllm/bin/python"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["llama", "vllm"])
+@pytest.mark.parametrize("script, sizes", [("sampling", "--prompts 3 --k 2 --new-tokens 4"),
+                                           ("reward", "--solutions 2 --k 2 --max-new-tokens 4")])
+def test_the_sides_of_other_engines_run_in_miniature(script, sizes, side, tmp_path):
+    if side == "llama":
+        pytest.importorskip("xllamacpp", reason="no llama.cpp here: pip install xllamacpp gguf")
+    if side == "vllm" and not VLLM.exists():
+        pytest.skip("no vLLM here: make vllm")
+    python = VLLM if side == "vllm" else sys.executable
+    line = [python, ROOT / "bench" / f"{script}.py", "--side", side, "--model", ROOT / "examples/arithmetic/base",
+            "--data", solutions_file(tmp_path), *sizes.split(), *"--peer-dtypes float32 --slots 4 --slot-context 512".split()]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
+def test_peers_that_are_not_installed_are_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(common, "find_spec", lambda name: "found")
+    config = sampling.Config(peers=("vllm", "llama.cpp"), vllm=sys.executable)
+    assert list(common.further_peers(replace(config, peer_dtypes=("float32",)))) == [
+        "vLLM, float32, eager", "vLLM, float32, compiled", "llama.cpp, float32"]
+    assert common.further_peers(replace(config, peers=())) == {} and capsys.readouterr().out == ""
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    assert common.further_peers(replace(config, vllm="nowhere/python")) == {}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "`make vllm` installs it" in said[0] and "pip install xllamacpp gguf" in said[1]
+
+
+def test_each_further_peer_has_a_row_with_the_best_of_its_runs():
+    rates = {"ours, float32": 120.0, "vLLM, float32, eager": 40.0, "vLLM, float32, compiled": 60.0}
+    medians = {name: {"rate": rate, "peak_mb": 2 * rate} for name, rate in rates.items()}
+    row = common.Row("sampling", "tokens/s", 120.0, "≥ 8×", True, peer=10.0, ratio=12.0)
+    [found] = common.rows_of_further_peers(row, medians, "rate")
+    assert found.work == "the same, the peer vLLM, float32, compiled"
+    assert (found.ours, found.peer, found.ratio, found.peer_memory, found.met) == (120.0, 60.0, 2.0, 120.0, None)
 
 
 def test_its_flops_are_those_that_pytorch_counts():

@@ -11,6 +11,7 @@ from rprm import DEFAULT_MODEL, Case
 
 sys.path.insert(0, str(ROOT / "examples"))
 import guided_search
+import server
 from guided_search import Config, Policy, ServedPolicy, Step, search
 
 PROMPT = "Solve the problem.\n\nProblem: {problem}"
@@ -147,7 +148,8 @@ class ScriptedServer:
 
 
 @pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])
-def test_a_served_policy_tells_steps_from_the_end_of_the_answer(field):
+def test_a_served_policy_tells_steps_from_the_end_of_the_answer(field, monkeypatch):
+    monkeypatch.setattr(server, "takes_seeds", lambda server: True)
     served = ServedPolicy("http://there", "judge", str(DEFAULT_MODEL), "\n\n", 0.95, 0.9, 60)
     served.server = ScriptedServer(
         {"text": " One.", "finish_reason": "stop", field: "\n\n"},
@@ -163,7 +165,8 @@ def test_a_served_policy_tells_steps_from_the_end_of_the_answer(field):
     assert all(body["stop"] == ["\n\n"] and body["prompt"] == [1, 2] and body["max_tokens"] == 60 for body in served.server.bodies)
 
 
-def test_a_server_that_does_not_tell_is_refused():
+def test_a_server_that_does_not_tell_is_refused(monkeypatch):
+    monkeypatch.setattr(server, "takes_seeds", lambda server: True)
     served = ServedPolicy("http://there", "judge", str(DEFAULT_MODEL), "\n\n", 0.95, 0.9, 60)
     served.server = ScriptedServer({"text": " One.", "finish_reason": "stop"})
     with pytest.raises(BadInput, match="there: does not tell whether a step or the answer has ended"):

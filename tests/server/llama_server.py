@@ -86,27 +86,34 @@ def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_add_bos_token(False)
 
 
-def serve(path: Path, port: int, slots: int = 4, context: int = 8192) -> None:
+def start(folder: Path, port: int = 0, slots: int = 4, context: int = 8192, threads: int = 1, exact: bool = True):
+    """An xllamacpp.Server of the checkpoint, in this process: `listening_address` is its URL (port 0: a free one).
+
+    slots    sequences side by side, of `context` tokens each
+    exact    keep keys and values in fp32; by default they are rounded to 16 bits, and with flash attention
+             sums too
+    """
     import xllamacpp
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
     params.model_alias = {"model"}
     params.hostnames = ["127.0.0.1"]
     params.port = port
     params.n_parallel = slots
     params.n_ctx = slots * context
-    # by default, keys and values are rounded to 16 bits, and with flash attention sums too
-    params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cpuparams.n_threads = 1
-    params.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(params)
-    print("serving", server.listening_address, flush=True)
-    threading.Event().wait()
+    if exact:
+        params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    with tempfile.TemporaryDirectory() as aside:  # the weights stay mapped when the file is gone
+        path = Path(aside) / "model.gguf"
+        write_gguf(folder, path)
+        params.model.path = str(path)
+        return xllamacpp.Server(params)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as aside:
-        write_gguf(Path(sys.argv[1]), Path(aside) / "model.gguf")
-        serve(Path(aside) / "model.gguf", int(sys.argv[2]))
+    server = start(Path(sys.argv[1]), int(sys.argv[2]))
+    print("serving", server.listening_address, flush=True)
+    threading.Event().wait()

@@ -20,6 +20,7 @@ import pytest
 import data
 import score
 from checkpoint import load_tokenizer
+from compare import small_world_cases
 from conftest import HANG, ROOT, start
 from data import ServedConfig, load_sampler
 from formats.verdicts import VERIFICATION
@@ -36,6 +37,13 @@ GOOD = f"The sum is right.\n{VERIFICATION} Yes"
 BAD = f"The sum is wrong \u2713.\n{VERIFICATION} No."
 WORDS = "{problem}\n{previous_steps}\n{now_step}"
 KEY = "sk-very-secret-0123456789"
+NAMED = "logprob_token_ids"  # vLLM's field for the tokens whose log-probabilities are wanted
+# Of vLLM's page of metrics, in part
+METRICS_ON_CPU = ("# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig\n"
+                  "# TYPE vllm:cache_config_info gauge\n"
+                  'vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",num_cpu_blocks="None",'
+                  'user_specified_block_size="False"} 1.0\n')
+METRICS_ON_GPU = METRICS_ON_CPU.replace("128", "16")
 
 
 # ---------------------------------------------------------------------------------------------- the stand-in
@@ -62,7 +70,13 @@ class StandIn:
         self.write = lambda prompt, seed: GOOD if seed % 2 else BAD
         # the text before a token -> log-probabilities by the token's text
         self.top = lambda prefix: {" Yes": odds(prefix) - 3, " No": -3.0, "\n": -0.5, "!": -6.0}
+        # those that it shows besides where it is asked for the tokens by name
+        self.named = lambda prefix: {}
         self.models: object = {"data": [{"id": "judge", "max_model_len": 4000}, {"id": "other"}]}
+        self.metrics = None  # its page of metrics
+        self.dies_of_seeds = False
+        self.is_dead = False
+        self.draws = itertools.count(1)  # in place of a seed
         self.on_post = lambda body: None
         self.lock = threading.Lock()
         self.under_way = 0
@@ -73,14 +87,15 @@ class StandIn:
         """The honest answer to a request for completions."""
         if body["model"] not in ("judge", "model"):
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
-        if self.dialect == "bare" and (set(body) & {"top_k", "min_p"} or body["logprobs"] > 5):
+        if self.dialect == "bare" and (set(body) & {"top_k", "min_p", NAMED} or body["logprobs"] > 5):
             return 400, {"error": {"message": "Unrecognized request argument supplied: top_k"}}
         if self.dialect == "llama.cpp" and body["n"] > 4:
             return 400, {"error": {"message": "Field 'n': Value must be between 1 <= value <= 4"}}
         if self.dialect == "vllm" and body["temperature"] == 0 and body["n"] > 1:
             return 400, {"message": "n must be 1 when using greedy sampling"}
         n = min(body["n"], 2) if self.dialect == "few" else body["n"]
-        seeds = [body["seed"] if self.dialect == "one seed" else body["seed"] + i for i in range(n)]
+        first = body.get("seed", next(self.draws))
+        seeds = [first if self.dialect == "one seed" else first + i for i in range(n)]
         return 200, {"choices": [self.choice(body, seed, i) for i, seed in enumerate(seeds)][::-1]}
 
     def choice(self, body: dict, seed: int, index: int) -> dict:
@@ -94,11 +109,20 @@ class StandIn:
         cut = len(ids) >= body["max_tokens"]
         ids = ids[:body["max_tokens"]] + ([] if cut else [self.tokenizer.eos_ids[0]])
         text = self.tokenizer.decode(ids if cut else ids[:-1])
-        scale = body["temperature"] if self.dialect == "sglang" and body["temperature"] else 1
+        is_scaled = self.dialect in ("sglang", "new vllm, after temperature") and body["temperature"]
+        scale = body["temperature"] if is_scaled else 1
         before = [prompt + self.tokenizer.decode(ids[:t]) for t in range(len(ids))]
-        tops = [{name: logprob / scale for name, logprob in self.top(prefix).items()} for prefix in before]
+        tops = [{name: logprob / scale for name, logprob in self.shown(body, prefix).items()} for prefix in before]
         return {"index": index, "text": text, "finish_reason": "length" if cut else "stop",
                 "logprobs": self.logprobs(ids, tops)}
+
+    def shown(self, body: dict, prefix: str) -> dict[str, float]:
+        """The log-probabilities after a text that the request is shown."""
+        if not self.dialect.startswith("new vllm") or NAMED not in body:
+            return self.top(prefix)
+        asked = {self.tokenizer.decode([token]) for token in body[NAMED]}
+        known = self.top(prefix) | self.named(prefix)
+        return {name: logprob for name, logprob in known.items() if name in asked}
 
     def logprobs(self, ids: list[int], tops: list[dict]) -> dict:
         def number(word: str) -> int:
@@ -110,7 +134,7 @@ class StandIn:
                 likely = [{"id": number(name), "token": name, "logprob": p} for name, p in top.items()]
                 content.append({"id": i, "token": word, "logprob": -1.0, "top_logprobs": likely})
             return {"content": content}
-        if self.dialect == "vllm":
+        if "vllm" in self.dialect:
             words = [f"token_id:{i}" for i in ids]
             tops = [{f"token_id:{number(name)}": logprob for name, logprob in top.items()} for top in tops]
         return {"tokens": words, "text_offset": [0] * len(ids), "token_logprobs": [-1.0] * len(ids),
@@ -138,6 +162,8 @@ class Handler(BaseHTTPRequestHandler):
         it = self.server.stand_in
         it.headers.append(dict(self.headers))
         status, value = it.models if isinstance(it.models, tuple) else (200, it.models)
+        if self.path == "/metrics":
+            status, value = (404, b"") if it.metrics is None else (200, it.metrics.encode())
         self.send(status, value)
 
     def do_POST(self):
@@ -149,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
             it.under_way += 1
             it.most_under_way = max(it.most_under_way, it.under_way)
             wrong = it.plan.pop(0) if it.plan and "1 + 1" not in it.tokenizer.decode(body["prompt"]) else None
+            it.is_dead |= it.dies_of_seeds and "seed" in body
+            wrong = "cut" if it.is_dead else wrong
         try:
             it.on_post(body)
         finally:
@@ -247,7 +275,8 @@ def read(path: Path) -> list[dict]:
 # ---------------------------------------------------------------------------------------------- dialects
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp", "bare", "few", "one seed"])
+@pytest.mark.parametrize("dialect", ["vllm", "new vllm", "new vllm, after temperature", "sglang", "llama.cpp", "bare",
+                                     "few", "one seed"])
 def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
     """Names of tokens, the most that n may be, fields refused, temperature: all differ, P(Yes) does not."""
     stand_in.dialect = dialect
@@ -261,9 +290,47 @@ def test_every_dialect_gives_the_same_analyses(stand_in, tiny_folder, dialect):
             assert a.n_tokens == len(stand_in.tokenizer.encode(a.text))
             assert a.p_yes == pytest.approx(p_yes(prompt + a.text[:a.text.rindex("?") + 1]), abs=1e-9)
     readings = sum(body["max_tokens"] == 1 for body in stand_in.analyses_asked())
-    assert readings == (30 if dialect == "sglang" else 0)  # only there P(Yes) needs requests of its own
+    has_raw = dialect not in ("sglang", "new vllm, after temperature")
+    assert readings == (0 if has_raw else 30)  # only there P(Yes) needs requests of its own
+    assert {NAMED in body for body in stand_in.analyses_asked()} == {dialect.startswith("new vllm")}
     assert it.engine.per_request == {"llama.cpp": 3, "few": 2, "one seed": 1}.get(dialect, 6)
     assert (it.engine.new_tokens > 0, it.engine.yes_no.bounded, it.engine.yes_no.unknown) == (True, 0, 0)
+
+
+@pytest.mark.parametrize("text", [GOOD, "no verdict here"])
+@pytest.mark.parametrize("dialect, which, p, unknown", [
+    ("vllm", "top 20 log-probabilities", None, 1),
+    ("new vllm", "log-probabilities of Yes and No themselves", 0.75, 0),
+])
+def test_p_yes_of_words_that_are_asked_for_by_name(stand_in, tiny_folder, capsys, text, dialect, which, p, unknown):
+    """Neither word is among the top 20. A server that knows the field shows both."""
+    stand_in.dialect = dialect
+    stand_in.write = lambda prompt, seed: text
+    stand_in.top = lambda prefix: {chr(33 + i): -1.0 - i / 10 for i in range(20)}
+    stand_in.named = lambda prefix: {" Yes": math.log(3) - 30, " No": -30.0}
+    it = sampler(stand_in, tiny_folder, k=1)
+    [(_, [a])] = it.analyses(cases(1))
+    assert a.p_yes == (p and pytest.approx(p))
+    assert (it.engine.yes_no.bounded, it.engine.yes_no.unknown) == (0, unknown)
+    assert f"model judge; {which}, read where the verdict is sampled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("temperature", [0.95, 0.0])
+def test_a_server_that_dies_of_a_seed_gets_none(stand_in, tiny_folder, capsys, temperature):
+    """vLLM on a CPU does so at some requests, and not at others like them, so that it cannot be tried out."""
+    stand_in.dies_of_seeds = True
+    stand_in.metrics = METRICS_ON_CPU
+    found_there = found(stand_in, tiny_folder, cases(3), temperature=temperature, k=6)
+    assert [len(analyses) for analyses in found_there] == [6] * 3 and not stand_in.is_dead
+    assert ("another run gives other analyses" in capsys.readouterr().out) is (temperature > 0)
+
+
+@pytest.mark.parametrize("metrics", [
+    None, METRICS_ON_GPU, METRICS_ON_CPU.replace("False", "True"), "# HELP other 1\nother 2"])
+def test_other_servers_get_seeds(stand_in, tiny_folder, capsys, metrics):
+    stand_in.metrics = metrics
+    found(stand_in, tiny_folder, cases(2))
+    assert all("seed" in body for body in stand_in.requests) and "without seeds" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "sglang", "llama.cpp"])
@@ -843,12 +910,7 @@ def test_a_real_server_gives_the_rewards_of_the_local_path(serve):
     Whole ones, with P(Yes) where the verdict is sampled, and cut ones, with P(Yes) after an added line.
     """
     base = ROOT / "examples" / "arithmetic" / "base"
-    asked = []
-    for a, b, wrong in [(34, 27, 0), (34, 27, 1), (50, 31, 0), (62, 19, 10), (25, 25, 0), (71, 8, 0)]:
-        problem = (f"At first Mia has {a} shells. Then Tom gives {b} to Mia. Now to Ann, Mia sells 18. "
-                   "How many shells does Mia have now?")
-        previous = f"After Tom: {a}+{b}={a + b}."
-        asked.append(Case(problem, (previous,), f"With Ann: {a + b}-18={a + b - 18 + wrong}."))
+    asked = small_world_cases()
     url = serve(base)
     for most in (120, 30):
         common = {"temperature": 0.0, "max_new_tokens": most}
