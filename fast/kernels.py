@@ -8,10 +8,13 @@ Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same re
 - A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
   made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
   token, not 4 C + (2 H + 2 KV) D + 4 I. SFT of SmolLM2 needs 6.0 GB instead of 9.3 (bench/LOG.md).
+- A product with adapters (lora/) adds them into its own output, part by part, and its backward pass computes
+  no gradient of the frozen weight.
 
 `speed_up` puts them into a model; parameters and their names stay. The activation is the model's own
 (`MLP.activate`), so another one needs no change here; another norm does, or --plain.
 """
+from collections.abc import Iterable
 from functools import partial
 from types import MethodType
 from typing import Callable
@@ -21,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast.attention import tree_attention
+from lora import LoRALinear
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
@@ -31,7 +35,9 @@ def speed_up(model: Decoder) -> Decoder:
     """Replace the forward functions of a decoder, and its attention over trees, by fast ones. -> the model.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LoRALinear):
+            module.forward = MethodType(lora_forward, module)
+        elif isinstance(module, nn.Linear):
             module.forward = MethodType(linear_forward, module)
         elif isinstance(module, RMSNorm):
             module.forward = MethodType(rms_norm_forward, module)
@@ -42,8 +48,17 @@ def speed_up(model: Decoder) -> Decoder:
     return model
 
 
-def linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, self.weight, self.bias)
+Made = tuple[Callable, torch.Tensor]  # (make, source): what a product's input was made of
+
+
+def linear_forward(self: nn.Linear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+    return linear(x, self.weight, self.bias, made)
+
+
+def lora_forward(self: LoRALinear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+    if not is_for_onednn(x, self.weight):
+        return LoRALinear.forward(self, x)
+    return OneDNNLoRA.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self, made)
 
 
 def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -73,10 +88,9 @@ def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- products
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-           made: tuple[Callable, torch.Tensor] | None = None) -> torch.Tensor:
+           made: Made | None = None) -> torch.Tensor:
     """F.linear: x (T, I), weight (O, I), bias (O,) or None -> (T, O). `made`: see OneDNNLinear."""
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not on_cpu or len(x) * weight.numel() < ONEDNN_SIZE or not torch.backends.mkldnn.is_available():
+    if not is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNNLinear.apply(x, weight, bias, made)
@@ -85,7 +99,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linear_of(make: Callable, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     """module(make(x)). On CPU, x is kept for the backward pass of the product, and not make(x)."""
-    return linear(make(x), module.weight, module.bias, (make, x))
+    return module.forward(make(x), (make, x))
+
+
+def is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return on_cpu and len(x) * weight.numel() >= ONEDNN_SIZE and torch.backends.mkldnn.is_available()
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -96,25 +115,67 @@ class OneDNNLinear(torch.autograd.Function):
     """y = x W^T + b, so grad_x = grad_y W, grad_W = grad_y^T x, grad_b = sum of grad_y over the rows.
 
     x is kept for the backward pass; or, where `made` is (make, source), the source is, and x is made again as
-    make(source).
+    make(source). A frozen weight has no gradient, and x is not needed.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, made):
         ctx.make, source = made or (None, x)
-        ctx.save_for_backward(source, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(source if ctx.needs_input_grad[1] else None, weight)
         return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        if ctx.make:
+        if ctx.make and x is not None:
             x = ctx.make(x)
         grad_x = onednn(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
+
+
+class OneDNNLoRA(torch.autograd.Function):
+    """y = x W^T + bias + s u B^T with u = x A^T, where each part p of the output has its own u_p and B_p.
+
+    W and bias are frozen. With g = grad_y: grad_B_p = s g_p^T u_p, grad_u_p = s g_p B_p, grad_A = grad_u^T x
+    and grad_x = g W + grad_u A. x is kept, or made again, as in OneDNNLinear.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, module, made):
+        ctx.make, source = made or (None, x)
+        ctx.module = module
+        y = onednn(x, weight, bias)
+        u = x @ a.t()  # (T, parts * R)
+        ctx.save_for_backward(source, weight, a, b, u)
+        for y_p, u_p, b_p in parts(module, y, u, b):
+            y_p.addmm_(u_p, b_p.t(), alpha=module.lora.scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b, u = ctx.saved_tensors
+        if ctx.make:
+            x = ctx.make(x)
+        grads_b = []
+        grads_u = []
+        for g_p, u_p, b_p in parts(ctx.module, grad, u, b):
+            grads_b.append(g_p.t() @ u_p)
+            grads_u.append(g_p @ b_p)
+        grad_b = ctx.module.lora.scale * torch.cat(grads_b)
+        grad_u = ctx.module.lora.scale * torch.cat(grads_u, dim=1)
+        grad_a = grad_u.t() @ x
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = onednn(grad, weight.t(), None).addmm_(grad_u, a)
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def parts(module: LoRALinear, y: torch.Tensor, u: torch.Tensor, b: torch.Tensor) -> Iterable[tuple]:
+    """y (T, out), u (T, parts * R), b (out, R) -> the part of each, (T, out_p), (T, R), (out_p, R), in turn."""
+    columns = y.split(module.parts, dim=1)
+    return zip(columns, u.split(module.lora.rank, dim=1), b.split(module.parts), strict=True)
 
 
 # ------------------------------------------------------------------------------------------- small operations
@@ -136,7 +197,7 @@ class LeanRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
-        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0)
+        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
         along = (grad * normal).mean(dim=-1, keepdim=True)
         grad_x = normal.mul_(-along).add_(grad).mul_(scale)
