@@ -8,13 +8,12 @@ Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same re
 - A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
   made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
   token, not 4 C + (2 H + 2 KV) D + 4 I. SFT of SmolLM2 needs 6.0 GB instead of 9.3 (bench/LOG.md).
-- A product with adapters (lora/) adds them into its own output, part by part, and its backward pass computes
-  no gradient of the frozen weight.
+- A product with adapters (lora/) is one with the merged weight, x (W + s B A)^T, and its backward pass computes
+  no gradient of W. In bf16 the sum would lose the adapters' digits; so only in fp32.
 
 `speed_up` puts them into a model; parameters and their names stay. The activation is the model's own
 (`MLP.activate`), so another one needs no change here; another norm does, or --plain.
 """
-from collections.abc import Iterable
 from functools import partial
 from types import MethodType
 from typing import Callable
@@ -24,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast.attention import tree_attention
-from lora import LoRALinear
+from lora import LoRALinear, change
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
@@ -136,46 +135,38 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class OneDNNLoRA(torch.autograd.Function):
-    """y = x W^T + bias + s u B^T with u = x A^T, where each part p of the output has its own u_p and B_p.
+    """y = x V^T + bias with V = W + s B A, so grad_x = grad_y V: the adapters take no pass of their own over x,
+    y or grad_x.
 
-    W and bias are frozen. With g = grad_y: grad_B_p = s g_p^T u_p, grad_u_p = s g_p B_p, grad_A = grad_u^T x
-    and grad_x = g W + grad_u A. x is kept, or made again, as in OneDNNLinear.
+    W and bias are frozen. For each part of the output, with its own A and B and its columns g of grad_y, and
+    u = x A^T: grad_B = s g^T u, grad_u = s g B and grad_A = grad_u^T x. V is made again in the backward pass;
+    x is kept, or made again, as in OneDNNLinear.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, module, made):
         ctx.make, source = made or (None, x)
         ctx.module = module
-        y = onednn(x, weight, bias)
-        u = x @ a.t()  # (T, parts * R)
-        ctx.save_for_backward(source, weight, a, b, u)
-        for y_p, u_p, b_p in parts(module, y, u, b):
-            y_p.addmm_(u_p, b_p.t(), alpha=module.lora.scale)
-        return y
+        ctx.save_for_backward(source, weight, a, b)
+        return onednn(x, weight + change(a, b, module.parts, module.lora), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, a, b, u = ctx.saved_tensors
-        if ctx.make:
-            x = ctx.make(x)
+        source, weight, a, b = ctx.saved_tensors
+        parts, lora = ctx.module.parts, ctx.module.lora
+        x = ctx.make(source) if ctx.make else source
+        u = x @ a.t()  # (T, parts * R)
         grads_b = []
         grads_u = []
-        for g_p, u_p, b_p in parts(ctx.module, grad, u, b):
-            grads_b.append(g_p.t() @ u_p)
-            grads_u.append(g_p @ b_p)
-        grad_b = ctx.module.lora.scale * torch.cat(grads_b)
-        grad_u = ctx.module.lora.scale * torch.cat(grads_u, dim=1)
-        grad_a = grad_u.t() @ x
+        for g, u_p, b_p in zip(grad.split(parts, dim=1), u.split(lora.rank, dim=1), b.split(parts), strict=True):
+            grads_b.append(g.t() @ u_p)
+            grads_u.append(g @ b_p)
+        grad_b = lora.scale * torch.cat(grads_b)
+        grad_a = lora.scale * torch.cat(grads_u, dim=1).t() @ x
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = onednn(grad, weight.t(), None).addmm_(grad_u, a)
+            grad_x = onednn(grad, (weight + change(a, b, parts, lora)).t(), None)
         return grad_x, None, None, grad_a, grad_b, None, None
-
-
-def parts(module: LoRALinear, y: torch.Tensor, u: torch.Tensor, b: torch.Tensor) -> Iterable[tuple]:
-    """y (T, out), u (T, parts * R), b (out, R) -> the part of each, (T, out_p), (T, R), (out_p, R), in turn."""
-    columns = y.split(module.parts, dim=1)
-    return zip(columns, u.split(module.lora.rank, dim=1), b.split(module.parts), strict=True)
 
 
 # ------------------------------------------------------------------------------------------- small operations
