@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import fast
 from checkpoint import ChatTokenizer, travelled_prompt
 from formats.containers import STANDARD_INPUT, read_rows
 from formats.readers import read_case, read_labelled_steps
@@ -169,13 +170,15 @@ def sample(config: SampleConfig) -> None:
     """cases.jsonl -> samples.jsonl: n analyses per case, with verdicts and P(Yes)."""
     ranks.join(config.device, config.rank_timeout)
     print_config(config)
-    cases = CaseFile(config.cases)
-    own = ranks.share(range(min(len(cases), config.limit or len(cases))))  # the numbers of this rank's cases
+    if not config.plain:
+        fast.keep_freed_memory()
+    case_file = CaseFile(config.cases)
+    own = ranks.share(range(min(len(case_file), config.limit or len(case_file))))  # this rank's cases
     size = round_size(config)
     counts = Counter()
     too_long = []  # the ids of the cases that have no analyses
     journal = Journal(config.out, config, size or 1)
-    items = (item_of(*cases[i]) for i in own)
+    items = (line_of_case(*case_file[i]) for i in own)
     for where, line in journal.check(items):  # what a killed run left
         analyses = read_analyses(line, where)
         count_analyses(counts, line["case"]["label"], analyses)
@@ -189,10 +192,10 @@ def sample(config: SampleConfig) -> None:
         if ranks.rank() == 0:
             write_prompt(config.out, sampler.prompt)
         for numbers in rounds(own, journal.done, size):
-            found = sampler.analyses(cases[i][1] for i in numbers)
+            found = sampler.analyses(case_file[i][1] for i in numbers)
             for i, analyses in zip(numbers, in_order(found), strict=True):
-                case_id, case = cases[i]
-                line = item_of(case_id, case) | {"analyses": [dataclasses.asdict(a) for a in analyses]}
+                case_id, case = case_file[i]
+                line = line_of_case(case_id, case) | {"analyses": [dataclasses.asdict(a) for a in analyses]}
                 journal.write(line)
                 count_analyses(counts, case.label, analyses)
                 if not analyses:
@@ -216,7 +219,7 @@ def print_too_long(names: list[str]) -> None:
 
 
 class CaseFile:
-    """A file of cases, read on demand: cases[i] -> (id, Case)."""
+    """A file of cases, read on demand: file[i] -> (id, Case)."""
 
     def __init__(self, path: str):
         self.lines = Lines(path)
@@ -229,7 +232,7 @@ class CaseFile:
         return get_field(row, "id", str, where), read_case(row, where)
 
 
-def item_of(case_id: str, case: Case) -> dict:
+def line_of_case(case_id: str, case: Case) -> dict:
     """What a line of samples.jsonl says of its case, before it is sampled."""
     return {"id": case_id, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
 
@@ -532,10 +535,12 @@ class Examples:
     read          makes a Turn of a row (formats/turns.py)
     micro_tokens  the tokens of a tree at most
     context       the tokens of a sequence, prompt and response, at most
+    prompt        the words that go with the model. If they are a whole conversation, so are the rows' prompts
+                  that were made with them
     """
 
     def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
-                 micro_tokens: int, context: int):
+                 micro_tokens: int, context: int, prompt: str | None = None):
         if path == STANDARD_INPUT:
             raise BadInput(f"{path}: training reads its examples more than once; "
                            "give a file, not standard input")
@@ -546,6 +551,10 @@ class Examples:
         self.micro_tokens = micro_tokens
         self.context = context
         self.template_tokens = len(tokenizer.chat(""))
+        self.conversation: Prompt | None = None
+        if prompt is not None and tokenizer.has_special_tokens(prompt):
+            self.conversation = Prompt(prompt, "the prompt's words")
+            self.template_tokens += len(tokenizer.encode_marked(prompt))
         if not len(self.rows):
             raise BadInput(f"{path}: has no examples; make it anew")
         self.kept = self._check()
@@ -560,10 +569,12 @@ class Examples:
         left_out = Counter({OVER_LONG: 0})
         problems = []
         n_systems = 0
+        n_conversations = 0
         for i in tqdm(range(len(self.rows)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
                       leave=False, disable=ranks.rank() > 0):
             turn = self.turn(i)
             n_systems += turn.system is not None
+            n_conversations += self.pieces(turn) is not None
             reason, problem = self._problem(turn)
             if reason:
                 left_out[reason] += 1
@@ -577,6 +588,9 @@ class Examples:
         if n_systems:
             print(f"{self.path}: {n_systems:,} examples have a system message of their own; "
                   "score with the same one (--system)")
+        if self.conversation is not None:
+            print(f"{self.path}: {n_conversations:,} prompts are whole conversations, in the words that go with the "
+                  f"model; the chat template is put around the other {len(self.rows) - n_conversations:,}")
         if not kept:
             raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
                            "raise --micro-tokens, or make the file anew")
@@ -622,8 +636,18 @@ class Examples:
         """The ids of the prompt, and of each response with the end of its turn."""
         if turn.prompt is None:
             return self.encode_text(turn.responses[0])
-        prompt = self.tokenizer.chat(turn.prompt, turn.system)
+        pieces = self.pieces(turn)
+        if pieces is not None:
+            prompt = self.tokenizer.conversation(pieces)
+        else:
+            prompt = self.tokenizer.chat(turn.prompt, turn.system)
         return prompt, [self.tokenizer.response(text, prompt) for text in turn.responses]
+
+    def pieces(self, turn: Turn) -> list[tuple[str, bool]] | None:
+        """The pieces of a prompt that is a whole conversation; None for any other."""
+        if self.conversation is None or turn.prompt is None or turn.system is not None:
+            return None
+        return self.conversation.pieces_of(turn.prompt)
 
     def encode_text(self, text: str) -> Unit:
         """A plain text is all response, but for its first token, which nothing stands before to predict."""
@@ -645,14 +669,14 @@ class Examples:
 
 
 def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
-                        micro_tokens: int, context: int) -> Examples | None:
+                        micro_tokens: int, context: int, prompt: str | None = None) -> Examples | None:
     """The examples of --validation. None without it, and if the file is empty, as it is of few problems."""
     if path is None:
         return None
     if Path(path).is_file() and Path(path).stat().st_size == 0:
         print(f"{path}: is empty; training goes on without validation")
         return None
-    return Examples(path, read, tokenizer, micro_tokens, context)
+    return Examples(path, read, tokenizer, micro_tokens, context, prompt)
 
 
 @dataclass

@@ -93,6 +93,17 @@ class Prompt:
         }
         return [(values[piece], False) if i % 2 else (piece, True) for i, piece in enumerate(self.pieces)]
 
+    def pieces_of(self, message: str) -> list[tuple[str, bool]] | None:
+        """The pieces of which `fill` has made a message; None if it was not made with these words."""
+        own = self.pieces[::2]
+        pattern = "(.*?)".join(map(re.escape, [own[0].lstrip(), *own[1:-1], own[-1].rstrip()]))
+        match = re.fullmatch(pattern, message, re.DOTALL)
+        if match is None:
+            return None
+        values = [(value, False) for value in match.groups()]
+        words = [(text, True) for text in own]
+        return [piece for pair in zip(words, values) for piece in pair] + words[-1:]
+
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
     """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
@@ -367,12 +378,12 @@ class SamplerConfig:
     """The flags of sampling from a checkpoint."""
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
     adapter: Annotated[str | None, "folder of a LoRA adapter for --model, merged into its weights"] = None
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95
+    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = Sampling.temperature
     top_p: Annotated[
         float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)
-    ] = 0.95
-    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 4096
-    seed: Annotated[int, "seed of the sampling"] = 0
+    ] = Sampling.top_p
+    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = Sampling.max_new_tokens
+    seed: Annotated[int, "seed of the sampling"] = Sampling.seed
     prompt_file: Annotated[str | None, "the words around the case "
                                        "(default: the checkpoint's own, else prompts/verify.txt)"] = None
     dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
@@ -400,8 +411,6 @@ def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = Fa
     sampling = Sampling(
         k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete
     )
-    if not config.plain:
-        fast.keep_freed_memory()
     model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
     if config.adapter:
         merge_adapter(model, config.adapter)
@@ -531,7 +540,9 @@ BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia s
 
 def main(config: Config) -> None:
     print_config(config)
-    case = case_of(config.problem, config.step)
+    case = given_case(config.problem, config.step)
+    if not config.plain:
+        fast.keep_freed_memory()
     sampler = load_sampler(config, config.k, config.force)
     sampler.prompt_ids(case)  # says so, if it is longer than the context
     start = time.perf_counter()
@@ -551,7 +562,7 @@ def main(config: Config) -> None:
     print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")
 
 
-def case_of(problem: str | None, steps: tuple[str, ...]) -> Case:
+def given_case(problem: str | None, steps: tuple[str, ...]) -> Case:
     """The case of --problem and --step, or the built-in one."""
     if (problem is None) != (not steps):
         raise BadInput("--problem and --step go together: give both, or neither for the built-in case")

@@ -25,6 +25,7 @@ from typing import Annotated, NamedTuple
 
 from tqdm import tqdm
 
+import fast
 from data import ServedConfig, in_order, load_sampler, print_too_long, round_size, rounds
 from formats import best_of_n, threshold_study
 from formats.inputs import Inputs
@@ -101,6 +102,8 @@ def judge(config: JudgeConfig) -> None:
     ranks.join(config.device, config.rank_timeout)
     print_config(config)
     check_flags(config)
+    if not config.plain:
+        fast.keep_freed_memory()
     if config.step:
         given = {"id": "0", "problem": config.problem, "steps": list(config.step)}
         judge_solution(config, "command line", read_solution(given, "command line"))
@@ -274,7 +277,7 @@ def judge_all(
                 break
             i, t = waiting.popleft()
             try:
-                request_id = sampler.add(case_of(open_ones[i].solution, t))
+                request_id = sampler.add(case_of_step(open_ones[i].solution, t))
                 asked[request_id] = i, t
             except TooLong:
                 answers.append((i, t, []))
@@ -304,7 +307,7 @@ def judge_directly(
     """The same without analyses: all steps of a batch of solutions at a time."""
     numbered = enumerate(solutions)
     while batch := list(islice(numbered, sampler.sampling.batch_size)):
-        cases = [case_of(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
+        cases = [case_of_step(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
         answers = iter(direct_answers(sampler, cases))
         for i, (source, solution) in batch:
             own = islice(answers, len(solution.steps))
@@ -331,7 +334,7 @@ def direct_answers(sampler: Sampler, cases: list[Case]) -> list[list[Analysis]]:
     return answers
 
 
-def case_of(solution: Solution, t: int) -> Case:
+def case_of_step(solution: Solution, t: int) -> Case:
     return Case(solution.problem, solution.steps[:t], solution.steps[t])
 
 
@@ -396,8 +399,12 @@ class Judge:
         return [rewards[start:end] for start, end in zip([0, *ends], ends)]
 
     def judge(self, cases: Iterable[Case]) -> list[float | None]:
-        """The reward of each case."""
-        return [reward(analyses) for analyses in in_order(self.sampler.analyses(cases))]
+        """The reward of each case. The same case is judged once."""
+        cases = list(cases)
+        different = list(dict.fromkeys(cases))
+        found = in_order(self.sampler.analyses(different))
+        rewards = {case: reward(analyses) for case, analyses in zip(different, found, strict=True)}
+        return [rewards[case] for case in cases]
 
 
 # ---------------------------------------------------------------------------------------------- threshold

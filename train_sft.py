@@ -57,8 +57,9 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, folder, config.adapter)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context)
-    validation = validation_examples(config.validation, read_example, tokenizer, config.micro_tokens, context)
+    train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context, prompt)
+    validation = validation_examples(
+        config.validation, read_example, tokenizer, config.micro_tokens, context, prompt)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              results(model, folder, prompt, DTYPES[config.save_dtype], config.merge))
+              results(model, folder, prompt, DTYPES[config.save_dtype], config.merge), config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)

@@ -34,8 +34,8 @@ PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens
 WINDOW = 64            # tokens that the rows have room for at first
 
 
-class Prompt(NamedTuple):
-    """A prefilled prompt that waits for a slot."""
+class PrefilledPrompt(NamedTuple):
+    """A prompt that waits for a slot."""
     request_id: int
     request: Request
     keys_values: torch.Tensor  # of all that was prefilled with it, (2, layers, KV, T, D)
@@ -49,7 +49,7 @@ class Engine(generate.Engine):
     def restart(self) -> None:
         super().restart()
         device = self.model.device
-        self.ready: deque[Prompt] = deque()
+        self.ready: deque[PrefilledPrompt] = deque()
         self.prefix_ids: np.ndarray | None = None
         self.cache = Cache(self.model)
         self.rows = Rows.new(0, 0, 0, n=0, width=0, device=device)
@@ -104,9 +104,8 @@ class Engine(generate.Engine):
         logits = self.model.logits(hidden)  # (prompts, V)
         check_finite(logits)
         for (request_id, request), path, row in zip(group, tree.paths, logits, strict=True):
-            self.ready.append(
-                Prompt(request_id, request, keys_values, torch.from_numpy(path).to(self.model.device), row)
-            )
+            own = torch.from_numpy(path).to(self.model.device)
+            self.ready.append(PrefilledPrompt(request_id, request, keys_values, own, row))
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
 
@@ -151,7 +150,7 @@ class Engine(generate.Engine):
         """The rows that K continuations begin with: one, as they agree on everything so far."""
         return 1
 
-    def fill_slot(self, prompt: Prompt) -> None:
+    def fill_slot(self, prompt: PrefilledPrompt) -> None:
         """Give a prefilled prompt a slot and its K continuations their rows, and draw their first tokens."""
         K = len(prompt.request.seeds)
         R = len(self.rows)

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from plumbing import ranks
 from plumbing.errors import BadInput, Stopped
 from plumbing.files import json_line, naming, read_json, write_json, writing
+from plumbing.settings import summary_writer_class
 
 # ------------------------------------------------------------------------------ batches, schedule, optimizer
 
@@ -97,7 +98,7 @@ class Run:
 
     def __init__(self, out: str, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer,
                  steps: int, save_every: int, keep: int, resume: bool,
-                 results: dict[str, Callable[[Path], None]]):
+                 results: dict[str, Callable[[Path], None]], tensorboard: bool = False):
         """results: what the run ends in: the name of a folder -> what writes it."""
         self.out = Path(out)
         self.settings = settings
@@ -115,6 +116,9 @@ class Run:
             self._restore(checkpoints[-1])
         if ranks.rank() == 0:
             self._open_folder(resume)
+        self.board = None  # TensorBoard's writer
+        if tensorboard and ranks.rank() == 0:
+            self.board = summary_writer_class()(str(self.out / "tensorboard"), purge_step=self.step)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
@@ -155,6 +159,10 @@ class Run:
         with naming(self.out / "metrics.jsonl"):
             self.log_file.write(json_line({"step": self.step, "split": split} | metrics))
             self.log_file.flush()
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(f"{split}/{name}", value, self.step)
+            self.board.flush()
         line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         if split == "train":
             self.bar.set_postfix_str(line)

@@ -68,6 +68,8 @@ class TrainConfig:
     template_args: Annotated[str | None, "JSON object of further variables of the chat template"] = None
     plain: Annotated[bool, "compute with model.py as it reads, without fast/: "
                            "the same numbers, slower"] = False
+    tensorboard: Annotated[bool, "write the metrics for TensorBoard too, to OUT/tensorboard "
+                                 "(needs the package tensorboard)", MAY_CHANGE] = False
     resume: Annotated[bool, "go on from the last checkpoint in --out", MAY_CHANGE] = False
     overwrite: Annotated[bool, "replace an existing --out", MAY_CHANGE] = False
 
@@ -78,6 +80,8 @@ def check_out(config: TrainConfig) -> dict[str, Any]:
     Returns the settings as the run's config.json holds them: the fields, and a hash of each data file.
     """
     print_config(config)
+    if config.tensorboard:
+        summary_writer_class()  # says so now, if it is missing
     out = Path(config.out)
     settings = resolved(config) | hashes(config)
     if out.exists() and not (config.resume or config.overwrite):
@@ -105,6 +109,16 @@ def lora_settings(config: TrainConfig) -> LoRA | None:
                        "give one of them")
     alpha = config.lora_alpha or 2.0 * config.lora_rank
     return LoRA(config.lora_rank, alpha, config.lora_targets)
+
+
+def summary_writer_class() -> type:
+    """PyTorch's writer of TensorBoard files, which needs a package that is not among the requirements."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard needs the package tensorboard: pip install tensorboard, "
+                       "or leave the flag out (metrics.jsonl has the same)") from None
+    return SummaryWriter
 
 
 def hashes(config: TrainConfig) -> dict[str, str]:

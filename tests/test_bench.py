@@ -19,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 import fast
 import fast.kernels
 import rprm
-from bench import gpu
+import train_dpo
+import train_sft
+from bench import gpu, growth, prefill, reward, sampling, training
 from fast.attention import TreeAttention
 from lora import LoRA, add_adapters
 from model import Decoder, Tree, head_chunk
@@ -43,28 +45,27 @@ def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     assert all(share > 0 and math.isfinite(share) for share in shares)
 
 
-SIDES = {
-    "sampling.py": (("ours", "plain"), "--dtypes float32 --prompts 3 --k 2 --new-tokens 4"),
-    "reward.py": (("ours", "plain"), "--dtypes float32 --solutions 2 --k 2 --max-new-tokens 4"),
-    "training.py --what sft": (("ours", "plain", "loss"), "--examples 2 --peer-examples 2 --shortest 20 --longest 30"),
-    "training.py --what dpo": (("ours", "plain", "loss"), "--examples 2 --peer-examples 2 --shortest 20 --longest 30"),
-    "prefill.py": (("ours",), "--prompts 3"),
-    "growth.py": (("ours",), "--sizes 3 --k 2 --new-tokens 2"),
-}
+SIDES = [
+    *((sampling, side, dict(dtypes=("float32",), prompts=3, k=2, new_tokens=4)) for side in ("ours", "plain")),
+    *((reward, side, dict(dtypes=("float32",), solutions=2, k=2, max_new_tokens=4)) for side in ("ours", "plain")),
+    *((training, side, dict(what=what, examples=2, peer_examples=2, shortest=20, longest=30))
+      for what in ("sft", "dpo") for side in ("ours", "plain", "initial_loss")),
+    (prefill, "ours", dict(prompts=3)),
+    (growth, "ours", dict(sizes=(3,), k=2, new_tokens=2)),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script, side", [(script, side) for script, (sides, _) in SIDES.items() for side in sides])
-def test_our_sides_of_the_benchmarks_run_in_miniature(script, side, tmp_path):
+@pytest.mark.parametrize("script, side, sizes", SIDES)
+def test_our_sides_of_the_benchmarks_run_in_miniature(script, side, sizes, tmp_path, monkeypatch):
     row = {"id": "0", "problem": "1 + 1 + 1 + 1?", "steps": ["1 + 1 = 2.", "2 + 1 = 3.", "So 4."], "label": 2}
     data = tmp_path / "solutions.jsonl"
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    base = ROOT / "examples/arithmetic/base"
-    name, *what = script.split()
-    line = [sys.executable, ROOT / "bench" / name, *what, "--side", side, "--model", base, "--data", data, *SIDES[script][1].split()]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+    for module, name in ((train_sft, "Run"), (train_dpo, "Run"), (train_dpo, "reference_logprobs")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back what a side has replaced
+    monkeypatch.setattr(fast, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(training, "matmul_flops", lambda: 1e11)
+    result = getattr(script, side)(script.Config(model=str(ROOT / "examples/arithmetic/base"), data=str(data), **sizes))
+    assert result["seconds"] > 0
 
 
 def test_its_flops_are_those_that_pytorch_counts():

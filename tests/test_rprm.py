@@ -505,7 +505,8 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, make_sampler):
 
     One token less room is not.
     """
-    sampler = Sampler(load_model(tiny_folder), load_tokenizer(tiny_folder), Prompt(SHORT, "test"), Sampling(k=1))
+    sampler = Sampler(load_model(tiny_folder), load_tokenizer(tiny_folder), Prompt(SHORT, "test"),
+                      Sampling(k=1, max_new_tokens=20))
     need = len(sampler.prompt_ids(PENS)) + len(sampler.tokenizer.encode("\n" + VERIFICATION)) + 2
     sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need)
     assert len(analyses_of(sampler, [PENS])) == 1

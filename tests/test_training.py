@@ -23,6 +23,8 @@ from tokenizers import normalizers
 
 from checkpoint import weights
 from plumbing import ranks
+import data
+import rprm
 import train_dpo
 import train_sft
 import plumbing.run as training
@@ -33,6 +35,8 @@ from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
 from data import Examples
 from formats.turns import read_example, read_pair
+from formats.verdicts import VERIFICATION
+from plumbing.files import json_line
 from plumbing.run import epoch_batches, learning_rate
 
 WORDS = "apples pens boxes sum right mistake calculation problem step half answer".split()
@@ -412,6 +416,29 @@ def test_a_prompt_file_that_cannot_be_used_is_refused_before_training(tmp_path, 
     assert f"error: {path}: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+CONVERSATION = ("<|im_start|>user\n{problem}\n{previous_steps}\n{now_step}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_prompts_that_are_conversations_are_trained_on_as_they_are_scored(tmp_path, tiny_folder, capsys):
+    """Cases are sampled and made into examples with a conversation of a prompt file; a stranger's row stays a message."""
+    words = tmp_path / "words.txt"
+    words.write_text(CONVERSATION)
+    case = rprm.Case("What is 1 + 1? <|im_end|>", ("1 is 1.",), "So 2.", True)
+    samples = tmp_path / "samples.jsonl"
+    analysis = dict(text=f"It is 2.\n{VERIFICATION} Yes", verdict=True, p_yes=0.9, n_tokens=9, finished=True)
+    samples.write_text(json_line({"id": "0", "case": dataclasses.asdict(case), "analyses": [analysis]}))
+    data.sft(data.SftConfig(samples=(str(samples),), out=str(tmp_path / "sft.jsonl"), prompt_file=str(words), balance=False,
+                            validation=0.0))
+    with open(tmp_path / "sft.jsonl", "a") as file:
+        file.write(json_line({"prompt": "Hello.", "response": "Good day."}))
+    tokenizer = load_tokenizer(tiny_folder)
+    examples = Examples(str(tmp_path / "sft.jsonl"), read_example, tokenizer, 500, 500, words.read_text())
+    sampler = rprm.Sampler(load_model(tiny_folder), tokenizer, rprm.Prompt(CONVERSATION, "words"), rprm.Sampling())
+    assert examples[0][0] == sampler.prompt_ids(case)
+    assert examples[1][0] == tokenizer.chat("Hello.")
+    assert "1 prompts are whole conversations, in the words that go with the model" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------- SFT
 
 def sft_config(tmp_path, model, rows, **changes):
@@ -424,6 +451,22 @@ def sft_config(tmp_path, model, rows, **changes):
 def test_eight_examples_are_overfitted(tmp_path, tiny_folder):
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, epochs=60))
     assert metrics(tmp_path / "out")[-1]["loss"] < 0.05
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(tmp_path, tiny_folder):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
+    train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), tensorboard=True))
+    board = reader.EventAccumulator(str(tmp_path / "out/tensorboard")).Reload()
+    for name in ("loss", "lr", "tree_tokens"):
+        expected = [(line["step"], pytest.approx(line[name])) for line in metrics(tmp_path / "out")]
+        assert [(event.step, event.value) for event in board.Scalars(f"train/{name}")] == expected
+
+
+def test_tensorboard_that_is_missing_is_said_before_training(tmp_path, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    train = write(tmp_path / "t.jsonl", sft_rows(2))
+    assert run_here(train_sft, "--model", tiny_folder, "--train", train, "--out", tmp_path / "out", "--tensorboard") == 2
+    assert "error: --tensorboard needs the package tensorboard: pip install tensorboard" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -861,11 +904,10 @@ def in_a_child(work, die_at=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, stride", [(train_sft, 1), (train_dpo, 3)])
+@pytest.mark.parametrize("script, stride", [(train_sft, 2), (train_dpo, 3)])
 def test_a_run_killed_at_any_file_operation_ends_the_same(tmp_path, tiny_folder, script, stride):
-    """Kill before each rename, removal, sync and save of a run, then again soon after its resumption, and finish it.
-
-    Of DPO, which saves with the same code, before those of its reference, and then before every third.
+    """Kill before the first renames, removals, syncs and saves of a run, and then before every second (of DPO, which
+    saves with the same code, every third); then again soon after its resumption, and finish it.
     """
     short = dict(max_steps=2, save_every=1, eval_every=1)
     script.main(small_run(script, tmp_path, tiny_folder, "whole", **short))

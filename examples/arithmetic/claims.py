@@ -195,7 +195,7 @@ def main(config: Config) -> None:
     print(text)
     draw(config, result)
     if config.readme:
-        write_readme(text)
+        write_between("<!-- claims -->", "<!-- end of claims -->", text)
 
 
 def every_seed(config: Config, work) -> None:
@@ -338,10 +338,9 @@ def draw(config: Config, result: dict) -> None:
     print("plot:", Path(config.out) / "claims.png")
 
 
-def write_readme(text: str) -> None:
-    """Put the tables between the markers of README.md beside this file."""
+def write_between(begin: str, end: str, text: str) -> None:
+    """Put the tables between two markers of README.md beside this file."""
     page = (HERE / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- claims -->", "<!-- end of claims -->"
     if begin not in page or end not in page:
         raise BadInput(f"{HERE / 'README.md'}: has no markers {begin} and {end}; give --no-readme or put them back")
     with writing(HERE / "README.md") as file:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-WORLD = Path(__file__).parents[1] / "examples" / "arithmetic"
+WORLD = Path(__file__).parents[2] / "examples" / "arithmetic"
 sys.path.insert(0, str(WORLD))
 import claims
 import report
@@ -151,5 +151,5 @@ def test_the_claims_page_keeps_what_is_around_the_tables(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- claims -->\nold\n<!-- end of claims -->\nafter\n")
     monkeypatch.setattr(claims, "HERE", tmp_path)
-    claims.write_readme("| new |")
+    claims.write_between("<!-- claims -->", "<!-- end of claims -->", "| new |")
     assert page.read_text() == "before\n<!-- claims -->\n| new |\n<!-- end of claims -->\nafter\n"
