@@ -25,9 +25,15 @@ KS = (1, 8)
 
 
 @dataclass(frozen=True)
-class Config(claims.Config):
+class Config:
     out: Annotated[str, "folder for all runs; what is complete in it is not run again"]
     rank: Annotated[int, "of the adapters", (1, None)] = 8
+    seeds: Annotated[tuple[int, ...], "data and runs of their own each"] = (0, 1, 2, 3, 4)
+    jobs: Annotated[int, "runs side by side, one thread each", (1, None)] = 2
+    train: Annotated[int, "solutions from which cases are made, per seed", (16, None)] = 400
+    test: Annotated[int, "test solutions per seed", (10, None)] = 200
+    difficulty: Annotated[float, "of the problems, see world.py", (0, 1)] = 0.5
+    base: Annotated[str, "the model that both kinds start from"] = str(HERE / "base")
 
 
 class Chain(claims.Chain):
