@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import fast
-from checkpoint import PROMPT_FILE, ChatTokenizer
+from checkpoint import ChatTokenizer, travelled_prompt
 from formats.containers import STANDARD_INPUT, read_rows
 from formats.readers import read_case, read_labelled_steps
 from formats.samples import count_analyses, read_analyses
@@ -125,7 +125,7 @@ class ServedConfig(SamplerConfig):
             meaningless = ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
             why = "needs --server; give both or neither"
         else:
-            meaningless = ("batch_size", "dtype", "device", "plain")
+            meaningless = ("adapter", "batch_size", "dtype", "device", "plain")
             why = "has no meaning with --server, where the server decides; leave it out"
         for name in meaningless:
             if name in given:
@@ -482,15 +482,16 @@ def write_prompt(path: str | Path, prompt: Prompt) -> None:
         file.write(prompt.text if prompt.text.endswith("\n") else prompt.text + "\n")
 
 
-def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path) -> str | None:
+def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path,
+                      adapter: str | None) -> str | None:
     """The prompt that is saved with a trained model, to ask it in the words of its training. Says which.
 
-    They are those of --prompt-file; else those beside the training data; else those of the model it starts
-    from.
+    They are those of --prompt-file; else those beside the training data; else those of the adapter, or the
+    model, that it starts from.
     """
     if prompt_file is not None:
         load_prompt(prompt_file, None)  # refuses one that cannot be used
-    for path in (prompt_file, own_prompt(train), Path(model) / PROMPT_FILE):
+    for path in (prompt_file, own_prompt(train), travelled_prompt(model, adapter)):
         if path is not None and Path(path).is_file():
             print(f"prompt: the words of {path} go with the trained model")
             return Path(path).read_text(encoding="utf-8")

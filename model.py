@@ -339,9 +339,11 @@ def tree_attention(end: torch.Tensor) -> Attend:
     return attend
 
 
-def head_chunk(device: torch.device | str) -> int:
+def head_chunk(device: torch.device | str, is_trained: bool) -> int:
     """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V).
 
-    More on a GPU, as each chunk makes a gradient of the whole head.
+    More on a GPU, and most where the head is trained, as each chunk makes a gradient of the whole head.
     """
-    return 2048 if torch.device(device).type == "cuda" else 256
+    if torch.device(device).type == "cpu":
+        return 256
+    return 2048 if is_trained else 512

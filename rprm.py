@@ -26,12 +26,13 @@ from torch.utils.checkpoint import checkpoint
 import fast
 from checkpoint import (
     DTYPES,
-    PROMPT_FILE,
     ChatTokenizer,
     load_model,
     load_tokenizer,
+    merge_adapter,
     read_prompt,
     read_template_args,
+    travelled_prompt,
 )
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
 from generate import Continuation, Engine, Request
@@ -376,6 +377,7 @@ class Sampler:
 class SamplerConfig:
     """The flags of sampling from a checkpoint."""
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
+    adapter: Annotated[str | None, "folder of a LoRA adapter for --model, merged into its weights"] = None
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = Sampling.temperature
     top_p: Annotated[
         float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)
@@ -405,11 +407,13 @@ def tell_conversation(sampler: Sampler) -> None:
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
                  batch_size: int = 1) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
-    prompt = load_prompt(config.prompt_file, Path(config.model) / PROMPT_FILE, direct)
+    prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
     sampling = Sampling(
         k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete
     )
     model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
+    if config.adapter:
+        merge_adapter(model, config.adapter)
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if config.plain:
@@ -462,7 +466,7 @@ def response_logprobs(
     hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
     target = tree.ids[torch.from_numpy(responses).to(device)]                 # (N,)
     logprobs = []
-    chunk = chunk or head_chunk(device)
+    chunk = chunk or head_chunk(device, is_trained=model.embed.weight.requires_grad)
     for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
         logprobs.append(checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False))
     logprobs = torch.cat(logprobs)  # (N,)

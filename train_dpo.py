@@ -2,9 +2,12 @@
 
     python train_dpo.py --model runs/sft/model --train pairs.jsonl --validation pairs.validation.jsonl \
         --out runs/dpo
+    python train_dpo.py --model Qwen2.5-Math-7B-Instruct --adapter runs/sft/adapter ...    # LoRA all the way
 
 The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never
 change, so the policy itself computes them, once, before the first step; a file beside the pairs keeps them.
+With adapters (lora/) there is no second model either: the reference is the model with the adapters as they
+are at the start, new ones changing nothing, those of --adapter being a part of it.
 Rows are {"prompt", "chosen", "rejected"}, the official files' {"instruction", "chosen", "rejected"}, or those
 of other public formats (formats/turns.py).
 Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does
@@ -25,10 +28,10 @@ import fast
 from checkpoint import (
     DTYPES,
     TOKENIZER_FILES,
-    load_model,
+    load_for_training,
     load_tokenizer,
     read_template_args,
-    save_checkpoint,
+    results,
 )
 from data import Examples, MicroBatch, deal, travelling_prompt, validation_examples
 from formats.turns import read_pair
@@ -37,7 +40,7 @@ from plumbing import cli, ranks
 from plumbing.files import content_hash, files_in
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, check_out
+from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
 from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
 from rprm import dpo_loss, response_logprobs
@@ -68,13 +71,14 @@ def main(config: Config) -> None:
 
     if not config.plain:
         fast.keep_freed_memory()
-    model = load_model(config.model, torch.float32, config.device, sharded=True, context=config.context)
+    model = load_for_training(config.model, config.device, config.context, lora_settings(config),
+                              config.adapter, config.seed)
     choose_threads(sum(p.numel() for p in model.parameters()), config.device)
     if not config.plain:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
-    prompt = travelling_prompt(config.prompt_file, config.train, config.model)
+    prompt = travelling_prompt(config.prompt_file, config.train, config.model, config.adapter)
     context = model.config.max_position_embeddings
     train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context, prompt)
     validation = validation_examples(
@@ -88,18 +92,17 @@ def main(config: Config) -> None:
 
     conversation = prompt if train.conversation is not None else None
     flags = (config.context, config.system, config.template_args, conversation)
-    reference = reference_logprobs(model, config.model, train, config.batch_size, flags)
+    reference = reference_logprobs(model, config.model, train, config.batch_size, flags, config.adapter)
     if validation:
-        validation_reference = reference_logprobs(model, config.model, validation, config.batch_size, flags)
+        validation_reference = reference_logprobs(
+            model, config.model, validation, config.batch_size, flags, config.adapter)
     loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
                             ipo=config.ipo, nll=config.nll)
 
-    def save_model(out: Path) -> None:
-        save_checkpoint(out, model, config.model, prompt, DTYPES[config.save_dtype])
-
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              save_model, config.tensorboard)
+              results(model, config.model, prompt, DTYPES[config.save_dtype], config.merge),
+              config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)
@@ -183,16 +186,19 @@ def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pai
 
 @torch.no_grad()
 def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int,
-                       flags: tuple[int | str | None, ...] = ()) -> np.ndarray:
+                       flags: tuple[int | str | None, ...] = (), adapter: str | None = None) -> np.ndarray:
     """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2). LEFT_OUT: it is left out.
 
-    model: that of `folder`, before its first update
+    model: that of `folder` with the adapters of `adapter`, or with new ones, which change nothing (B = 0),
+           before its first update
     flags: what was said of the model and its tokenizer beside their files
 
     The table is kept beside the pairs, as NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta
     computes it once.
     """
-    path = reference_path(folder, pairs, batch_size, model.device, flags) if ranks.rank() == 0 else None
+    path = None
+    if ranks.rank() == 0:
+        path = reference_path(folder, adapter, pairs, batch_size, model.embed.weight, flags)
     table = StoredTable(path, len(pairs.rows), columns=2)
     is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
     table.rows[~is_kept] = LEFT_OUT
@@ -211,20 +217,26 @@ def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size:
     return table.finish()
 
 
-def reference_path(folder: str, pairs: Examples, batch_size: int, device: torch.device,
+def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: torch.Tensor,
                    flags: tuple[int | str | None, ...]) -> Path:
     """Where the reference's table is kept.
 
-    The hash in its name is of all that the table depends on: the pairs, the model, the tokenizer, the chat
-    template, and what shares a tree (the last digits of a log-probability depend on the rest of its tree).
+    The hash in its name is of all that the table depends on: the pairs, the model, its adapters, the
+    tokenizer, the chat template, and what shares a tree (the last digits of a log-probability depend on the
+    rest of its tree).
+
+    weight: one of the model's, which tells the device and the type of all
     """
-    words = f"{pairs.micro_tokens} {batch_size} {device.type}"
+    words = f"{pairs.micro_tokens} {batch_size} {weight.device.type}"
+    if weight.dtype != torch.float32:  # those of a model with adapters, on a GPU
+        words += f" {weight.dtype}"
     if any(flag is not None for flag in flags):
         words += f" {flags}"
     weights = sorted(Path(folder).glob("*.safetensors"))
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
     others = [Path(folder) / name for name in names]
-    paths = [*files_in(pairs.path), *weights, *others]
+    of_adapter = files_in(adapter) if adapter else []
+    paths = [*files_in(pairs.path), *weights, *others, *of_adapter]
     name = content_hash(words, paths)
     return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")
 

@@ -2,6 +2,7 @@
 
     python train_sft.py --model Qwen2.5-Math-7B-Instruct --train sft.jsonl --validation sft.validation.jsonl \
         --out runs/sft
+    python train_sft.py ... --lora-rank 16 --lr 2e-4    # adapters (lora/), in runs/sft/adapter
 
 Rows are {"prompt", "response"}, the official files' {"instruction", "output"}, {"text"}, which trains on
 every token, or those of other public formats (formats/turns.py). With --from-scratch CONFIG.JSON (its folder
@@ -16,7 +17,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import fast
-from checkpoint import DTYPES, load_config, load_model, load_tokenizer, read_template_args, save_checkpoint
+from checkpoint import DTYPES, load_config, load_for_training, load_tokenizer, read_template_args, results
 from data import Examples, deal, travelling_prompt, validation_examples
 from formats.turns import read_example
 from model import Decoder
@@ -24,7 +25,7 @@ from plumbing import cli, ranks
 from plumbing.errors import BadInput
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, check_out
+from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
 from plumbing.threads import choose_threads
 from rprm import response_logprobs, sft_loss
 
@@ -54,7 +55,7 @@ def main(config: Config) -> None:
         fast.speed_up(model)
     model.checkpoint_activations = config.checkpoint_activations
     tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
-    prompt = travelling_prompt(config.prompt_file, config.train, folder)
+    prompt = travelling_prompt(config.prompt_file, config.train, folder, config.adapter)
     context = model.config.max_position_embeddings
     train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context, prompt)
     validation = validation_examples(
@@ -66,12 +67,9 @@ def main(config: Config) -> None:
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations)
 
-    def save_model(out: Path) -> None:
-        save_checkpoint(out, model, folder, prompt, DTYPES[config.save_dtype])
-
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              save_model, config.tensorboard)
+              results(model, folder, prompt, DTYPES[config.save_dtype], config.merge), config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)
@@ -120,12 +118,16 @@ def evaluate(model: Decoder, examples: Examples, batch_size: int) -> float:
 
 
 def initial_model(config: Config) -> tuple[Decoder, Path]:
-    """The model to train (fp32) and the folder that its tokenizer comes from."""
+    """The model to train and the folder that its tokenizer comes from."""
     if (config.model is None) == (config.from_scratch is None):
         raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
+    lora = lora_settings(config)
     if config.model:
-        model = load_model(config.model, torch.float32, config.device, sharded=True, context=config.context)
+        model = load_for_training(
+            config.model, config.device, config.context, lora, config.adapter, config.seed)
         return model, Path(config.model)
+    if lora or config.adapter:
+        raise BadInput("adapters change the weights of a trained model; give --model, not --from-scratch")
     folder = Path(config.from_scratch).parent
     model = Decoder(load_config(folder, config.context))
     model.init_weights(torch.Generator().manual_seed(config.seed))

@@ -49,6 +49,7 @@ class Config(BenchConfig):
     longest: Annotated[int, "and of the longest", (20, None)] = 200
     lr: Annotated[float, "learning rate", (0, None)] = 5e-6
     micro_tokens: Annotated[int, "ours: tokens per forward pass", (16, None), LOWER_IF_MEMORY_RUNS_OUT] = 8192
+    lora_rank: Annotated[int | None, "ours: train adapters of this rank instead of all weights", (1, None)] = None
     peer_examples: Annotated[int, "how many of the examples the peer trains on", (1, None)] = 4
     peer_checkpointing: Annotated[bool, "the peer recomputes activations (TRL's default): less memory, more time"] = False
     full: Annotated[bool, "the peer trains on all examples, with and without recomputing; the faster counts"] = False
@@ -151,7 +152,8 @@ def timed(config: Config, is_plain: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path, out = write_lines(config, folder), Path(folder) / "run"
         script.main(script.Config(model=config.model, train=str(path), out=str(out), batch_size=config.examples, lr=config.lr, warmup=0.0,
-                                  schedule="constant", micro_tokens=config.micro_tokens, device="cpu", seed=config.seed, plain=is_plain))
+                                  schedule="constant", micro_tokens=config.micro_tokens, device="cpu", seed=config.seed, plain=is_plain,
+                                  lora_rank=config.lora_rank))
         peak = peak_mb()
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         result = {"seconds": clock.seconds, "examples_per_second": config.examples / clock.seconds, "loss": first["loss"], "peak_mb": peak}
@@ -175,6 +177,8 @@ def work(config: Config, examples: Examples, seconds: float) -> dict:
         layers = Decoder(c).layers
     body = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
     passes = {"sft": 3, "dpo": 4}[config.what]  # forward, two in backward, and the reference's forward
+    if config.lora_rank:
+        passes -= 1  # frozen weights have no gradient
     flops = 2 * passes * (body * tree + c.vocab_size * c.hidden_size * responses)
     peak = matmul_flops()
     return {"tree_tokens": tree, "sequence_tokens": sum(len(path) for batch in batches for path in batch.tree.paths),

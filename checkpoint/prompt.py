@@ -31,6 +31,12 @@ def read_prompt(prompt_file: str | Path | None, travelled: str | Path | None,
     return text, str(path)
 
 
+def travelled_prompt(model: str | Path, adapter: str | Path | None) -> Path:
+    """Where the words are that a checkpoint was trained with: beside its adapter, else beside its weights."""
+    own = Path(adapter or model) / PROMPT_FILE
+    return own if own.is_file() else Path(model) / PROMPT_FILE
+
+
 def read_template_args(text: str | None) -> dict:
     """The variables of --template-args, a JSON object; none without it."""
     if text is None:

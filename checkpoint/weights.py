@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from checkpoint.config import config_to_json, load_config
 from checkpoint.prompt import PROMPT_FILE
 from checkpoint.tokenizer import TOKENIZER_FILES, ChatTokenizer, load_tokenizer
+from lora import LoRA, LoRALinear, add_adapters, change
 from model import Decoder, ModelConfig
 from plumbing import ranks
 from plumbing.errors import BadInput
@@ -109,21 +110,22 @@ class Stored(NamedTuple):
 
 
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-               sharded: bool = False, context: int | None = None) -> Decoder:
+               sharded: bool = False, context: int | None = None, lora: LoRA | None = None) -> Decoder:
     """The decoder with the folder's weights, built on the meta device and filled tensor by tensor.
 
     sharded: cut over the ranks of a training; each reads its own rows alone.
     context: the longest sequence, instead of config.json's max_position_embeddings.
+    lora: with adapters, which have no values yet, and all of the folder's weights frozen.
 
     Raises BadInput that lists missing, unexpected and misshapen tensors by name.
     """
     config = load_config(folder, context)
     wanted = layout(config)
-    stored = stored_tensors(Path(folder))
+    stored = stored_tensors(weight_files(Path(folder)))
     check_tensors(folder, wanted, stored, config)
     if config.tie_word_embeddings and HEAD in stored:
         check_tied_head(folder, stored)
-    model = empty_model(config, dtype, device, sharded)
+    model = empty_model(config, dtype, device, sharded, lora)
     parameters = dict(model.named_parameters())
     for name, rows in wanted.items():
         read_rows(stored[name].path, name, rows, parameters[rows.parameter])
@@ -131,24 +133,26 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: t
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str,
-                sharded: bool) -> Decoder:
+                sharded: bool, lora: LoRA | None) -> Decoder:
     """A decoder whose parameters have memory, but no values yet."""
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
+    if lora:
+        add_adapters(model, lora)
     if sharded:
         ranks.shard(model, device)
         return model.to_empty(device=device)
     empty = {}  # without to_empty, which would import sympy: that takes a second
     for name, parameter in model.named_parameters():
-        empty[name] = torch.empty(parameter.shape, dtype=dtype, device=device)
+        empty[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     model.load_state_dict(empty, assign=True)
     return model
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder's files, by name."""
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """All tensors of some files, by name."""
     found = {}
-    for path in weight_files(folder):
+    for path in files:
         with reading_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118, as the file is no dict
                 tensor = file.get_slice(name)
@@ -194,8 +198,17 @@ def reading_tensors(path: Path):
 def check_tensors(folder: str | Path, wanted: dict[str, Rows], stored: dict[str, Stored],
                   config: ModelConfig) -> None:
     """BadInput where the files' tensors are not those of the config."""
+    needed = {name: tensor for name, tensor in stored.items() if not has_no_use(name, config)}
+    problems = list_problems(wanted, needed)
+    if problems:
+        raise BadInput(f"{folder}: the weights do not fit config.json ({problems}); "
+                       "take config and weights from the same checkpoint")
+
+
+def list_problems(wanted: dict[str, Rows], stored: dict[str, Stored]) -> str:
+    """The tensors that are missing, unexpected or misshapen, by name; "" if there are none."""
     missing = [name for name in wanted if name not in stored]
-    unexpected = [name for name in stored if name not in wanted and not has_no_use(name, config)]
+    unexpected = [name for name in stored if name not in wanted]
     misshapen = []
     for name, rows in wanted.items():
         if name in stored and stored[name].shape != rows.shape:
@@ -205,9 +218,7 @@ def check_tensors(folder: str | Path, wanted: dict[str, Rows], stored: dict[str,
         if names:
             more = ", ..." if len(names) > 8 else ""
             problems.append(f"{len(names)} {what}: {', '.join(names[:8])}{more}")
-    if problems:
-        raise BadInput(f"{folder}: the weights do not fit config.json ({'; '.join(problems)}); "
-                       "take config and weights from the same checkpoint")
+    return "; ".join(problems)
 
 
 def has_no_use(name: str, config: ModelConfig) -> bool:
@@ -270,8 +281,8 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
                     dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a Hugging Face folder: weights, config, the tokenizer's files and the verification prompt.
 
-    Where the model is cut over the ranks, all of them must call this: its tensors are gathered one by one,
-    and rank 0 writes them.
+    Adapters are merged into the weights. Where the model is cut over the ranks, all of them must call this:
+    its tensors are gathered one by one, and rank 0 writes them.
     """
     tensors = whole_tensors(model, dtype)
     if ranks.rank():
@@ -279,15 +290,21 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer_from: str | Pa
             pass
         return
     with replacing(Path(folder)) as aside:
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_from) / name).is_file():
-                shutil.copyfile(Path(tokenizer_from) / name, aside / name)
-        if prompt is not None:
-            (aside / PROMPT_FILE).write_text(prompt, encoding="utf-8")
-        tokenizer = load_tokenizer(tokenizer_from)
-        name_all_ends(aside, tokenizer)
+        tokenizer = save_words(aside, tokenizer_from, prompt)
         write_json(aside / "config.json", config_to_json(model.config, dtype, tokenizer.eos_ids))
         save_weights(aside, tensors, model.config, dtype, shard_bytes)
+
+
+def save_words(folder: Path, tokenizer_from: str | Path, prompt: str | None) -> ChatTokenizer:
+    """Write the tokenizer's files and the verification prompt. -> the tokenizer"""
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_from) / name).is_file():
+            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    if prompt is not None:
+        (folder / PROMPT_FILE).write_text(prompt, encoding="utf-8")
+    tokenizer = load_tokenizer(tokenizer_from)
+    name_all_ends(folder, tokenizer)
+    return tokenizer
 
 
 def name_all_ends(folder: Path, tokenizer: ChatTokenizer) -> None:
@@ -333,9 +350,21 @@ def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, tor
     for name, rows in layout(model.config).items():
         if gathered != rows.parameter:
             gathered = rows.parameter
-            whole = ranks.whole(parameters[gathered].detach())
+            whole = merged(model, parameters, gathered)
         tensor = whole[rows.first:rows.first + rows.shape[0]]
         yield name, tensor.to(dtype).contiguous().cpu()
+
+
+def merged(model: Decoder, parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A parameter with all its rows, and with what its adapters add to it."""
+    whole = ranks.whole(parameters[name].detach())
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    if kind == "weight" and isinstance(module, LoRALinear):
+        a = ranks.whole(parameters[f"{path}.lora_A"].detach())
+        b = ranks.whole(parameters[f"{path}.lora_B"].detach())
+        whole = whole + change(a, b, module.parts, module.lora)
+    return whole
 
 
 def save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig,

@@ -8,6 +8,8 @@ Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same re
 - A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
   made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
   token, not 4 C + (2 H + 2 KV) D + 4 I. SFT of SmolLM2 needs 6.0 GB instead of 9.3 (bench/LOG.md).
+- A product with adapters (lora/) is one with the merged weight, x (W + s B A)^T, and its backward pass computes
+  no gradient of W. In bf16 the sum would lose the adapters' digits; so only in fp32.
 
 `speed_up` puts them into a model; parameters and their names stay. The activation is the model's own
 (`MLP.activate`), so another one needs no change here; another norm does, or --plain.
@@ -21,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast.attention import tree_attention
+from lora import LoRALinear, change
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
@@ -31,7 +34,9 @@ def speed_up(model: Decoder) -> Decoder:
     """Replace the forward functions of a decoder, and its attention over trees, by fast ones. -> the model.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LoRALinear):
+            module.forward = MethodType(lora_forward, module)
+        elif isinstance(module, nn.Linear):
             module.forward = MethodType(linear_forward, module)
         elif isinstance(module, RMSNorm):
             module.forward = MethodType(rms_norm_forward, module)
@@ -42,8 +47,17 @@ def speed_up(model: Decoder) -> Decoder:
     return model
 
 
-def linear_forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, self.weight, self.bias)
+Made = tuple[Callable, torch.Tensor]  # (make, source): what a product's input was made of
+
+
+def linear_forward(self: nn.Linear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+    return linear(x, self.weight, self.bias, made)
+
+
+def lora_forward(self: LoRALinear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+    if not is_for_onednn(x, self.weight):
+        return LoRALinear.forward(self, x)
+    return OneDNNLoRA.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self, made)
 
 
 def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -73,10 +87,9 @@ def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- products
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-           made: tuple[Callable, torch.Tensor] | None = None) -> torch.Tensor:
+           made: Made | None = None) -> torch.Tensor:
     """F.linear: x (T, I), weight (O, I), bias (O,) or None -> (T, O). `made`: see OneDNNLinear."""
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not on_cpu or len(x) * weight.numel() < ONEDNN_SIZE or not torch.backends.mkldnn.is_available():
+    if not is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNNLinear.apply(x, weight, bias, made)
@@ -85,7 +98,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def linear_of(make: Callable, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
     """module(make(x)). On CPU, x is kept for the backward pass of the product, and not make(x)."""
-    return linear(make(x), module.weight, module.bias, (make, x))
+    return module.forward(make(x), (make, x))
+
+
+def is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return on_cpu and len(x) * weight.numel() >= ONEDNN_SIZE and torch.backends.mkldnn.is_available()
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -96,25 +114,59 @@ class OneDNNLinear(torch.autograd.Function):
     """y = x W^T + b, so grad_x = grad_y W, grad_W = grad_y^T x, grad_b = sum of grad_y over the rows.
 
     x is kept for the backward pass; or, where `made` is (make, source), the source is, and x is made again as
-    make(source).
+    make(source). A frozen weight has no gradient, and x is not needed.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, made):
         ctx.make, source = made or (None, x)
-        ctx.save_for_backward(source, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(source if ctx.needs_input_grad[1] else None, weight)
         return onednn(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        if ctx.make:
+        if ctx.make and x is not None:
             x = ctx.make(x)
         grad_x = onednn(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias else None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
+
+
+class OneDNNLoRA(torch.autograd.Function):
+    """y = x V^T + bias with V = W + s B A, so grad_x = grad_y V: the adapters take no pass of their own over x,
+    y or grad_x.
+
+    W and bias are frozen. For each part of the output, with its own A and B and its columns g of grad_y, and
+    u = x A^T: grad_B = s g^T u, grad_u = s g B and grad_A = grad_u^T x. V is made again in the backward pass;
+    x is kept, or made again, as in OneDNNLinear.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, module, made):
+        ctx.make, source = made or (None, x)
+        ctx.module = module
+        ctx.save_for_backward(source, weight, a, b)
+        return onednn(x, weight + change(a, b, module.parts, module.lora), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        source, weight, a, b = ctx.saved_tensors
+        parts, lora = ctx.module.parts, ctx.module.lora
+        x = ctx.make(source) if ctx.make else source
+        u = x @ a.t()  # (T, parts * R)
+        grads_b = []
+        grads_u = []
+        for g, u_p, b_p in zip(grad.split(parts, dim=1), u.split(lora.rank, dim=1), b.split(parts), strict=True):
+            grads_b.append(g.t() @ u_p)
+            grads_u.append(g @ b_p)
+        grad_b = lora.scale * torch.cat(grads_b)
+        grad_a = lora.scale * torch.cat(grads_u, dim=1).t() @ x
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = onednn(grad, (weight + change(a, b, parts, lora)).t(), None)
+        return grad_x, None, None, grad_a, grad_b, None, None
 
 
 # ------------------------------------------------------------------------------------------- small operations
@@ -136,7 +188,7 @@ class LeanRMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         normal = x * scale
-        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0)
+        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
         along = (grad * normal).mean(dim=-1, keepdim=True)
         grad_x = normal.mul_(-along).add_(grad).mul_(scale)

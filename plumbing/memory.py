@@ -3,6 +3,7 @@ import math
 
 import torch
 
+from lora import LoRA, add_adapters, lora_of
 from model import Decoder, ModelConfig, head_chunk
 from plumbing import ranks
 
@@ -10,10 +11,14 @@ from plumbing import ranks
 def print_budget(model: Decoder, n_examples: int, steps: int, batch_size: int, micro_tokens: int,
                  first_step: int, checkpoint_activations: bool) -> None:
     """Parameters, steps, tokens per step, estimated memory. first_step: tokens in its trees."""
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"budget: {n_parameters:,} parameters; {n_examples:,} examples, {steps:,} steps of {batch_size}; "
+    lora = lora_of(model)
+    n_parameters = f"{n_numbers(model):,} parameters"
+    if lora:
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        n_parameters += f", of which {n_trained:,} are trained, in adapters of rank {lora.rank}"
+    print(f"budget: {n_parameters}; {n_examples:,} examples, {steps:,} steps of {batch_size}; "
           f"first step {first_step:,} tokens in trees of at most {micro_tokens:,}")
-    table = memory(model.config, micro_tokens, checkpoint_activations, model.device, ranks.count())
+    table = memory(model.config, micro_tokens, checkpoint_activations, model.device, ranks.count(), lora)
     print(f"memory, on each of {ranks.count()} ranks, about:" if ranks.count() > 1 else "memory, about:")
     for name, size in table.items():
         print_size(name, size)
@@ -25,37 +30,55 @@ def print_size(name: str, size: float) -> None:
 
 
 def memory(shape: ModelConfig, micro_tokens: int, checkpoint_activations: bool, device: torch.device | str,
-           n_ranks: int) -> dict[str, float]:
+           n_ranks: int, lora: LoRA | None = None) -> dict[str, float]:
     """Estimated bytes on the rank with the most rows of `n_ranks`, at full trees, by what they are for."""
     with torch.device("meta"):
         model = Decoder(shape)
-    on_cuda = torch.device(device).type == "cuda"
-    operand = 2 if on_cuda else 4  # bytes of a number in a matrix product: bf16 on CUDA, else fp32
-    copy = 2 if on_cuda else 0     # bytes of a weight's bf16 copy
-    rows = sum(math.ceil(len(p) / n_ranks) * p[0].numel() for p in model.parameters())  # a rank's weights
     layer = n_numbers(model.layers[0])
     around = n_numbers(model) - layer * len(model.layers)  # embedding, last norm, head
+    if lora:
+        add_adapters(model, lora)
+    frozen, trained = rows_of_a_rank(model, n_ranks)
+    on_cuda = torch.device(device).type == "cuda"
+    operand = 2 if on_cuda else 4  # bytes of a number in a matrix product: bf16 on CUDA, else fp32
+    weight = operand if lora else 4  # of a weight, and so of a layer's input; frozen ones need no fp32
+    gradient = 0 if lora else 4  # of a weight's gradient
+    copy = operand if weight > operand else 0  # of a weight's bf16 copy
     activations = kept_of_a_token(shape, on_cuda)  # of each token in each layer
-    logits = chunk_of_logits(shape, device, copy, n_ranks)
+    of_head = copy + (gradient if n_ranks == 1 else 0)  # among several it is counted with what is gathered
+    logits = chunk_of_logits(shape, device, is_trained=lora is None, of_head=of_head)
 
     table = {
-        "weights, fp32": 4 * rows,
-        "gradients, fp32": 4 * rows,
-        "both moments, fp32": 8 * rows,
+        "weights, fp32": 4 * trained,
+        "gradients, fp32": 4 * trained,
+        "both moments, fp32": 8 * trained,
     }
+    if lora:
+        table = {
+            f"weights, frozen, {'bf16' if on_cuda else 'fp32'}": weight * frozen,
+            "adapters, their gradients and both moments, fp32": 16 * trained,
+        }
     if n_ranks > 1:
-        gathered = layer * (3 * operand + 4) + around * 8
-        table["gathered: two layers, embedding and head, their gradients"] = gathered
-    if checkpoint_activations:  # a layer keeps its input, fp32; the one at work has all of its activations
+        name = "gathered: two layers, embedding and head" + ("" if lora else ", their gradients")
+        table[name] = layer * (3 * operand + gradient) + around * (weight + gradient)
+    if checkpoint_activations:  # a layer keeps its input; the one at work has all of its activations
         layer_at_work = micro_tokens * activations + copy * layer
-        table["activations, checkpointed"] = micro_tokens * 4 * shape.hidden_size * len(model.layers)
+        table["activations, checkpointed"] = micro_tokens * weight * shape.hidden_size * len(model.layers)
         table["at work: a layer, or a chunk of logits"] = max(layer_at_work, logits)
         return table
-    if on_cuda and n_ranks == 1:
-        table["weights again in bf16, for the backward pass"] = copy * rows
+    if copy and n_ranks == 1:
+        table["weights again in bf16, for the backward pass"] = copy * trained
     table["activations"] = micro_tokens * activations * len(model.layers)
     table["at work: a chunk of logits"] = logits
     return table
+
+
+def rows_of_a_rank(model: Decoder, n_ranks: int) -> tuple[int, int]:
+    """How many numbers of the frozen and of the trained parameters the rank with the most rows has."""
+    found = {False: 0, True: 0}
+    for p in model.parameters():
+        found[p.requires_grad] += math.ceil(len(p) / n_ranks) * p[0].numel()
+    return found[False], found[True]
 
 
 def n_numbers(module: torch.nn.Module) -> int:
@@ -76,11 +99,9 @@ def kept_of_a_token(shape: ModelConfig, on_cuda: bool) -> int:
     return 4 * (2 * hidden + heads + 2 * intermediate)
 
 
-def chunk_of_logits(shape: ModelConfig, device: torch.device | str, copy: int, n_ranks: int) -> int:
+def chunk_of_logits(shape: ModelConfig, device: torch.device | str, is_trained: bool, of_head: int) -> int:
     """Bytes of the head at work: fp32 logits of a chunk of tokens, three more of their size in the backward
-    pass, and the head's bf16 copy and new gradient.
+    pass, and `of_head` for each number of the head: its bf16 copy and new gradient.
     """
-    logits = head_chunk(device) * shape.vocab_size * 4
-    head = shape.vocab_size * shape.hidden_size
-    gradient = 4 * head if n_ranks == 1 else 0  # among several ranks it is counted with what is gathered
-    return 4 * logits + copy * head + gradient
+    logits = head_chunk(device, is_trained) * shape.vocab_size * 4
+    return 4 * logits + of_head * shape.vocab_size * shape.hidden_size

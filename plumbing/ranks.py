@@ -227,6 +227,11 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of the `parameters` that are not frozen."""
+    return {name: parameter for name, parameter in parameters(model).items() if parameter.requires_grad}
+
+
 def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The rows (n, ...) of a tensor that lie on this rank, and the number of the first one."""
     if not hasattr(tensor, "to_local"):

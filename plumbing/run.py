@@ -4,12 +4,12 @@ A run's folder:
 
     config.json             the settings, and a hash of each data file
     metrics.jsonl           one line per optimizer step, and one per validation
-    checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them)
-    model/                  the result: the best model by validation loss, or the last one without validation
+    checkpoints/step-N/     all that a killed run needs to go on (the last --keep of them): what is trained
+    model/, adapter/        the result: the best model by validation loss, or the last one without validation
 
 The loop itself stands in the scripts:
 
-    run = Run(out, settings, model, optimizer, steps, save_every, keep, resume, save_model)
+    run = Run(out, settings, model, optimizer, steps, save_every, keep, resume, results)
     for step in run.progress():     # saves a checkpoint when it is time, or when a signal asks to stop
         ...                         # forward, backward, clip
         run.check_finite(loss, norm, examples)
@@ -73,7 +73,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW in two groups: the weights of matrices decay, those of vectors (norms, biases) do not."""
-    parameters = ranks.parameters(model).values()
+    parameters = ranks.trained(model).values()
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -97,8 +97,9 @@ class Run:
     """A training run on the disk: how far it has come, its checkpoints, its log, its best model."""
 
     def __init__(self, out: str, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer,
-                 steps: int, save_every: int, keep: int, resume: bool, save_model: Callable[[Path], None],
-                 tensorboard: bool = False):
+                 steps: int, save_every: int, keep: int, resume: bool,
+                 results: dict[str, Callable[[Path], None]], tensorboard: bool = False):
+        """results: what the run ends in: the name of a folder -> what writes it."""
         self.out = Path(out)
         self.settings = settings
         self.model = model
@@ -106,7 +107,7 @@ class Run:
         self.steps = steps
         self.save_every = save_every
         self.keep = keep
-        self.save_model = save_model
+        self.results = results
         self.step = 0         # optimizer steps done
         self.best = math.inf  # the lowest validation loss so far
         self.stop_signal = 0  # the signal that has asked to stop; 0: none has
@@ -184,15 +185,16 @@ class Run:
 
     def finish(self) -> None:
         """After the last step: without a validation the last model is the result."""
-        result = f"model: {self.out / 'model'}"
+        folders = ", ".join(f"{name}: {self.out / name}" for name in self.results)
         if self.best < math.inf:
-            result += f" (validation loss {self.best:.4f})"
+            folders += f" (validation loss {self.best:.4f})"
         else:
             self.save_result()
-        print(result)
+        print(folders)
 
     def save_result(self) -> None:
-        self.save_model(self.out / "model")
+        for name, save in self.results.items():
+            save(self.out / name)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -200,8 +202,8 @@ class Run:
         return sorted((self.out / "checkpoints").glob("step-*[0-9]"))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds, by name: the weights and both moments, this rank's rows of them."""
-        parameters = ranks.parameters(self.model)
+        """What a checkpoint holds, by name: what is trained and both moments, this rank's rows of them."""
+        parameters = ranks.trained(self.model)
         tensors = {name: p.detach() for name, p in parameters.items()}
         for name, p in parameters.items():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -239,7 +241,7 @@ class Run:
         state = read_json(folder / "state.json")
         self.step = state["step"]
         self.best = math.inf if state["best"] is None else state["best"]
-        for p in ranks.parameters(self.model).values():
+        for p in ranks.trained(self.model).values():
             self.optimizer.state[p] = {
                 "step": torch.tensor(float(self.step), device=p.device),  # AdamW counts for each parameter
                 "exp_avg": torch.zeros_like(p),

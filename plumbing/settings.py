@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 
+from lora import TARGETS, LoRA
 from plumbing import ranks
 from plumbing.cli import (
     GIVE_IF_MEMORY_RUNS_OUT,
@@ -45,7 +46,16 @@ class TrainConfig:
     keep: Annotated[int, "checkpoints kept", (1, None), MAY_CHANGE] = 1
     checkpoint_activations: Annotated[bool, "recompute each layer in the backward pass: less memory, "
                                             "a third more time", MAY_CHANGE, GIVE_IF_MEMORY_RUNS_OUT] = False
-    save_dtype: Annotated[str, "of the resulting model's file", ("float32", "bfloat16")] = "float32"
+    lora_rank: Annotated[int | None, "train adapters of this rank (LoRA), and leave the weights as they are",
+                         (1, None)] = None
+    lora_alpha: Annotated[float | None, "with --lora-rank: adapters are scaled by alpha / rank "
+                                        "(default: twice the rank)", (1e-9, 1e9)] = None
+    lora_targets: Annotated[tuple[str, ...], "with --lora-rank: a layer's products that have adapters",
+                            TARGETS] = TARGETS
+    adapter: Annotated[str | None, "train these adapters for --model on: the folder of an earlier run, or of "
+                                   "PEFT", INPUT, DATA] = None
+    merge: Annotated[bool, "with adapters: write OUT/model too, whole, with the adapters merged in"] = False
+    save_dtype: Annotated[str, "of the file in OUT/model", ("float32", "bfloat16")] = "float32"
     seed: Annotated[int, "seed of the order of the data (and of the weights from scratch)"] = 0
     device: Annotated[str, "where to train; matrix products are bf16 on cuda",
                       MAY_CHANGE] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +96,21 @@ def check_out(config: TrainConfig) -> dict[str, Any]:
     return settings
 
 
+def lora_settings(config: TrainConfig) -> LoRA | None:
+    """The new adapters that the flags ask for; None: no new ones. BadInput where flags do not go together."""
+    if config.lora_rank is None:
+        if config.lora_alpha is not None or config.lora_targets != TARGETS:
+            raise BadInput("--lora-alpha and --lora-targets say how new adapters are; give --lora-rank too")
+        if config.merge and config.adapter is None:
+            raise BadInput("--merge merges adapters; give --lora-rank or --adapter too, or leave it out")
+        return None
+    if config.adapter is not None:
+        raise BadInput(f"--lora-rank begins new adapters, and --adapter {config.adapter} has its own rank; "
+                       "give one of them")
+    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    return LoRA(config.lora_rank, alpha, config.lora_targets)
+
+
 def summary_writer_class() -> type:
     """PyTorch's writer of TensorBoard files, which needs a package that is not among the requirements."""
     try:
@@ -97,9 +122,15 @@ def summary_writer_class() -> type:
 
 
 def hashes(config: TrainConfig) -> dict[str, str]:
-    """A hash of each data file: a resumed run must not meet other data behind the same path."""
+    """A hash of each data file: a resumed run must not meet other data behind the same path.
+
+    With adapters, of the model too, which checkpoints then do not hold.
+    """
     found = {}
-    for name in marked(config, DATA):
+    names = marked(config, DATA)
+    if config.lora_rank or config.adapter:
+        names.append("model")
+    for name in names:
         path = getattr(config, name)
         if path and Path(path).exists():  # if it is not there, the script will say so when it reads it
             found[f"content of {flag_of(name)}"] = hash_of(Path(path))

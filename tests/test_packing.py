@@ -216,7 +216,7 @@ def step_of(script, config, model, monkeypatch):
     if script is train_sft:
         monkeypatch.setattr(train_sft, "initial_model", lambda config: (load_model(model, torch.float64), model))
     else:
-        monkeypatch.setattr(train_dpo, "load_model", lambda folder, *_, **__: load_model(folder, torch.float64))
+        monkeypatch.setattr(train_dpo, "load_for_training", lambda folder, *_, **__: load_model(folder, torch.float64))
         reference = torch.linspace(-40, -20, 24, dtype=torch.float64).view(12, 2).numpy()
         monkeypatch.setattr(train_dpo, "reference_logprobs", lambda *_: reference)
     with pytest.raises(Caught) as caught:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, a fixture
 
 import data
@@ -40,6 +41,7 @@ from plumbing.memory import memory
 from rprm import response_logprobs
 
 JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
+        "lora": (train_sft.Config, train_sft.main),
         "sample": (data.SampleConfig, data.sample), "score": (score.JudgeConfig, score.judge)}
 STOP = 4  # a run that is stopped has done so many of its 9 steps
 # without the last --, torchrun takes --n for a flag of its own
@@ -92,7 +94,8 @@ def measure(path: Path, settings: dict) -> None:
 def settings(folder: Path, make_folder) -> dict[str, dict]:
     """The jobs' settings, over files in `folder`.
 
-    SFT has an untied Llama, with checkpointed activations, and DPO a tied Qwen2.
+    SFT has an untied Llama, with checkpointed activations, and DPO a tied Qwen2. LoRA is SFT of it with
+    adapters, whose stacked A have an odd number of rows.
     """
     rng = random.Random(3)
 
@@ -115,6 +118,10 @@ def settings(folder: Path, make_folder) -> dict[str, dict]:
         "dpo": shared | dict(model=str(make_folder("qwen2", True)), nll=0.1,
                              train=write(folder / "pairs.jsonl", pair_rows(22)),
                              validation=write(folder / "held_out.jsonl", pair_rows(5, seed=1))),
+        "lora": shared | dict(model=str(make_folder("qwen2", True)), micro_tokens=80, lr=2e-2, lora_rank=3,
+                              merge=True,
+                              train=write(folder / "lora.jsonl", sft_rows(22)),
+                              validation=write(folder / "lora_held_out.jsonl", sft_rows(5, seed=1))),
         "sample": sampler | dict(cases=write(folder / "cases.jsonl", cases), n=2),
         "score": sampler | dict(input=[write(folder / "solutions.jsonl", solutions)], k=[1, 3]),
     }
@@ -183,7 +190,7 @@ def log(out: Path) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- training
 
-@pytest.mark.parametrize("name, read", [("sft", read_example), ("dpo", read_pair)])
+@pytest.mark.parametrize("name, read", [("sft", read_example), ("dpo", read_pair), ("lora", read_example)])
 def test_two_ranks_give_the_curve_of_one(ran, name, read):
     """Every logged number, validations too. Some steps have an odd number of trees."""
     folder, jobs = ran
@@ -201,7 +208,7 @@ def test_two_ranks_give_the_curve_of_one(ran, name, read):
     assert {path.name[:11] for path in files} == {"shard-00001", "shard-00002"}
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "lora"])
 def test_the_model_of_two_ranks_is_that_of_one_and_opens_in_transformers(ran, name):
     from transformers import AutoModelForCausalLM
     folder, _ = ran
@@ -209,7 +216,15 @@ def test_the_model_of_two_ranks_is_that_of_one_and_opens_in_transformers(ran, na
     one, two = (AutoModelForCausalLM.from_pretrained(model).state_dict() for model in models)
     assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=1e-4) for key in one)
     one, two = map(files_of, models)
-    assert one.keys() == two.keys() and [key for key in one if one[key] != two[key]] == ["model.safetensors"]
+    assert one.keys() == two.keys() and {key for key in one if one[key] != two[key]} <= {"model.safetensors"}
+
+
+def test_the_adapter_of_two_ranks_is_that_of_one(ran):
+    folder, _ = ran
+    one, two = (load_file(folder / number / "lora.out/adapter/adapter_model.safetensors") for number in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 28
+    assert all(tensor.any() for tensor in one.values())
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
