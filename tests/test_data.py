@@ -267,13 +267,13 @@ def test_sample_is_the_method_itself(sampling, tiny_folder):
 
 @pytest.mark.slow
 def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, short, tmp_path):
-    """SIGKILL to the process at three random moments, rounds of 8 cases."""
+    """SIGKILL to the process at two random moments, rounds of 8 cases."""
     write(tmp_path / "cases.jsonl", [case_row(i) for i in range(60)])
     flags = ["sample", "--model", tiny_folder, "--device", "cpu", "--cases", tmp_path / "cases.jsonl", "--n", 2, "--prompt-file", short,
              "--max-new-tokens", 24, "--batch-size", 1, "--out"]
     data_py(*flags, tmp_path / "whole.jsonl")
     kill_and_resume(["data.py", *flags, tmp_path / "killed.jsonl"], tmp_path / "killed.jsonl.part",
-                    random.Random(5).sample(range(1, 40), 3))
+                    random.Random(5).sample(range(1, 40), 2))
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert names(tmp_path) == ["cases.jsonl"] + [f"{name}.{end}" for name in ("killed", "whole")
                                                  for end in ("jsonl", "jsonl.config.json", "prompt.txt")]

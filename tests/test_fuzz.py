@@ -32,7 +32,7 @@ from formats.verdicts import VERIFICATION
 from rprm import Case, Sampler, Sampling, load_prompt, yes_no_ids
 
 pytestmark = pytest.mark.slow
-N = 1000
+N = 500
 SECONDS = 120  # of this process alone: none may hang, a family of a thousand takes a few
 
 PROCESSBENCH = {"id": "gsm8k-0", "problem": "Tom has 3 apples.", "steps": ["He has 3.", "He buys 4: 3 + 4 = 8."], "label": 1}
