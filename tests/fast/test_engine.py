@@ -50,7 +50,7 @@ def test_no_more_rows_than_max_rows(model, monkeypatch):
 @pytest.mark.parametrize("temperature, max_rows", [(0, 160), (0.15, 160), (0.15, 20), (0.5, 160)])
 def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperature, max_rows):
     """As many rows pass the model as there are different beginnings to go on from: the continuations of a prompt are a tree."""
-    requests, passed = requests_of(shared_prompts(6), 10), []
+    requests, passed = requests_of(shared_prompts(3), 8), []
     engine = fast_engine(model, max_rows, temperature, max_new_tokens=24)
     step = engine.decode_step
     monkeypatch.setattr(engine, "decode_step", lambda: (passed.append(len(engine.rows)), step()))
@@ -61,9 +61,9 @@ def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperat
     assert sum(passed) == len({(i, tuple(ids[:n])) for i, ids in drawn for n in range(1, len(ids))})
     assert engine.new_tokens == sum(len(ids) for _, ids in drawn)
     if temperature == 0:
-        assert max(passed) <= 6
+        assert max(passed) <= 3
     else:
-        assert 6 < max(passed) and sum(passed) < sum(len(ids) - 1 for _, ids in drawn)
+        assert 3 < max(passed) and sum(passed) < sum(len(ids) - 1 for _, ids in drawn)
 
 
 def test_short_rows_are_given_before_long_ones(model):
