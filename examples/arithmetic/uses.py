@@ -246,7 +246,21 @@ def tables(result: dict) -> str:
         "|---|---|---|",
     ]
     lines += [f"| {way} | {shown(row['solved'])} | {row['tokens']['mean']:,.0f} |" for way, row in result["solving"].items()]
+    lines += ["", "| differences, on the same problems | solved, % |", "|---|---|"]
+    lines += [f"| {title} | {shown(difference)} |" for title, difference in differences(result["solving"]).items()]
     return "\n".join(lines)
+
+
+def differences(solving: dict[str, dict]) -> dict[str, dict]:
+    """The ways beside each other, seed by seed, as the seeds' policies differ."""
+    most = [way for way in solving if way.startswith("guided")][-1]
+    pairs = [(most, "greedy"), (most, f"best of {CANDIDATES}, min"), (f"best of {CANDIDATES}, min", f"majority of {CANDIDATES}"),
+             (f"best of {CANDIDATES}, min", f"best of {CANDIDATES}, last")]
+    found = {}
+    for better, worse in pairs:
+        values = np.array(solving[better]["solved"]["seeds"]) - np.array(solving[worse]["solved"]["seeds"])
+        found[f"{better} - {worse}"] = interval(values)
+    return found
 
 
 def draw(result: dict, path: Path) -> None:
