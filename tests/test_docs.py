@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in (".", "docs", "bench", "examples/arithmetic")
+    for folder in (".", "docs", "bench", "examples/arithmetic", "examples/rl")
     for path in (ROOT / folder).glob("*.md")
 )
 COMMAND = re.compile(r"(?:python|torchrun .* --) +([\w/]+\.py)( .*)?")
