@@ -5,6 +5,17 @@ A line's `samples` hold the analyses of each judged step. The first K of them ar
 
 from collections.abc import Callable
 
+from formats.columns import Column
+
+COLUMNS = (  # what a table shows of the analyses
+    Column("K", "k", 4, "d"),
+    Column("unparsed %", "unparsed", 12, ".1f"),
+    Column("truncated %", "truncated", 13, ".1f"),
+    Column("forced", "forced", 8, "d"),
+    Column("null", "null_rewards", 6, "d"),
+    Column("tokens/step", "tokens_per_step", 13, ".0f"),
+)
+
 
 def rewards_of(line: dict, k: int) -> list[float | None]:
     """The mean P(Yes) over the first k analyses of each judged step; None where none of them has one."""

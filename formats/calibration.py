@@ -16,6 +16,13 @@ from array import array
 
 import numpy as np
 
+from formats.columns import Column
+
+COLUMNS = (  # what a table shows of the calibration
+    Column("ECE", "ece", 8, ".3f"),
+    Column("Brier", "brier", 8, ".3f"),
+    Column("AUROC", "auroc", 8, ".3f"),
+)
 BINS = 10  # of equal width, for the ECE and the diagram
 LEAST = 1e-6  # a reward of exactly 0 or 1 has no logit
 LOWEST, HIGHEST = 0.01, 100.0  # temperatures

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats import analyses
+from formats import analyses, calibration
 from formats.calibration import LabelledRewards
 from formats.columns import Column, print_columns
 
@@ -220,15 +220,4 @@ def side_by_side(name: str, thresholds: list[float], figures: list[dict]) -> dic
     return line
 
 
-ANALYSES = (
-    Column("PRMBench", "source", 16, "s"),
-    Column("K", "k", 4, "d"),
-    Column("unparsed %", "unparsed", 12, ".1f"),
-    Column("truncated %", "truncated", 13, ".1f"),
-    Column("forced", "forced", 8, "d"),
-    Column("null", "null_rewards", 6, "d"),
-    Column("tokens/step", "tokens_per_step", 13, ".0f"),
-    Column("ECE", "ece", 8, ".3f"),
-    Column("Brier", "brier", 8, ".3f"),
-    Column("AUROC", "auroc", 8, ".3f"),
-)
+ANALYSES = (Column("PRMBench", "source", 16, "s"), *analyses.COLUMNS, *calibration.COLUMNS)

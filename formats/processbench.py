@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from formats import analyses
+from formats import analyses, calibration
 from formats.bootstrap import DRAWS, interval
 from formats.calibration import LabelledRewards
 from formats.columns import Column, print_columns
@@ -182,18 +182,7 @@ ACCURACIES = (
     Column("correct acc.", "correct_accuracy", 21, ".1f", interval=True),
     Column("F1", "f1", 21, ".1f", interval=True),
 )
-ANALYSES = (
-    Column("source", "source", 16, "s"),
-    Column("K", "k", 4, "d"),
-    Column("unparsed %", "unparsed", 12, ".1f"),
-    Column("truncated %", "truncated", 13, ".1f"),
-    Column("forced", "forced", 8, "d"),
-    Column("null", "null_rewards", 6, "d"),
-    Column("tokens/step", "tokens_per_step", 13, ".0f"),
-    Column("ECE", "ece", 8, ".3f"),
-    Column("Brier", "brier", 8, ".3f"),
-    Column("AUROC", "auroc", 8, ".3f"),
-)
+ANALYSES = (Column("source", "source", 16, "s"), *analyses.COLUMNS, *calibration.COLUMNS)
 
 
 def print_rows(rows: list[dict]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats import plots
+from formats import calibration, plots
 from formats.calibration import LabelledRewards, figures, fit_temperature, log_loss, reliability, scaled
 from formats.columns import Column, print_columns
 from formats.scores import Scored
@@ -185,9 +185,7 @@ CALIBRATION = (
     Column("scores", "scores", 10, "s"),
     Column("rewards", "rewards", 14, "s"),
     Column("steps", "steps", 9, "d"),
-    Column("ECE", "ece", 8, ".3f"),
-    Column("Brier", "brier", 8, ".3f"),
-    Column("AUROC", "auroc", 8, ".3f"),
+    *calibration.COLUMNS,
     Column("log loss", "log_loss", 10, ".3f"),
 )
 

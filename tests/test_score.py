@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,44 +84,27 @@ def stand_in(monkeypatch):
     def install(rows: list[dict], p_yes: list[list], verdicts=lambda p: None if p is None else p > 0.5) -> list[Case]:
         table = {(r["problem"], t): values if isinstance(values, list) else [values] for r, steps in zip(rows, p_yes)
                  for t, values in enumerate(steps)}
-        asked, rng = [], random.Random(0)
+        asked = []
 
         def analyses_of(case: Case, k: int) -> list[Analysis]:
             values = table[case.problem, len(case.previous_steps)]
             assert case.now_step.endswith(f" {len(case.previous_steps)}.")  # the step after the previous ones
             return [Analysis(f"analysis {i}", verdicts(p), p, 10, True) for i, p in enumerate((values * k)[:k])]
 
-        class StandIn:
-            """Up to four cases at a time, given in chance order, as the engine gives them."""
+        rng = random.Random(0)
 
-            def __init__(self, k: int):
-                self.k, self.engine = k, SimpleNamespace(new_tokens=1)
-
-            def restart(self):
-                self.open_cases, self.next_id = [], 0
-
-            def add(self, case: Case) -> int:
-                asked.append(case)
-                self.open_cases.append((self.next_id, case))
-                self.next_id += 1
-                return self.next_id - 1
-
-            has_room = property(lambda self: len(self.open_cases) < 4)
-            busy = property(lambda self: bool(self.open_cases))
-
-            def step(self) -> list:
-                request_id, case = self.open_cases.pop(rng.randrange(len(self.open_cases)))
-                return [(request_id, analyses_of(case, self.k))]
-        monkeypatch.setattr(score, "load_sampler", lambda config, k, force, complete=False, direct=False: StandIn(k))
+        def load(config, k, force, complete=False, direct=False) -> StandIn:
+            return StandIn(lambda case: analyses_of(case, k), asked, rng)
+        monkeypatch.setattr(score, "load_sampler", load)
         return asked
     return install
 
 
-class StepStandIn:
-    """A sampler that gives one analysis of each step, with the P(Yes) of (problem, step), up to four cases at a time."""
+class StandIn:
+    """A sampler that has up to four cases at a time and gives them in chance order, as the engine does."""
 
-    def __init__(self, p_yes: dict, asked: list[Case]):
-        self.p_yes, self.asked, self.rng, self.engine = p_yes, asked, random.Random(0), SimpleNamespace(new_tokens=1)
+    def __init__(self, analyses_of: Callable[[Case], list[Analysis]], asked: list[Case], rng: random.Random):
+        self.analyses_of, self.asked, self.rng, self.engine = analyses_of, asked, rng, SimpleNamespace(new_tokens=1)
 
     def restart(self):
         self.open_cases, self.next_id = [], 0
@@ -136,8 +120,7 @@ class StepStandIn:
 
     def step(self) -> list:
         request_id, case = self.open_cases.pop(self.rng.randrange(len(self.open_cases)))
-        p = self.p_yes[case.problem, case.now_step]
-        return [(request_id, [Analysis("", None if p is None else p > 0.5, p, 10, True)])]
+        return [(request_id, self.analyses_of(case))]
 
 
 @pytest.fixture()
@@ -585,7 +568,11 @@ def test_candidates_that_have_lost_are_left_and_the_picks_are_the_same(tmp_path,
     rows, solutions, p_yes = random_candidates(seed)
     by_step = {(r["problem"], step): p for r, own in zip(solutions, p_yes) for step, p in zip(r["steps"], own)}
     asked = stand_in([], [])
-    monkeypatch.setattr(score, "load_sampler", lambda *_, **__: StepStandIn(by_step, asked))
+
+    def analyses_of(case: Case) -> list[Analysis]:
+        p = by_step[case.problem, case.now_step]
+        return [Analysis("", None if p is None else p > 0.5, p, 10, True)]
+    monkeypatch.setattr(score, "load_sampler", lambda *_, **__: StandIn(analyses_of, asked, random.Random(0)))
     bench = write(tmp_path / "c.json", rows)
     found = []
     for name, flags in (("all", []), ("best", ["--best", "--aggregate", aggregate])):

@@ -145,7 +145,7 @@ def solving(config: Config, chain: Chain, judge_folder: Path) -> dict[str, dict[
     rng = np.random.default_rng([4000 + chain.seed])
     problems = [world.draw_problem(rng, 0.5) for _ in range(config.problems)]
     texts = [problem.text for problem in problems]
-    answers = [world.draw_solution(rng, problem)[-1].result for problem in problems]
+    answers = [problem.answer for problem in problems]
     judge = Judge(str(judge_folder), config.k, max_new_tokens=120, batch_size=64, seed=chain.seed)
     folder = write_policy(chain.folder / "uses" / "policy", config.noise, chain.seed)
     policy = Policy(str(folder), SEPARATOR, 0.95, 0.95, max_step_tokens=60)

@@ -85,6 +85,10 @@ class Problem:
     question_first: bool
     text: str
 
+    @property
+    def answer(self):
+        return self.start + sum(apply(0, exchange.sign, exchange.amount) for exchange in self.exchanges)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -422,9 +426,8 @@ def solutions(rng, difficulty, count, split, seen):
             if problem.text not in seen:
                 break
         seen.add(problem.text)
-        answer = apply(problem.start, "+", sum(apply(0, e.sign, e.amount) for e in problem.exchanges))
         yield {"id": f"{split}-{i}", "generator": "arithmetic", "problem": problem.text,
-               "steps": [step.text for step in steps], "final_answer_correct": steps[-1].result == answer,
+               "steps": [step.text for step in steps], "final_answer_correct": steps[-1].result == problem.answer,
                "label": label}
 
 

@@ -9,6 +9,7 @@ steps as the problem has exchanges: the judge does not miss what is not there. W
 their own, the share of solved ones, the judge's reward, and the steps that are missing, as training goes on; and the plot
 OUT/curve.png. Neither the answers nor labels are used in training.
 """
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "examples/arithmetic")]  # scripts, which are no packages
 import world
+from checkpoint import TOKENIZER_FILES
 from formats.plots import import_pyplot
 from guided_search import Policy, search
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
-from plumbing.files import json_line
+from plumbing.files import json_line, read_jsonl
 from score import Judge
 from step_reward import StepReward  # beside this file
 from uses import PROMPT, SEPARATOR, NoJudge, as_step, solved, write_policy
@@ -116,13 +118,14 @@ def measure(config: Config, judge: Judge, held_out: list, model, tokenizer, step
     """A line of the curve: sampled solutions of the held-out problems."""
     folder = Path(config.out) / "model"
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (folder / name).write_bytes((BASE / name).read_bytes())
+    for name in TOKENIZER_FILES:
+        if (BASE / name).is_file():
+            shutil.copyfile(BASE / name, folder / name)
     policy = Policy(str(folder), SEPARATOR, 0.95, 0.95, max_step_tokens=60)
     texts = [problem.text for problem in held_out]
     found = search(policy, NoJudge(), texts, PROMPT, n=1, max_steps=10, seed=config.seed, as_step=as_step)
     rewards = judge.rewards_of([(text, one.steps) for text, one in zip(texts, found)])
-    answers = [problem.start + sum(world.apply(0, e.sign, e.amount) for e in problem.exchanges) for problem in held_out]
+    answers = [problem.answer for problem in held_out]
     missing = [len(problem.exchanges) - len(one.steps) for problem, one in zip(held_out, found)]
     line = {
         "step": step,
@@ -136,9 +139,8 @@ def measure(config: Config, judge: Judge, held_out: list, model, tokenizer, step
 
 
 def draw(out: Path) -> None:
-    import json
     plt = import_pyplot()
-    lines = [json.loads(text) for text in (out / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for _, line in read_jsonl(out / "curve.jsonl")]
     figure, axis = plt.subplots(figsize=(6, 4))
     steps = [line["step"] for line in lines]
     axis.plot(steps, [line["solved"] for line in lines], marker="o", markersize=3, label="solved")
