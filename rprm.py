@@ -138,6 +138,11 @@ def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
     return yes[-1], no[-1]
 
 
+def reserved_tokens(tokenizer: ChatTokenizer) -> int:
+    """How many tokens of the context are kept free, for a verdict to be read."""
+    return len(tokenizer.encode("\n" + VERIFICATION)) + 1
+
+
 def tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
     """How many of the first tokens lie wholly within the first `length` characters of their text."""
     for n in reversed(range(len(ids) + 1)):
@@ -194,8 +199,7 @@ class Sampler:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.sampling = sampling
-        # Kept free in the context, for a verdict to be read
-        self.reserve = len(tokenizer.encode("\n" + VERIFICATION)) + 1
+        self.reserve = reserved_tokens(tokenizer)
         self.engine = engine_class(
             model,
             tokenizer.eos_ids,

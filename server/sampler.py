@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer, read_template_args
-from formats.verdicts import VERIFICATION, before_verdict, has_usual_word, parse_verdict, verdict_letter
+from formats.verdicts import before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
 from plumbing.errors import BadInput
 from rprm import (
@@ -22,6 +22,7 @@ from rprm import (
     Sampler,
     Sampling,
     load_prompt,
+    reserved_tokens,
     row_seed,
     tell_conversation,
     yes_no_ids,
@@ -179,7 +180,7 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     models = server.models()
     if models is not None and config.model not in models:
         raise BadInput(f"{server.url}: no model {config.model!r}; --model may be {', '.join(sorted(models))}")
-    reserve = len(tokenizer.encode("\n" + VERIFICATION)) + 1  # kept free in the context, to read a verdict
+    reserve = reserved_tokens(tokenizer)
     context = config.context or context_of((models or {}).get(config.model, {}))
     yes_id, no_id = yes_no_ids(tokenizer)
     yes_no = YesNo((yes_id, " Yes"), (no_id, " No"))
