@@ -339,11 +339,11 @@ def tree_attention(end: torch.Tensor) -> Attend:
     return attend
 
 
-def head_chunk(device: torch.device | str, is_trained: bool) -> int:
-    """How many tokens pass the LM head at once: (chunk, V) logits, never (T, V).
+def head_chunk(device: torch.device | str, n_tokens: int) -> int:
+    """How many of a tree's `n_tokens` tokens pass the LM head at once: (chunk, V) logits, never (T, V).
 
-    More on a GPU, and most where the head is trained, as each chunk makes a gradient of the whole head.
+    More on a GPU, and of large trees, as each chunk makes a gradient of the whole head.
     """
     if torch.device(device).type == "cpu":
         return 256
-    return 2048 if is_trained else 512
+    return max(512, n_tokens // 8)

@@ -470,7 +470,7 @@ def response_logprobs(
     hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
     target = tree.ids[torch.from_numpy(responses).to(device)]                 # (N,)
     logprobs = []
-    chunk = chunk or head_chunk(device, is_trained=model.embed.weight.requires_grad)
+    chunk = chunk or head_chunk(device, len(tree))
     for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
         logprobs.append(checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False))
     logprobs = torch.cat(logprobs)  # (N,)

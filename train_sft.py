@@ -65,9 +65,9 @@ def main(config: Config) -> None:
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in train.pack(batch_of(0)))
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
-                 config.checkpoint_activations)
+                 config.checkpoint_activations, config.adamw_8bit)
 
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
               results(model, folder, prompt, DTYPES[config.save_dtype], config.merge), config.tensorboard)
 

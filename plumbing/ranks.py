@@ -195,8 +195,8 @@ def shard(model: nn.Module, device: str) -> None:
     """Cut a decoder's parameters by rows over the ranks. Gradients are summed over the ranks, not averaged.
 
     On CUDA a layer's weights are gathered in bf16, as autocast would use them, and its gradients are summed
-    in fp32. Embedding, last norm and head stay whole, in fp32, from the model's forward pass to the end of
-    its backward pass: the loss uses the head after the forward pass.
+    in fp32. Last norm and head stay whole, in fp32, from the model's forward pass to the end of its backward
+    pass: the loss uses the head after the forward pass. So does the embedding where it is the head too.
     """
     if count() == 1:
         return
@@ -211,8 +211,12 @@ def shard(model: nn.Module, device: str) -> None:
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
+    groups = [*model.layers, model]
+    if model.head is not None:
+        fully_shard(model.embed, mesh=mesh)
+        groups.append(model.embed)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for module in (*model.layers, model):
+    for module in groups:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no operation that divides
 

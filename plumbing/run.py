@@ -31,6 +31,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from plumbing import ranks
+from plumbing.adamw_8bit import AdamW8bit
 from plumbing.errors import BadInput, Stopped
 from plumbing.files import json_line, naming, read_json, write_json, writing
 from plumbing.settings import summary_writer_class
@@ -71,14 +72,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: s
     return peak * 0.5 * (1 + math.cos(angle))
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: float,
+                   adamw_8bit: bool = False) -> torch.optim.Optimizer:
     """AdamW in two groups: the weights of matrices decay, those of vectors (norms, biases) do not."""
     parameters = ranks.trained(model).values()
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if adamw_8bit:
+        return AdamW8bit(groups, lr=lr, betas=(0.9, beta2))
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
+
+
+def new_state(optimizer: torch.optim.Optimizer, p: torch.Tensor, step: int) -> dict[str, Any]:
+    """The optimizer's state of a parameter after `step` steps, with moments of 0."""
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.new_state(p, step)
+    return {
+        "step": torch.tensor(float(step), device=p.device),  # AdamW counts for each parameter
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
 
 
 def precision(device: torch.device | str) -> torch.autocast:
@@ -206,8 +221,9 @@ class Run:
         parameters = ranks.trained(self.model)
         tensors = {name: p.detach() for name, p in parameters.items()}
         for name, p in parameters.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{name}.{moment}"] = self.optimizer.state[p][moment]
+            for key, value in self.optimizer.state[p].items():
+                if key != "step":
+                    tensors[f"{name}.{key}"] = value
         return tensors
 
     def save(self) -> None:
@@ -242,11 +258,7 @@ class Run:
         self.step = state["step"]
         self.best = math.inf if state["best"] is None else state["best"]
         for p in ranks.trained(self.model).values():
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(self.step), device=p.device),  # AdamW counts for each parameter
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            self.optimizer.state[p] = new_state(self.optimizer, p, self.step)
         ranks.load_tensors(folder, self._tensors())
         print(f"resumed from {folder}")
 

@@ -39,6 +39,7 @@ class TrainConfig:
     schedule: Annotated[str, "of the learning rate after the warm-up", ("cosine", "constant")] = "cosine"
     weight_decay: Annotated[float, "of matrices, decoupled (AdamW)", (0, None)] = 0.0
     beta2: Annotated[float, "AdamW's second decay rate", (0, 1)] = 0.999
+    adamw_8bit: Annotated[bool, "keep AdamW's moments in 8 bits: 10 bytes a parameter, not 16"] = False
     clip: Annotated[float, "largest norm of the gradient", (1e-9, None)] = 1.0
     eval_every: Annotated[int, "optimizer steps between validations (and after the last step)",
                           (1, None)] = 100
@@ -98,6 +99,8 @@ def check_out(config: TrainConfig) -> dict[str, Any]:
 
 def lora_settings(config: TrainConfig) -> LoRA | None:
     """The new adapters that the flags ask for; None: no new ones. BadInput where flags do not go together."""
+    if config.adamw_8bit and (config.lora_rank is not None or config.adapter is not None):
+        raise BadInput("--adamw-8bit is for the moments of all weights; adapters have few: leave it out")
     if config.lora_rank is None:
         if config.lora_alpha is not None or config.lora_targets != TARGETS:
             raise BadInput("--lora-alpha and --lora-targets say how new adapters are; give --lora-rank too")

@@ -26,8 +26,9 @@ from bench import common, gpu, growth, prefill, reward, sampling, training
 from fast.attention import TreeAttention
 from lora import LoRA, add_adapters
 from model import Decoder, Tree, head_chunk
+from plumbing import adamw_8bit
 from plumbing.memory import memory
-from plumbing.run import precision
+from plumbing.run import make_optimizer, precision
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,10 +156,10 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def count_bytes(monkeypatch, model, sequences: list[list[int]], starts: list[int]) -> int:
+def count_bytes(monkeypatch, model, sequences: list[list[int]], starts: list[int], adamw_8bit: bool = False) -> int:
     """The bytes alive at the peak of a second step as on a GPU: bf16 products of fake tensors, which have sizes and no content."""
     monkeypatch.setattr(fast.kernels, "ONEDNN_SIZE", 2 ** 60)  # as F.linear, on which autocast acts
-    monkeypatch.setattr(rprm, "head_chunk", lambda device, is_trained: head_chunk("cuda", is_trained))
+    monkeypatch.setattr(rprm, "head_chunk", lambda device, n_tokens: head_chunk("cuda", n_tokens))
 
     def attend(layer, q, k, v):  # flash attention: what it keeps is what flex_attention keeps
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -168,7 +169,7 @@ def count_bytes(monkeypatch, model, sequences: list[list[int]], starts: list[int
         model = fast.speed_up(model())
         model.tree_attention = lambda end: attend
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer = make_optimizer(model, 1e-5, weight_decay=0.0, beta2=0.999, adamw_8bit=adamw_8bit)
         for p in trained:
             p.grad = torch.zeros_like(p)  # gradients stay from tree to tree of a step, moments from step to step
         optimizer.step()
@@ -199,6 +200,30 @@ def test_the_memory_table_at_7b(monkeypatch, checkpointed):
     estimate = sum(memory(shape, 8192, checkpointed, "cuda", n_ranks=1).values())
     assert estimate == pytest.approx(peak, rel=0.03 if checkpointed else 0.1)
     assert not checkpointed or peak < 140e9
+
+
+@pytest.mark.slow
+def test_the_memory_table_of_moments_of_8_bits_at_7b(monkeypatch):
+    """All weights, checkpointing and 4,096 tokens, on a card of 80 GB (85.5e9 bytes, of which CUDA itself wants one).
+
+    What counts also keeps autograd from adding up the gradients of the head in place, as it does otherwise.
+    """
+    monkeypatch.setattr(adamw_8bit, "NUMBERS_AT_ONCE", 2 ** 26)  # the moments' fp32, when all activations are gone
+    for signed in (True, False):
+        adamw_8bit.fractions(signed)  # made now, as they are kept, and a fake tensor must not be
+    shape = gpu.SHAPES["7b"]
+
+    def model():
+        decoder = Decoder(shape)
+        decoder.checkpoint_activations = True
+        return decoder
+    sequences = [[0] * 500 + [i] * (724 if i == 1 else 718) for i in range(1, 6)]
+    assert len(Tree(sequences)) == 4096
+    peak = count_bytes(monkeypatch, model, sequences, [600] * 5, adamw_8bit=True)
+    peak -= 4 * shape.vocab_size * shape.hidden_size
+    estimate = sum(memory(shape, 4096, True, "cuda", n_ranks=1, adamw_8bit=True).values())
+    assert estimate == pytest.approx(peak, rel=0.03)
+    assert max(peak, estimate) < 84e9
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""R-PRM SFT with adapters against SFT of all weights in the small world, the learning rates of both tuned alike.
+"""Less memory in the small world: R-PRM SFT and DPO with adapters, and with moments of 8 bits, against plain training.
 
     python examples/arithmetic/adapters.py --out runs/adapters
 
-Both train on the same examples for one epoch. Each learning rate is the best of as many by validation loss on the first
-seed, half an order of magnitude apart. A killed run goes on where it was.
+All three start from the same base and the same examples, and collect their pairs with their own SFT model. Learning rates
+are chosen on the first seed from as many each, half an order of magnitude apart: SFT's by validation loss, DPO's by
+validation F1. Moments of 8 bits take those of all weights. A killed run goes on where it was.
 """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,13 @@ from plumbing.errors import BadInput
 from plumbing.files import read_jsonl
 from report import measure
 
-LEARNING_RATES = {"all weights": ("3e-5", "1e-4", "3e-4", "1e-3"), "adapters": ("3e-4", "1e-3", "3e-3", "1e-2")}
+ALL, ADAPTERS, EIGHT_BITS = "all weights", "adapters", "all weights, moments of 8 bits"
+RATES = {
+    "sft": {ALL: ("3e-5", "1e-4", "3e-4"), ADAPTERS: ("3e-4", "1e-3", "3e-3")},
+    "dpo": {ALL: ("3e-5", "1e-4", "3e-4"), ADAPTERS: ("3e-4", "1e-3", "3e-3")},
+}
 KS = (1, 8)
+NLL = 5  # weight of DPO's NLL term, what claims.py's grid chooses
 
 
 @dataclass(frozen=True)
@@ -33,53 +39,105 @@ class Config:
     train: Annotated[int, "solutions from which cases are made, per seed", (16, None)] = 400
     test: Annotated[int, "test solutions per seed", (10, None)] = 200
     difficulty: Annotated[float, "of the problems, see world.py", (0, 1)] = 0.5
-    base: Annotated[str, "the model that both kinds start from"] = str(HERE / "base")
+    base: Annotated[str, "the model that all start from"] = str(HERE / "base")
 
 
 class Chain(claims.Chain):
     """The stages of one seed."""
 
-    def fit(self, kind: str, lr: str) -> Path:
+    def sft(self, kind: str, lr: str) -> Path:
         """SFT of the base -> the run's folder, with the whole model in it."""
-        folder = self.folder / f"{kind.replace(' ', '-')}.lr-{lr}"
-        flags = ("--lora-rank", self.config.rank, "--merge") if kind == "adapters" else ()
-        self.stage(folder.name, "train_sft.py", "--model", self.base, "--train", self.folder / "sft.1.jsonl",
-                   "--validation", self.folder / "sft.1.validation.jsonl", "--out", folder, "--lr", lr, "--batch-size", 32,
-                   "--eval-every", 10, "--seed", self.seed, "--resume", *flags)
-        return folder
+        flags = {
+            ALL: (),
+            ADAPTERS: ("--lora-rank", self.config.rank, "--merge"),
+            EIGHT_BITS: ("--adamw-8bit",),
+        }
+        data = self.folder / "sft.1.jsonl"
+        return self.train_by("train_sft.py", f"sft.{short(kind)}.lr-{lr}", data, lr, 10, "--model", self.base, *flags[kind])
 
-    def fit_and_score(self, chosen: dict[str, str]) -> dict[str, list[dict]]:
-        """kind -> the scores of the test solutions."""
+    def pairs(self, kind: str, sft: Path) -> Path:
+        """Pairs from a kind's own SFT model."""
+        preferences = self.folder / f"preferences.{short(kind)}.jsonl"
+        pairs = self.folder / f"pairs.{short(kind)}.jsonl"
+        self.stage(preferences.stem, "data.py", "sample", "--model", sft / "model", "--cases", self.folder / "cases.jsonl", "--n", 8,
+                   "--seed", 100 + self.seed, *claims.SAMPLING, "--out", preferences, "--resume")
+        self.stage(pairs.stem, "data.py", "pairs", "--samples", preferences, "--validation", 0.1, "--seed", self.seed,
+                   "--out", pairs, "--overwrite")
+        return pairs
+
+    def dpo(self, kind: str, sft: Path, lr: str) -> Path:
+        flags = {
+            ALL: ("--model", sft / "model"),
+            ADAPTERS: ("--model", self.base, "--adapter", sft / "adapter", "--merge"),
+            EIGHT_BITS: ("--model", sft / "model", "--adamw-8bit"),
+        }
+        name = f"dpo.{short(kind)}.lr-{lr}"
+        return self.train_by("train_dpo.py", name, self.pairs(kind, sft), lr, 5, "--epochs", 2, "--nll", NLL, *flags[kind])
+
+    def train_by(self, script: str, name: str, data: Path, lr: str, eval_every: int, *flags) -> Path:
+        out = self.folder / name
+        self.stage(name, script, "--train", data, "--validation", data.with_suffix(".validation.jsonl"), "--out", out, "--lr", lr,
+                   "--batch-size", 32, "--eval-every", eval_every, "--seed", self.seed, "--resume", *flags)
+        return out
+
+    def scores(self, chosen: dict[tuple[str, str], str]) -> dict[tuple[str, str], list[dict]]:
+        """(stage, kind) -> the scores of the test solutions."""
         self.prepare()
         found = {}
-        for kind, lr in chosen.items():
-            trained = self.fit(kind, lr)
-            scores = self.score(trained.name, trained / "model", "--k", *KS, "--all-steps")
-            found[kind] = [line for _, line in read_jsonl(scores)]
+        for kind in (ALL, ADAPTERS, EIGHT_BITS):
+            sft = self.sft(kind, chosen["sft", kind])
+            dpo = self.dpo(kind, sft, chosen["dpo", kind])
+            for stage, trained in (("sft", sft), ("dpo", dpo)):
+                file = self.score(trained.name, trained / "model", "--k", *KS, "--all-steps")
+                found[stage, kind] = [line for _, line in read_jsonl(file)]
         return found
+
+
+def short(kind: str) -> str:
+    return kind.replace(",", "").replace(" ", "-")
+
+
+def choose(config: Config) -> dict[tuple[str, str], str]:
+    """(stage, kind) -> the learning rate, chosen on the first seed; prints what was measured."""
+    first = Chain(config, config.seeds[0])
+    first.prepare()
+    chosen = {}
+    print("| stage | trained | lr | measured on the first seed |\n|---|---|---|---|")
+    with ThreadPoolExecutor(config.jobs) as pool:
+        for kind, rates in RATES["sft"].items():
+            losses = list(pool.map(claims.lowest_loss, pool.map(partial(first.sft, kind), rates)))
+            chosen["sft", kind] = rates[losses.index(min(losses))]
+            for lr, loss in zip(rates, losses, strict=True):
+                print(f"| SFT | {kind} | {lr} | validation loss {loss:.4f} |")
+        for kind, rates in RATES["dpo"].items():
+            sft = first.sft(kind, chosen["sft", kind])
+            first.pairs(kind, sft)  # before several runs want them at once
+            first.validation_solutions()
+            scores = list(pool.map(first.validation_f1, pool.map(partial(first.dpo, kind, sft), rates)))
+            chosen["dpo", kind] = rates[scores.index(max(scores))]
+            for lr, f1 in zip(rates, scores, strict=True):
+                print(f"| DPO | {kind} | {lr} | validation F1 {f1:.1f} |")
+    for stage in ("sft", "dpo"):
+        chosen[stage, EIGHT_BITS] = chosen[stage, ALL]
+    return chosen
 
 
 def main(config: Config) -> None:
     print_config(config)
     if len(config.seeds) not in claims.T_975:
         raise BadInput(f"--seeds: {len(config.seeds)} of them; an interval needs {min(claims.T_975)} to {max(claims.T_975)}")
-    first = Chain(config, config.seeds[0])
-    first.prepare()
-    chosen = {}
-    print("| trained | lr | validation loss |\n|---|---|---|")
+    chosen = choose(config)
     with ThreadPoolExecutor(config.jobs) as pool:
-        for kind, rates in LEARNING_RATES.items():
-            losses = dict(zip(rates, pool.map(claims.lowest_loss, pool.map(partial(first.fit, kind), rates))))
-            chosen[kind] = min(rates, key=losses.get)
-            for lr, loss in losses.items():
-                mark = "**" if lr == chosen[kind] else ""
-                print(f"| {kind} | {lr} | {mark}{loss:.4f}{mark} |")
-        models = list(pool.map(lambda seed: Chain(config, seed).fit_and_score(chosen), config.seeds))
-    print(f"\n| trained | lr | K | F1, mean of {len(models)} seeds [95%] | in each seed |\n|---|---|---|---|---|")
-    for kind, lr in chosen.items():
+        of_seeds = list(pool.map(lambda seed: Chain(config, seed).scores(chosen), config.seeds))
+    print("\n| stage | trained | lr | K | F1 [95%] | minus all weights | in each seed |\n|---|---|---|---|---|---|---|")
+    for (stage, kind), lr in chosen.items():
         for k in KS:
-            f1 = claims.interval([measure(kind, scores[kind], k)["f1"] for scores in models])
-            print(f"| {kind} | {lr} | {k} | {claims.shown(f1)} | {', '.join(f'{value:.1f}' for value in f1['seeds'])} |")
+            f1 = [measure(kind, scores[stage, kind], k)["f1"] for scores in of_seeds]
+            plain = [measure(ALL, scores[stage, ALL], k)["f1"] for scores in of_seeds]
+            differences = [a - b for a, b in zip(f1, plain, strict=True)]
+            less = "" if kind == ALL else claims.shown(claims.interval(differences))
+            each = ", ".join(f"{value:.1f}" for value in f1)
+            print(f"| {stage.upper()} | {kind} | {lr} | {k} | {claims.shown(claims.interval(f1))} | {less} | {each} |")
 
 
 if __name__ == "__main__":

@@ -127,10 +127,12 @@ class Chain:
                    "--out", out, "--resume", *flags)
         return out
 
-    def validation_f1(self, run: Path) -> float:
-        """F1 at K = 7 on solutions of their own."""
+    def validation_solutions(self) -> None:
         self.stage("validation", HERE / "world.py", "--out", self.folder / "validation", "--seed", 2000 + self.seed, "--difficulty",
                    self.config.difficulty, "--train", 0, "--validation", 150, "--test", 0, "--pretrain", 0)
+
+    def validation_f1(self, run: Path) -> float:
+        """F1 at K = 7 on the validation solutions."""
         scores = self.score(f"validation.{run.name}", run / "model", "--k", 7, data="validation/validation.jsonl")
         return read_json(scores.with_suffix(".summary.json"))[0]["f1"]
 
@@ -183,6 +185,7 @@ def main(config: Config) -> None:
         chosen[kind] = search(config, grid, kind, settings, lambda setting: lowest_loss(first.train(kind, 1, *setting)), "validation loss")
     every_seed(config, lambda chain: chain.run(chosen))
     sft = first.train("sft", 1, *chosen["sft"])
+    first.validation_solutions()
     chosen["dpo"] = search(config, grid, "dpo", DPO_SETTINGS, lambda setting: first.validation_f1(first.train_dpo(sft, *setting)),
                            "validation F1", max)
     print_grid(grid)
