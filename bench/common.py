@@ -111,7 +111,8 @@ def command_line(config: BenchConfig) -> list[str]:
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, (tuple, list)):
-            line += [f"--{flag}", *map(str, value)]
+            if value:  # a flag without a value is refused; without the flag it is the default, ()
+                line += [f"--{flag}", *map(str, value)]
         elif value is not None:
             line += [f"--{flag}", str(value)]
     return line

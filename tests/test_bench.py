@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from fast.attention import TreeAttention
 from lora import LoRA, add_adapters
 from model import Decoder, Tree, head_chunk
 from plumbing import adamw_8bit
+from plumbing.cli import _parse
 from plumbing.memory import memory
 from plumbing.run import make_optimizer, precision
 
@@ -93,6 +94,17 @@ def test_the_sides_of_other_engines_run_in_miniature(script, sizes, side, tmp_pa
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
+@pytest.mark.parametrize("script", [sampling, prefill, training, reward, growth])
+def test_a_sides_command_line_makes_its_config_again(script):
+    """No --peers is how `make bench` runs, and a flag without its values ended each side with a usage message."""
+    kinds = {bool: True, int: 77, float: 0.5, str: "x"}
+    changed = {field.name: kinds[type(field.default)] for field in fields(script.Config)
+               if type(field.default) in kinds and field.name not in ("what", "dtype")}
+    for config in (script.Config(), script.Config(**changed)):
+        _, _, given = _parse([(script.Config, script.main)], common.command_line(config))
+        assert script.Config(**given) == config
 
 
 def test_peers_that_are_not_installed_are_left_out_with_a_line(monkeypatch, capsys):
