@@ -44,3 +44,21 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
         return np.nan, np.nan
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def with_intervals(figures: dict, draws: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """{"f1": 61.2} and its draws -> {"f1": 61.2, "f1_low": 57.9, "f1_high": 64.6}; None for what is
+    undefined.
+    """
+    found = {}
+    for name, value in figures.items():
+        found[name] = number_of(value)
+        low, high = interval(draws[name])
+        found[f"{name}_low"] = number_of(low) if found[name] is not None else None
+        found[f"{name}_high"] = number_of(high) if found[name] is not None else None
+    return found
+
+
+def number_of(value) -> float | None:
+    """A figure as JSON has it: None for nan."""
+    return None if value is None or np.isnan(value) else float(value)

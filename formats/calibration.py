@@ -13,16 +13,19 @@ In all functions: rewards (N,) in [0, 1], right (N,) bool.
 """
 
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
-from formats.columns import Column
+from formats.bootstrap import DRAWS, resamples, with_intervals
+from formats.columns import Column, print_columns
 
 COLUMNS = (  # what a table shows of the calibration
-    Column("ECE", "ece", 8, ".3f"),
-    Column("Brier", "brier", 8, ".3f"),
-    Column("AUROC", "auroc", 8, ".3f"),
+    Column("ECE", "ece", 23, ".3f", interval=True),
+    Column("Brier", "brier", 23, ".3f", interval=True),
+    Column("AUROC", "auroc", 23, ".3f", interval=True),
 )
+FIGURES = ("ece", "brier", "auroc")
 BINS = 10  # of equal width, for the ECE and the diagram
 LEAST = 1e-6  # a reward of exactly 0 or 1 has no logit
 LOWEST, HIGHEST = 0.01, 100.0  # temperatures
@@ -44,36 +47,36 @@ def log_loss(rewards: np.ndarray, right: np.ndarray) -> float:
 
 def auroc(rewards: np.ndarray, right: np.ndarray) -> float:
     """The chance that a right step has the higher reward than a wrong one; ties count half. nan if one kind
-    is missing.
-
-    It is the Mann-Whitney statistic: the sum of the right steps' ranks, less the least that it can be, over
-    the number of pairs.
+    is missing: the Mann-Whitney statistic.
     """
-    n_right = int(right.sum())
-    n_wrong = len(right) - n_right
-    if not n_right or not n_wrong:
+    rank = np.unique(rewards, return_inverse=True)[1]  # (N,), the same number for equal rewards
+    return auroc_of(np.bincount(rank, right), np.bincount(rank, ~right))
+
+
+def auroc_of(n_right: np.ndarray, n_wrong: np.ndarray) -> float:
+    """AUROC from the numbers of right and of wrong steps with each reward, the lowest first."""
+    pairs = n_right.sum() * n_wrong.sum()
+    if not pairs:
         return np.nan
-    order = np.sort(rewards)
-    below = np.searchsorted(order, rewards, "left")
-    not_above = np.searchsorted(order, rewards, "right")
-    ranks = (below + not_above + 1) / 2  # equal rewards share the mean of their ranks
-    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+    wrong_below = n_wrong.cumsum() - n_wrong
+    return float((n_right * (wrong_below + n_wrong / 2)).sum() / pairs)
 
 
 def ece(rewards: np.ndarray, right: np.ndarray) -> float:
     """The expected calibration error: |mean reward - share of right steps| of each bin, weighted by its
-    steps.
+    steps, which is |sum of (reward - right)| over the number of all steps.
     """
-    gaps = [row["steps"] * abs(row["reward"] - row["right"]) for row in reliability(rewards, right)]
-    return float(sum(gaps) / len(rewards))
+    return float(np.abs(np.bincount(bins(rewards), rewards - right)).sum() / len(rewards))
+
+
+def bins(rewards: np.ndarray) -> np.ndarray:
+    """The bin of each reward: [0, 0.1), [0.1, 0.2), ..., [0.9, 1]. (N,) int"""
+    return np.minimum((rewards * BINS).astype(int), BINS - 1)
 
 
 def reliability(rewards: np.ndarray, right: np.ndarray) -> list[dict]:
-    """The diagram's rows: of each bin that has steps, its mean reward and the share of right steps.
-
-    The bins are [0, 0.1), [0.1, 0.2), ..., [0.9, 1].
-    """
-    bin_of = np.minimum((rewards * BINS).astype(int), BINS - 1)
+    """The diagram's rows: of each bin that has steps, its mean reward and the share of right steps."""
+    bin_of = bins(rewards)
     rows = []
     for number in range(BINS):
         own = bin_of == number
@@ -88,6 +91,41 @@ def reliability(rewards: np.ndarray, right: np.ndarray) -> list[dict]:
                 }
             )
     return rows
+
+
+def figures(rewards: np.ndarray, right: np.ndarray, sizes: np.ndarray) -> dict[str, float | None]:
+    """ECE, Brier score and AUROC with their intervals: {"ece": 0.07, "ece_low": 0.05, "ece_high": 0.1, ...}.
+
+    sizes (S,): how many of the steps each solution has, in their order
+    """
+    found = {"ece": ece(rewards, right), "brier": brier(rewards, right), "auroc": auroc(rewards, right)}
+    return with_intervals(found, figure_draws(rewards, right, sizes))
+
+
+def figure_draws(
+    rewards: np.ndarray, right: np.ndarray, sizes: np.ndarray, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The three figures of bootstrap samples of the solutions, each (DRAWS,); nan where a sample has none."""
+    solution = np.repeat(np.arange(len(sizes)), sizes)  # (N,), of each step
+    # Drawn in an order that does not depend on which rank has judged which
+    totals, of_right = (
+        np.bincount(solution, values, minlength=len(sizes)) for values in (rewards, rewards * right)
+    )
+    place = np.lexsort((of_right, totals, sizes)).argsort()
+    solution = place[solution]
+    bin_of = bins(rewards)
+    rank = np.unique(rewards, return_inverse=True)[1]
+    gaps = rewards - right
+    found = []
+    for drawn in resamples(len(sizes), seed=seed):
+        weights = drawn[solution].astype(float)  # (N,), how often each step is drawn
+        n = weights.sum() or np.nan
+        found.append((
+            np.abs(np.bincount(bin_of, weights * gaps)).sum() / n,
+            weights @ gaps ** 2 / n,
+            auroc_of(np.bincount(rank, weights * right), np.bincount(rank, weights * ~right)),
+        ))
+    return dict(zip(FIGURES, np.array(found).T, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- temperature
@@ -129,6 +167,7 @@ class LabelledRewards:
     def __init__(self):
         self.rewards = array("d")
         self.right = array("b")
+        self.sizes = array("q")  # how many of them each solution has
         self.unjudged = 0  # labelled steps that were not judged
 
     def add(self, rewards: list[float | None], right: list[bool]) -> None:
@@ -138,36 +177,52 @@ class LabelledRewards:
         A null reward is left out.
         """
         self.unjudged += max(0, len(right) - len(rewards))
+        before = len(self.rewards)
         for value, is_right in zip(rewards, right, strict=False):
             if value is not None:
                 self.rewards.append(value)
                 self.right.append(is_right)
+        self.sizes.append(len(self.rewards) - before)
 
     def update(self, other: "LabelledRewards") -> None:
         """Add what another one has collected."""
         self.rewards.extend(other.rewards)
         self.right.extend(other.right)
+        self.sizes.extend(other.sizes)
         self.unjudged += other.unjudged
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """(rewards, right)."""
         return np.array(self.rewards), np.array(self.right, dtype=bool)
 
+    @property
+    def has_figures(self) -> bool:
+        return bool(self.rewards) and not self.unjudged
+
+    def draws(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """The figures of bootstrap samples of the solutions: see figure_draws."""
+        if not self.has_figures:
+            return dict.fromkeys(FIGURES, np.full(DRAWS, np.nan))
+        return figure_draws(*self.arrays(), np.array(self.sizes), seed)
+
     def figures(self) -> dict[str, float | None]:
-        """ECE, Brier score and AUROC; None where not all labelled steps were judged.
+        """ECE, Brier score and AUROC, with intervals; None where not all labelled steps were judged.
 
         A solution that was left at its first step predicted wrong has judged steps of a certain kind: figures
         over these would say something else.
         """
-        if self.unjudged or not self.rewards:
-            return {"ece": None, "brier": None, "auroc": None}
-        return figures(*self.arrays())
+        if not self.has_figures:
+            return with_intervals(dict.fromkeys(FIGURES), self.draws())
+        return figures(*self.arrays(), np.array(self.sizes))
 
 
-def figures(rewards: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
-    area = auroc(rewards, right)
-    return {
-        "ece": ece(rewards, right),
-        "brier": brier(rewards, right),
-        "auroc": None if np.isnan(area) else area,
-    }
+def print_rows(rows: list[dict], columns: Iterable[Column]) -> None:
+    """The table of `columns`, if any row has figures."""
+    if all(row["ece"] is None for row in rows):
+        print("(ECE, Brier score and AUROC want the rewards of all labelled steps: --all-steps)")
+        return
+    print_columns(rows, columns)
+    print(
+        "(of the rewards of labelled steps, in ProcessBench those up to the first wrong one;\n"
+        " -: not all of them were judged: --all-steps)"
+    )

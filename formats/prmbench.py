@@ -116,7 +116,11 @@ class PRMBench:
         """A row for each K and threshold."""
         if not self.counts:
             return []
-        return [self.row(k, threshold) for k in self.ks for threshold in self.thresholds]
+        rows = []
+        for k in self.ks:
+            of_steps = self.steps[k].figures()
+            rows += [self.row(k, threshold) | of_steps for threshold in self.thresholds]
+        return rows
 
     def row(self, k: int, threshold: float) -> dict:
         classes = self.classes(k, threshold)
@@ -134,7 +138,6 @@ class PRMBench:
             "groups": groups,
             "classes": classes,
             **analyses.rates(lambda name: self.counts[k, name]),
-            **self.steps[k].figures(),
         }
 
     def classes(self, k: int, threshold: float) -> dict[str, dict]:
@@ -179,7 +182,10 @@ def print_rows(rows: list[dict]) -> None:
         " undefined, as in the official script)"
     )
     print()
-    print_columns([row for row in rows if row["threshold"] == rows[0]["threshold"]], ANALYSES)
+    one_for_each_k = [row for row in rows if row["threshold"] == rows[0]["threshold"]]
+    print_columns(one_for_each_k, ANALYSES)
+    print()
+    calibration.print_rows(one_for_each_k, CALIBRATION)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -220,4 +226,6 @@ def side_by_side(name: str, thresholds: list[float], figures: list[dict]) -> dic
     return line
 
 
-ANALYSES = (Column("PRMBench", "source", 16, "s"), *analyses.COLUMNS, *calibration.COLUMNS)
+SOURCE_AND_K = (Column("PRMBench", "source", 16, "s"), Column("K", "k", 4, "d"))
+ANALYSES = (SOURCE_AND_K[0], *analyses.COLUMNS)
+CALIBRATION = (*SOURCE_AND_K, *calibration.COLUMNS)

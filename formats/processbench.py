@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from formats import analyses, calibration
-from formats.bootstrap import DRAWS, interval
+from formats.bootstrap import DRAWS, number_of, with_intervals
 from formats.calibration import LabelledRewards
 from formats.columns import Column, print_columns
 
@@ -120,6 +120,10 @@ class ProcessBench:
         names = ("wrong, predicted so", "wrong", "correct, predicted so", "correct")
         return tuple(self.counts[source, k, name] for name in names)
 
+    def draws(self, source: str, k: int, seed: int) -> dict[str, np.ndarray]:
+        """All figures of DRAWS bootstrap samples of the source's solutions."""
+        return accuracy_draws(*self.kinds(source, k), seed) | self.steps[source, k].draws(seed)
+
     def f1_so_far(self, source: str, k: int) -> float:
         """F1 of what was added until now; 0 where it is undefined."""
         return number_of(accuracies(*self.kinds(source, k))["f1"]) or 0.0
@@ -127,17 +131,15 @@ class ProcessBench:
     def average(self, rows: list[dict]) -> dict:
         """The mean of the sources' figures; numbers of solutions and steps are summed."""
         k = rows[0]["k"]
-        draws = [accuracy_draws(*self.kinds(row["source"], k), seed) for seed, row in enumerate(rows)]
-        figures = {name: mean_of(rows, name) for name in FIGURES}
-        drawn = {name: np.mean([draw[name] for draw in draws], axis=0) for name in FIGURES}
+        draws = [self.draws(row["source"], k, seed) for seed, row in enumerate(rows)]
+        names = (*FIGURES, *calibration.FIGURES)
+        figures = {name: mean_of(rows, name) for name in names}
+        drawn = {name: np.mean([draw[name] for draw in draws], axis=0) for name in names}
         sums = {
             name: sum(row[name] for row in rows)
             for name in ("solutions", "unlabelled", "forced", "null_rewards")
         }
-        means = {
-            name: mean_of(rows, name)
-            for name in ("unparsed", "truncated", "tokens_per_step", "ece", "brier", "auroc")
-        }
+        means = {name: mean_of(rows, name) for name in ("unparsed", "truncated", "tokens_per_step")}
         return {"source": "average", "k": k, **sums, **with_intervals(figures, drawn), **means}
 
 
@@ -147,24 +149,6 @@ def kind_of(label: int | None, prediction: int) -> dict[str, int]:
         return {"unlabelled": 1}
     kind = "correct" if label == -1 else "wrong"
     return {kind: 1, f"{kind}, predicted so": int(prediction == label)}
-
-
-def with_intervals(figures: dict, draws: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """{"f1": 61.2} and its draws -> {"f1": 61.2, "f1_low": 57.9, "f1_high": 64.6}; None for what is
-    undefined.
-    """
-    found = {}
-    for name, value in figures.items():
-        found[name] = number_of(value)
-        low, high = interval(draws[name])
-        found[f"{name}_low"] = number_of(low) if found[name] is not None else None
-        found[f"{name}_high"] = number_of(high) if found[name] is not None else None
-    return found
-
-
-def number_of(value) -> float | None:
-    """A figure as JSON has it: None for nan."""
-    return None if value is None or np.isnan(value) else float(value)
 
 
 def mean_of(rows: list[dict], name: str) -> float | None:
@@ -182,7 +166,8 @@ ACCURACIES = (
     Column("correct acc.", "correct_accuracy", 21, ".1f", interval=True),
     Column("F1", "f1", 21, ".1f", interval=True),
 )
-ANALYSES = (Column("source", "source", 16, "s"), *analyses.COLUMNS, *calibration.COLUMNS)
+ANALYSES = (Column("source", "source", 16, "s"), *analyses.COLUMNS)
+CALIBRATION = (*ACCURACIES[:2], *calibration.COLUMNS)
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -197,6 +182,7 @@ def print_rows(rows: list[dict]) -> None:
     print_columns(rows, ANALYSES)
     print(
         "(unparsed: analyses without a verdict of their own; forced: those of them that were read after an\n"
-        " added verification line; null: steps without any P(Yes), never predicted wrong; ECE, Brier,\n"
-        " AUROC: of the rewards up to the first wrong step, if all of these were judged: --all-steps)"
+        " added verification line; null: steps without any P(Yes), never predicted wrong)"
     )
+    print()
+    calibration.print_rows(rows, CALIBRATION)

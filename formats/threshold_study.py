@@ -116,7 +116,7 @@ def study_calibration(
                     "scores": name,
                     "rewards": f"T = {temperature:.3f}",
                     "steps": len(after),
-                    **figures(after, right),
+                    **figures(after, right, np.array(collected.sizes)),
                     "log_loss": log_loss(after, right),
                 }
             )

@@ -56,8 +56,8 @@ class StepReward:
     def of_solution(self, rewards: list[float | None]) -> float | None:
         if not rewards:
             return 0.0
-        known = [reward for reward in rewards if reward is not None]
-        return weight(aggregate(np.array(known), self.how), self.how) if known else None
+        score = aggregate(np.array(rewards, dtype=float), self.how)  # a null reward is nan
+        return None if score == -np.inf else weight(score, self.how)
 
 
 def text_of(completion: Completion) -> str:

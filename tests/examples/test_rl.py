@@ -31,6 +31,14 @@ def test_a_reward_is_the_aggregate_of_the_steps(how, expected):
     assert found == [pytest.approx(expected), pytest.approx(expected), 0.0, None]
 
 
+def test_a_last_step_without_a_reward_gives_none_as_in_best_of_n():
+    reward = StepReward(judge=None, how="last")
+    assert reward.of_solution([0.9, None]) is None
+    assert reward.of_solution([None, 0.9]) == 0.9
+    assert StepReward(judge=None, how="product").of_solution([0.5, None, 0.5]) == pytest.approx(0.25)
+    assert StepReward(judge=None, how="min").of_solution([None]) is None
+
+
 def test_steps_are_split_as_asked():
     reward = StepReward(ScriptedJudge(), "min", lambda problem, text: [*text.split(), problem])
     assert reward(completions=["0.9 0.7"], problem=["0.8"]) == [0.7]

@@ -5,7 +5,9 @@ installed.
 import numpy as np
 import pytest
 
+from formats.bootstrap import resamples
 from formats.calibration import (
+    FIGURES,
     LabelledRewards,
     auroc,
     brier,
@@ -123,10 +125,60 @@ def test_labelled_rewards_are_collected():
     collected.add([0.4], [])
     rewards, right = collected.arrays()
     assert rewards.tolist() == [0.9, 0.2] and right.tolist() == [True, False]
-    assert collected.figures() == {"ece": pytest.approx(0.15), "brier": pytest.approx(0.025), "auroc": 1.0}
+    found = collected.figures()
+    assert (found["ece"], found["brier"], found["auroc"]) == (pytest.approx(0.15), pytest.approx(0.025), 1.0)
+    assert found["brier_low"] == pytest.approx(0.025)  # whichever solutions are drawn, the first is all they have
+    assert collected.sizes.tolist() == [2, 0]
     other = LabelledRewards()
     other.add([0.1], [True, True])
     assert other.unjudged == 1 and other.figures()["brier"] is None
     collected.update(other)
     assert collected.unjudged == 1 and len(collected.rewards) == 3
-    assert LabelledRewards().figures() == {"ece": None, "brier": None, "auroc": None}
+    assert set(LabelledRewards().figures().values()) == {None}
+
+
+def some_solutions(seed: int, n: int = 40) -> list[tuple[list[float], list[bool]]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n):
+        n_steps = int(rng.integers(0, 6))
+        right = rng.random(n_steps) < 0.7
+        rewards = np.round(np.clip(rng.normal(0.4 + 0.3 * right, 0.2), 0, 1), 2)
+        found.append((rewards.tolist(), right.tolist()))
+    return found
+
+
+def collect(solutions: list[tuple[list[float], list[bool]]]) -> LabelledRewards:
+    collected = LabelledRewards()
+    for rewards, right in solutions:
+        collected.add(rewards, right)
+    return collected
+
+
+def test_a_draw_has_the_figures_of_the_solutions_that_it_repeats():
+    """Solutions of distinct sizes, so that the order in which they are drawn is known."""
+    solutions = [([0.9, 0.2], [True, False]), ([0.7], [True]), ([0.3, 0.6, 0.1], [True, True, False])]
+    found = collect(solutions).draws()
+    by_size = sorted(solutions, key=lambda solution: len(solution[0]))
+    for number, drawn_times in zip(range(50), resamples(3), strict=False):
+        drawn_ones = [one for one, times in zip(by_size, drawn_times, strict=True) for _ in range(times)]
+        rewards, right = collect(drawn_ones).arrays()
+        assert found["ece"][number] == pytest.approx(ece(rewards, right))
+        assert found["brier"][number] == pytest.approx(brier(rewards, right))
+        assert found["auroc"][number] == pytest.approx(auroc(rewards, right), nan_ok=True)
+
+
+def test_intervals_hold_the_figures_and_narrow_with_more_solutions():
+    few, many = (collect(some_solutions(0, n)).figures() for n in (40, 4000))
+    for name in FIGURES:
+        assert few[f"{name}_low"] < few[name] + 0.02 and few[name] - 0.02 < few[f"{name}_high"]
+        assert many[f"{name}_high"] - many[f"{name}_low"] < 0.3 * (few[f"{name}_high"] - few[f"{name}_low"])
+
+
+def test_intervals_do_not_depend_on_which_rank_had_which_solution():
+    solutions = some_solutions(1)
+    others = collect(solutions[1::2])
+    split = collect(solutions[::2])
+    split.update(others)
+    whole = collect(solutions).figures()
+    assert split.figures() == {name: pytest.approx(value) for name, value in whole.items()}
