@@ -589,8 +589,9 @@ class Examples:
             print(f"{self.path}: {n_systems:,} examples have a system message of their own; "
                   "score with the same one (--system)")
         if self.conversation is not None:
-            print(f"{self.path}: {n_conversations:,} prompts are whole conversations, in the words that go with the "
-                  f"model; the chat template is put around the other {len(self.rows) - n_conversations:,}")
+            n_others = len(self.rows) - n_conversations
+            print(f"{self.path}: {n_conversations:,} prompts are whole conversations, in the words that go "
+                  f"with the model; the chat template is put around the other {n_others:,}")
         if not kept:
             raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
                            "raise --micro-tokens, or make the file anew")

@@ -50,7 +50,7 @@ class Continuation:
 
 
 def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """One number in [0, 1) per row from (seed, position), by splitmix64. int64 (R,), int64 (R,) -> fp32 (R,)."""
+    """One number in [0, 1) for each row, by splitmix64: seeds and positions, int64 (R,) each -> fp32 (R,)."""
     x = seeds + t * -7046029254386353131
     x = (x ^ shift_right(x, 30)) * -4658895280553007687
     x = (x ^ shift_right(x, 27)) * -7723592293110705685
@@ -64,9 +64,10 @@ def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draw a token from each row's nucleus, by the inverse CDF: logits (R, V), u (R,) in [0, 1) -> (R,) int64.
+    """Draw a token from each row's nucleus, by the inverse CDF: logits (R, V), u (R,) -> (R,) int64.
 
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
+    u is uniform in [0, 1). The nucleus is the smallest set of most likely tokens whose probability reaches
+    top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -161,8 +162,8 @@ class Engine:
         while self.waiting and rows + len(self.waiting[0][1].seeds) <= self.max_rows:
             batch.append(self.waiting.popleft())
             rows += len(batch[-1][1].seeds)
-        found = self.generate([request for _, request in batch])
-        return [(request_id, continuations) for (request_id, _), continuations in zip(batch, found, strict=True)]
+        request_ids, requests = zip(*batch, strict=True)
+        return list(zip(request_ids, self.generate(list(requests)), strict=True))
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
         """(index of the request, its K continuations), as they are completed, of any number of requests."""

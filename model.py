@@ -56,7 +56,7 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- the decoder
 
 def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `apply_rope` multiplies with, fp32: positions (T,) -> (cos, cos) and (-sin, sin), (T, 1, D) each."""
+    """What apply_rope multiplies with: positions (T,) -> (cos, cos) and (-sin, sin), fp32 (T, 1, D) each."""
     frequencies = rope_frequencies(config, positions.device)
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()

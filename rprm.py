@@ -109,8 +109,8 @@ def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = 
     """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
     text, where = read_prompt(prompt_file, travelled, direct)
     if prompt_file is None and travelled is not None and where != str(travelled):
-        print(f"prompt: the words of {where}, as there is no {travelled}; if the model was trained with others, "
-              "give them as --prompt-file FILE")
+        print(f"prompt: the words of {where}, as there is no {travelled}; "
+              "if the model was trained with others, give them as --prompt-file FILE")
     return Prompt(text, where)
 
 
@@ -128,7 +128,8 @@ class Analysis:
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """The token ids of " Yes" and " No" after the verification question. BadInput if either is no single token."""
+    """The token ids of " Yes" and " No" after the verification question. BadInput if either is not one token.
+    """
     question = tokenizer.encode(VERIFICATION)
     yes = tokenizer.encode(VERIFICATION + " Yes")
     no = tokenizer.encode(VERIFICATION + " No")
@@ -237,8 +238,8 @@ class Sampler:
         ids = self.encode_prompt(case)
         if len(ids) + self.reserve >= self.context:
             raise TooLong(
-                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and {self.reserve + 1} more "
-                f"are needed, but the model's context is {self.context}; "
+                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, "
+                f"and {self.reserve + 1} more are needed, but the model's context is {self.context}; "
                 f"leave this case out or use a model with a longer context"
             )
         return ids
@@ -249,8 +250,9 @@ class Sampler:
         self.open_cases.clear()
 
     def add(self, case: Case) -> int:
-        """Take a case in. -> its request id. Its analyses depend on the seed, the case and the sample's number.
+        """Take a case in. -> its request id.
 
+        Its analyses depend on the seed, the case and the sample's number.
         Raises TooLong, and then takes nothing in.
         """
         ids = self.prompt_ids(case)
@@ -405,7 +407,8 @@ class SamplerConfig:
 def tell_conversation(sampler: Sampler) -> None:
     """Say it, if the prompt is a whole conversation."""
     if sampler.is_conversation:
-        print("prompt: has special tokens of its own, so it is the whole conversation: no chat template is put around it")
+        print("prompt: has special tokens of its own, so it is the whole conversation: "
+              "no chat template is put around it")
 
 
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
@@ -559,7 +562,8 @@ def main(config: Config) -> None:
     show_reward(analyses)
     if config.html:
         from formats.case_page import write_case_page, written  # here, as nothing else needs them
-        tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, sampler.prompt_ids(case), analyses)
+        ids = sampler.prompt_ids(case)
+        tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, ids, analyses)
         write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step, tokens)
         print(f"page:   {config.html}")
     n = sampler.engine.new_tokens

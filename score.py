@@ -31,7 +31,7 @@ from formats import best_of_n, threshold_study
 from formats.inputs import Inputs
 from formats.plots import import_pyplot
 from formats.readers import Solution, read_solution
-from formats.score_lines import check_line, item_of, score_line, predict, too_long_steps
+from formats.score_lines import check_line, item_of, predict, score_line, too_long_steps
 from formats.scores import read_scores
 from formats.solution_text import print_solution
 from formats.split import SPLITS
@@ -123,7 +123,8 @@ def check_flags(config: JudgeConfig) -> None:
     if config.resume and not config.out:
         raise BadInput("--resume goes on with a file of scores; name it with --out")
     if config.best and (len(set(config.k)) > 1 or config.direct):
-        raise BadInput("--best leaves candidates by their rewards at one --k, and not with --direct; give one --k")
+        raise BadInput("--best leaves candidates by their rewards at one --k, and not with --direct; "
+                       "give one --k")
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
     if ranks.count() > 1 and one_is_given:
@@ -202,9 +203,8 @@ def item_to_judge(source: str, solution: Solution, best: bool) -> dict:
 def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
     """The last lines: what was computed, over all ranks."""
     [tokens] = ranks.total(sampler.engine.new_tokens)
-    print(
-        f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({tokens / seconds:.0f} tokens/s)"
-    )
+    rate = tokens / seconds
+    print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({rate:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
 
@@ -216,7 +216,8 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
 class Extent:
     """How far solutions are judged.
 
-    leave_by: a candidate that can no longer be the best of its problem by this aggregate is left; None: none is.
+    leave_by: a candidate is left when it can no longer be the best of its problem by this aggregate; None:
+              none is left
     """
 
     ks: tuple[int, ...]
@@ -366,15 +367,15 @@ class Judge:
         from score import Judge
         judge = Judge("runs/dpo/model", k=10)
         judge.rewards("1 + 1 + 1?", ["1 + 1 = 2.", "2 + 1 = 4."])          # [0.97, 0.02]
-        judge.rewards_of([(problem, steps), (problem, other_steps)])       # many, side by side: [[...], [...]]
+        judge.rewards_of([(problem, steps), (problem, other_steps)])       # many: [[...], [...]]
         judge.judge([Case(problem, tuple(steps[:-1]), steps[-1])])         # the last step alone: [0.02]
 
-    The same call gives the same rewards, whatever was judged before it, up to rounding. A reward is None where
-    no analysis has a P(Yes), as where the prompt is longer than the model's context.
+    The same call gives the same rewards, whatever was judged before it, up to rounding. A reward is None
+    where no analysis has a P(Yes), as where the prompt is longer than the model's context.
     """
 
     def __init__(self, model: str, k: int = 10, name: str = "", force: bool = True, **flags):
-        """model: a checkpoint's folder, or a server's URL. flags: the other fields of ServedConfig, as seed=1.
+        """model: a checkpoint's folder, or a server's URL. flags: other fields of ServedConfig, as seed=1.
 
         With a URL `name` is the model's there, and tokenizer="FOLDER" is needed. Raises BadInput.
         """
@@ -457,8 +458,9 @@ class BestConfig:
     out: Annotated[str, "best.jsonl to write: the pick of each problem"] = "best.jsonl"
     aggregate: Annotated[
         tuple[str, ...],
-        "the score of a candidate: an aggregate of its steps' rewards. The highest is picked, of equals the first. Null "
-        "rewards are left out; a candidate without any (for `last`: without that of the last step) is picked last",
+        "the score of a candidate: an aggregate of its steps' rewards. The highest is picked, of equals the "
+        "first. Null rewards are left out; a candidate without any (for `last`: without that of the last "
+        "step) is picked last",
         best_of_n.AGGREGATES,
     ] = best_of_n.AGGREGATES
     by: Annotated[

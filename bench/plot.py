@@ -2,9 +2,9 @@
 
     python bench/plot.py     # after a change of bench/ratios.json, which holds what bench/run.py printed
 
-A row of ratios.json has the work, its unit, our rate, the plain path's (null: not measured), the peer's, the
-ratio of ours to the peer's before either was rounded, and the ratio that was wanted (null: none was). The
-plot goes to ratios.svg, the table between the markers of README.md.
+A row of ratios.json has the work, its unit, our rate, the plain path's (null: not measured), the peer's name
+and rate, the ratio of ours to the peer's before either was rounded, and the ratio that was wanted (null: none
+was). The plot goes to ratios.svg, the table between the markers of README.md.
 """
 import json
 import sys
@@ -20,6 +20,7 @@ from plumbing.files import writing
 
 BEGIN = "<!-- ratios -->"
 END = "<!-- end of ratios -->"
+COLOURS = {"Transformers": "#2f81b7", "TRL": "#2f81b7", "vLLM": "#3a9d78", "llama.cpp": "#8a6fb3"}
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ def main(config: Config) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, e.g. "| SFT | 0.37 examples/s | – | 0.0791 | **4.7×** | 4× | de65633 |"."""
-    lines = ["| work | ours | plain | peer | ours / peer | wanted | commit |"]
+    """The rows in Markdown, e.g. "| SFT | 0.37 examples/s | – | TRL | 0.0791 | **4.7×** | 6× |"."""
+    lines = ["| work | ours | plain | peer | its rate | ours / its | wanted |"]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         plain = "–" if row["plain"] is None else number(row["plain"])
         wanted = "–" if row["wanted"] is None else f"{row['wanted']}×"
         ours = f"{number(row['ours'])} {row['unit']}"
         ratio = f"**{row['ratio']:.1f}×**"
-        cells = [row["work"], ours, plain, number(row["peer"]), ratio, wanted, row["commit"]]
+        cells = [row["work"], ours, plain, row["peer"], number(row["rate"]), ratio, wanted]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,20 +71,21 @@ def draw(rows: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams["svg.hashsalt"] = "ratios"  # the same file each time
-    figure, axes = plt.subplots(figsize=(9, 0.42 * len(rows) + 0.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 0.8), layout="constrained")
     for i, row in enumerate(rows):
-        axes.barh(i, row["ratio"], height=0.62, color="#2f81b7")
-        axes.text(row["ratio"] + 0.15, i, f"{row['ratio']:.1f}×", va="center", fontweight="bold")
+        axes.barh(i, row["ratio"], height=0.62, color=COLOURS[row["peer"].split()[0]])
+        end = max(row["ratio"], row["wanted"] or 0)
+        axes.text(end + 0.15, i, f"{row['ratio']:.1f}× {row['peer']}", va="center")
         if row["plain"] is not None:
-            axes.barh(i, row["plain"] / row["peer"], height=0.24, color="#f0a35e")
+            axes.barh(i, row["plain"] / row["rate"], height=0.2, color="#f0a35e")
         if row["wanted"] is not None:
             axes.vlines(row["wanted"], i - 0.42, i + 0.42, color="#222222", linewidth=2)
     axes.axvline(1, color="#888888", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(2))
-    axes.set_xlim(0, 1.12 * max(row["ratio"] for row in rows))
-    axes.set_xlabel("times as fast as Transformers and TRL (dashed: as fast; black: the goal)")
+    axes.set_xlim(0, 1.4 * max(row["ratio"] for row in rows))
+    axes.set_xlabel("times as fast as the peer (dashed: as fast; black: the goal; orange: the plain path)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

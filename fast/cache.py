@@ -136,13 +136,14 @@ class Cache:
     # ------------------------------------------------------------------------------------------ attention
 
     def arrange(self, request_ids: torch.Tensor) -> None:
-        """After a change of rows or prompts: put each slot's rows side by side. request_ids (R,), of the rows."""
+        """Put each slot's rows side by side, after a change of rows or prompts. request_ids (R,) of the rows
+        """
         buckets = [bucket for bucket in self.buckets.values() if bucket.slots]
         self.in_use = [(bucket.keys_values, bucket.mask()) for bucket in buckets]
         slots = [slot for bucket in buckets for slot in bucket.slots]
         slot_of = {slot.request_id: i for i, slot in enumerate(slots)}
-        # (R,)
-        self.slot = torch.tensor([slot_of[request_id] for request_id in request_ids.tolist()], device=request_ids.device)
+        slot_of_row = [slot_of[request_id] for request_id in request_ids.tolist()]
+        self.slot = torch.tensor(slot_of_row, device=request_ids.device)  # (R,)
         order = self.slot.argsort(stable=True)
         counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
         before = counts.cumsum(0) - counts
@@ -151,7 +152,10 @@ class Cache:
         self.by_slot = self.rows.new_zeros(len(slots), self.KV, int(counts.max()), self.G, self.D)
 
     def attend(self, layer: int, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows' queries over all three: q (R, H, D) -> (R, H, D). mask (R, 1, 1, width), of the rows' keys."""
+        """The rows' queries over all three sets of keys: q (R, H, D) -> (R, H, D).
+
+        mask (R, 1, 1, width), of the rows' own keys
+        """
         R = len(q)
         width = mask.shape[3]
         q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)

@@ -271,7 +271,7 @@ class Engine(generate.Engine):
         return bool(self.rows.done.any())
 
     def retire(self) -> list[tuple[int, list[Continuation]]]:
-        """Take finished rows out, unless a suffix is added to them. -> the requests that are answered with them."""
+        """Take finished rows out, unless they get a suffix. -> the requests that are answered with them."""
         answered = []
         for row, numbers in self.draws_of_done_rows().items():
             request_id = int(self.rows.request_id[row])

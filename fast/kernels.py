@@ -8,8 +8,8 @@ Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same re
 - A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
   made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
   token, not 4 C + (2 H + 2 KV) D + 4 I. SFT of SmolLM2 needs 6.0 GB instead of 9.3 (bench/LOG.md).
-- A product with adapters (lora/) is one with the merged weight, x (W + s B A)^T, and its backward pass computes
-  no gradient of W. In bf16 the sum would lose the adapters' digits; so only in fp32.
+- A product with adapters (lora/) is one with the merged weight, x (W + s B A)^T, and its backward pass
+  computes no gradient of W. In bf16 the sum would lose the adapters' digits; so only in fp32.
 
 `speed_up` puts them into a model; parameters and their names stay. The activation is the model's own
 (`MLP.activate`), so another one needs no change here; another norm does, or --plain.
@@ -135,8 +135,8 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 class OneDNNLoRA(torch.autograd.Function):
-    """y = x V^T + bias with V = W + s B A, so grad_x = grad_y V: the adapters take no pass of their own over x,
-    y or grad_x.
+    """y = x V^T + bias with V = W + s B A, so grad_x = grad_y V: the adapters take no pass of their own over
+    x, y or grad_x.
 
     W and bias are frozen. For each part of the output, with its own A and B and its columns g of grad_y, and
     u = x A^T: grad_B = s g^T u, grad_u = s g B and grad_A = grad_u^T x. V is made again in the backward pass;
@@ -158,7 +158,8 @@ class OneDNNLoRA(torch.autograd.Function):
         u = x @ a.t()  # (T, parts * R)
         grads_b = []
         grads_u = []
-        for g, u_p, b_p in zip(grad.split(parts, dim=1), u.split(lora.rank, dim=1), b.split(parts), strict=True):
+        parts_of_all = zip(grad.split(parts, dim=1), u.split(lora.rank, dim=1), b.split(parts), strict=True)
+        for g, u_p, b_p in parts_of_all:
             grads_b.append(g.t() @ u_p)
             grads_u.append(g @ b_p)
         grad_b = lora.scale * torch.cat(grads_b)

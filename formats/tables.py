@@ -65,8 +65,8 @@ class Tally:
         if n["left"]:
             saved = n["not judged"] * n["tokens"] / n["judged"]
             print(
-                f"{n['left']} candidates were left when they could no longer be the best: {n['not judged']} of "
-                f"{n['judged'] + n['not judged']} steps were not judged, about {saved:.0f} tokens"
+                f"{n['left']} candidates were left when they could no longer be the best: {n['not judged']} "
+                f"of {n['judged'] + n['not judged']} steps were not judged, about {saved:.0f} tokens"
             )
 
 
