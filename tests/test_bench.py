@@ -22,7 +22,7 @@ import fast.kernels
 import rprm
 import train_dpo
 import train_sft
-from bench import common, gpu, growth, prefill, reward, sampling, training
+from bench import common, gpu, growth, prefill, reward, sampling, slopes, training
 from fast.attention import TreeAttention
 from lora import LoRA, add_adapters
 from model import Decoder, Tree, head_chunk
@@ -55,6 +55,7 @@ SIDES = [
       for what in ("sft", "dpo") for side in ("ours", "plain", "initial_loss")),
     (prefill, "ours", dict(prompts=3)),
     (growth, "ours", dict(sizes=(3,), k=2, new_tokens=2)),
+    *((slopes, "ours", dict(what=(what,), sizes=(1, 2), new_tokens=2)) for what in slopes.SIZES),
 ]
 
 
@@ -96,7 +97,7 @@ def test_the_sides_of_other_engines_run_in_miniature(script, sizes, side, tmp_pa
     assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
 
 
-@pytest.mark.parametrize("script", [sampling, prefill, training, reward, growth])
+@pytest.mark.parametrize("script", [sampling, prefill, training, reward, growth, slopes])
 def test_a_sides_command_line_makes_its_config_again(script):
     """No --peers is how `make bench` runs, and a flag without its values ended each side with a usage message."""
     kinds = {bool: True, int: 77, float: 0.5, str: "x"}
@@ -105,6 +106,14 @@ def test_a_sides_command_line_makes_its_config_again(script):
     for config in (script.Config(), script.Config(**changed)):
         _, _, given = _parse([(script.Config, script.main)], common.command_line(config))
         assert script.Config(**given) == config
+
+
+def test_exponents_by_hand():
+    """Twice as much in four times the time is an exponent of 2."""
+    points = [{"size": 1, "seconds": 3.0}, {"size": 2, "seconds": 12.0}, {"size": 8, "seconds": 12.0}]
+    slopes.with_exponents(points)
+    assert [point["each"] for point in points] == [3.0, 6.0, 1.5]
+    assert [point.get("exponent") for point in points] == [None, pytest.approx(2), 0]
 
 
 def test_peers_that_are_not_installed_are_left_out_with_a_line(monkeypatch, capsys):
