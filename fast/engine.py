@@ -30,7 +30,7 @@ from fast.rows import Draws, Rows
 from generate import Continuation, Request, check_finite, last_tokens, uniform, yes_against_no
 from model import Tree, at_least_fp32, common_prefix
 
-PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens
+PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens, shared ones counted once
 WINDOW = 64            # tokens that the rows have room for at first
 
 
@@ -51,6 +51,7 @@ class Engine(generate.Engine):
         device = self.model.device
         self.ready: deque[PrefilledPrompt] = deque()
         self.prefix_ids: np.ndarray | None = None
+        self.waiting_tokens = 0  # tokens of the waiting prompts that are not computed yet
         self.cache = Cache(self.model)
         self.rows = Rows.new(0, 0, 0, n=0, width=0, device=device)
         self.draws = Draws(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3)))
@@ -62,12 +63,18 @@ class Engine(generate.Engine):
         self.arranged = False   # is the cache arranged for these rows and prompts?
         self.decoded_width = 0  # tokens of each row that a step reads
 
+    def add(self, request: Request) -> int:
+        before = self.waiting[-1][1].ids if self.waiting else self.prefix_ids
+        ids = np.asarray(request.ids, dtype=np.int64)
+        shared = 0 if before is None else common_prefix(np.asarray(before, dtype=np.int64), ids)
+        self.waiting_tokens += len(ids) - shared
+        return super().add(request)
+
     @property
     def has_room(self) -> bool:
         """Is another prompt wanted for the next group to be prefilled?"""
-        prefix = 0 if self.prefix_ids is None else len(self.prefix_ids)
-        tokens = sum(max(1, len(request.ids) - prefix) for _, request in self.waiting)
-        return not self.ready and tokens < PREFILL_TOKENS and len(self.waiting) < self.max_rows
+        is_small = self.waiting_tokens < PREFILL_TOKENS and len(self.waiting) < self.max_rows
+        return not self.ready and is_small
 
     @property
     def busy(self) -> bool:
@@ -96,6 +103,7 @@ class Engine(generate.Engine):
         """Compute the waiting prompts as one tree below the prefix."""
         group = list(self.waiting)
         self.waiting.clear()
+        self.waiting_tokens = 0
         prompts = [np.asarray(request.ids, dtype=np.int64) for _, request in group]
         self.fit_prefix(prompts)
         prefix = len(self.prefix_ids)

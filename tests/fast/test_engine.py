@@ -86,6 +86,16 @@ def test_shared_tokens_are_prefilled_once(model, monkeypatch, prefill_tokens):
         assert engine.prefill_tokens == 200 + sum(len(ids) - 200 for ids in prompts)
 
 
+def test_the_steps_of_a_long_solution_are_one_group(model, monkeypatch):
+    """Each prompt goes on from the one before: 40 tokens, then 3 more each. A group is as large as its tree."""
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 100)
+    text = list(range(100))
+    prompts = [text[:40 + 3 * i] for i in range(20)]
+    engine = fast_engine(model, max_rows=40, max_new_tokens=3)
+    run(engine, requests_of(prompts, 2))
+    assert engine.prefill_tokens < 40 + 3 * 20 + len(prompts)  # each keeps a token of its own behind the prefix
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", branches())
 def test_a_later_prompt_cuts_the_prefix_while_earlier_ones_are_decoded(model, monkeypatch, kind):
