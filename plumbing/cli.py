@@ -222,8 +222,9 @@ def _make_parser(by_name: dict[str, tuple[type, Main]]) -> argparse.ArgumentPars
         return parser
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (config_class, main) in by_name.items():
-        first_line = main.__doc__.split("\n")[0]
-        subparser = subparsers.add_parser(name, help=first_line, description=main.__doc__, **layout)
+        first_paragraph = " ".join(main.__doc__.split("\n\n")[0].split())
+        first_sentence = first_paragraph.split(". ")[0].rstrip(".")
+        subparser = subparsers.add_parser(name, help=first_sentence, description=main.__doc__, **layout)
         _add_flags(subparser, config_class)
     return parser
 
