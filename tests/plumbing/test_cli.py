@@ -150,7 +150,8 @@ def test_a_command_line_that_begins_with_a_flag_is_one_of_the_default_command(ca
         called.append(config)
 
     def pairs(config: Other) -> None:
-        """Make pairs."""
+        """Make pairs, whose
+        first sentence goes on. The second is for --help of pairs."""
         called.append(config)
     commands = (Config, cases), (Other, pairs)
     cli.run(*commands, default="cases", argv=["--model", "m"])
@@ -159,7 +160,7 @@ def test_a_command_line_that_begins_with_a_flag_is_one_of_the_default_command(ca
     cli.run(*commands, default="cases", argv=["pairs", "--steps", "5"])
     assert called == [Config("m"), Config("pairs"), Other(), Other(5)]
     for argv, code, said in ((["nothing", "--model", "m"], 2, "invalid choice: 'nothing'"), (["--steps", "5"], 2, "--model"),
-                             (["--help"], 0, "Make pairs.")):
+                             (["--help"], 0, "Make pairs, whose first sentence goes on\n")):
         with pytest.raises(SystemExit) as stop:
             cli.run(*commands, default="cases", argv=argv)
         assert stop.value.code == code
