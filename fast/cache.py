@@ -160,10 +160,35 @@ class Cache:
         width = mask.shape[3]
         q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)
         keys, values = self.rows[:, layer, :R, :, :width]
-        found = [attend_few(q, keys, values, mask), self.attend_prompts(layer, q)]
+        return self.attend_before(layer, q, attend_few(q, keys, values, mask))
+
+    def attend_suffixes(
+        self, layer: int, q: torch.Tensor, row: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for S tokens of each of the rows `row` (R,): q (R S, H, D) -> (R S, H, D).
+
+        mask (R, S, width), of the rows' own keys
+        """
+        R, S, width = mask.shape
+        q = (q * self.D ** -0.5).view(R * S, self.KV, self.G, self.D)
+        keys, values = self.rows[:, layer, row, :, :width]  # (R, KV, width, D)
+        by_row = q.view(R, S, self.KV, self.G, self.D).permute(0, 2, 3, 1, 4)  # (R, KV, G, S, D)
+        out, lse = attend_few(by_row, keys[:, :, None], values[:, :, None], mask[:, None, None])
+        out = out.permute(0, 3, 1, 2, 4).reshape(R * S, self.KV, self.G, self.D)
+        lse = lse.permute(0, 3, 1, 2).reshape(R * S, self.KV, self.G)
+        return self.attend_before(layer, q, (out, lse))
+
+    def attend_before(
+        self, layer: int, q: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Prompts and prefix, merged with `own`, what the same queries found in their rows' own keys.
+
+        q (R, KV, G, D) -> (R, H, D)
+        """
+        found = [own, self.attend_prompts(layer, q)]
         if self.prefix_length:
             found.append(self.attend_prefix(layer, q))
-        return merge(found).to(q.dtype).reshape(R, -1, self.D)
+        return merge(found).to(q.dtype).reshape(len(q), -1, self.D)
 
     def attend_prompts(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each slot's rows over its prompt: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""

@@ -7,7 +7,7 @@ what differs from the engine that this one extends:
 
 - each continuation is a row of its own from the start, and rows never branch;
 - rows' keys are read in widths of WINDOW tokens, with a new recording when one is outgrown;
-- finished rows stay, without effect, until so many have finished that a new recording is worth it.
+- whether rows have finished is looked at every few steps, since taking them out means a new recording.
 """
 from typing import Callable
 
@@ -17,7 +17,6 @@ from fast.engine import Engine
 
 WINDOW = 64       # tokens by which the width of the rows' keys grows
 LOOK_EVERY = 8    # steps between two looks at what is done, since a look waits for the GPU
-SHARE = 16        # rows are taken out when a sixteenth of them are done
 
 
 class CudaGraph:
@@ -59,4 +58,4 @@ class RecordedEngine(Engine):
         return CudaGraph(self.decode)
 
     def many_are_done(self) -> bool:
-        return self.longest % LOOK_EVERY == 0 and int(self.rows.done.sum()) >= max(1, len(self.rows) // SHARE)
+        return self.longest % LOOK_EVERY == 0 and super().many_are_done()

@@ -37,8 +37,6 @@ class Rows(Columns):
     start: torch.Tensor       # (R,) int64, tokens of its prompt
     length: torch.Tensor      # (R,) int64, tokens behind the prompt
     limit: torch.Tensor       # (R,) int64, the most it may have of them
-    # (R,) int64: 0, or where its suffix ends; up to there tokens are given, not sampled
-    suffix_end: torch.Tensor
     done: torch.Tensor        # (R,) bool
     tokens: torch.Tensor      # (R, W) int64, W at least the longest length
     p_yes: torch.Tensor       # (R, W) fp32, P(Yes) where each of them was sampled
@@ -48,7 +46,7 @@ class Rows(Columns):
         """n rows of one request that have no token yet."""
         def column(value: int) -> torch.Tensor:
             return torch.full((n,), value, dtype=torch.int64, device=device)
-        return cls(column(request_id), column(start), column(0), column(limit), column(0),
+        return cls(column(request_id), column(start), column(0), column(limit),
                    done=torch.zeros(n, dtype=torch.bool, device=device),
                    tokens=torch.zeros(n, width, dtype=torch.int64, device=device),
                    p_yes=torch.zeros(n, width, device=device))
