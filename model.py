@@ -11,7 +11,6 @@ Training and prefill give it the attention of a tree (`tree_attention`), decodin
 
 Shapes: T tokens, C hidden size, H query heads, KV key/value heads, D head size, V vocabulary.
 """
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -39,12 +38,15 @@ class ModelConfig:
     head_dim: int                   # D
     rms_norm_eps: float
     rope_theta: float
-    # For a longer context: None, or "rope_type" (linear, llama3, yarn) and its numbers
-    rope_scaling: dict | None
+    rope_scaling: dict | None       # for a longer context, as config.json has it; None = not stretched
     tie_word_embeddings: bool
     max_position_embeddings: int
     qkv_bias: bool                  # Qwen2
     qk_norm: bool                   # Qwen3
+    # What rope_scaling comes to (checkpoint/rope.py): the frequency of each pair, (D/2,), and YaRN's factor
+    # of cosines and sines
+    rope_frequencies: tuple[float, ...] | None = None
+    rope_attention_factor: float = 1.0
     initializer_range: float = 0.02  # standard deviation of random weights, for training from scratch
 
 
@@ -55,63 +57,26 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------- the decoder
 
-def rope_tables(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What apply_rope multiplies with: positions (T,) -> (cos, cos) and (-sin, sin), fp32 (T, 1, D) each."""
-    frequencies = rope_frequencies(config, positions.device)
+def rope_tables(
+    config: ModelConfig, frequencies: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What apply_rope multiplies with: frequencies (D/2,), positions (T,) -> (cos, cos) and (-sin, sin), fp32
+    (T, 1, D) each.
+    """
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
-    # YaRN sharpens attention as the context grows
-    if config.rope_scaling and "attention_factor" in config.rope_scaling:
-        cos = cos * config.rope_scaling["attention_factor"]
-        sin = sin * config.rope_scaling["attention_factor"]
+    if config.rope_attention_factor != 1:  # YaRN sharpens attention as the context grows
+        cos = cos * config.rope_attention_factor
+        sin = sin * config.rope_attention_factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """(D/2,): by how many radians each pair of a head turns from one position to the next.
-
-    For a longer context turns are slowed down by `factor`: all of them (linear), or the slow ones alone,
-    which do not come round within the old context (Llama 3.1, YaRN).
-    """
+    """(D/2,): by how many radians each pair of a head turns from one position to the next."""
+    if config.rope_frequencies is not None:
+        return torch.tensor(config.rope_frequencies, device=device)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
-    scaling = config.rope_scaling
-    if not scaling:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    if scaling["rope_type"] == "llama3":
-        keep = llama3_ramp(frequencies, scaling)
-    else:
-        keep = yarn_ramp(config, device)
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
-
-
-def llama3_ramp(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
-    """(D/2,): how much of each frequency is kept, by its full turns within the old context."""
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    return ((turns - low) / (high - low)).clamp(0, 1)
-
-
-def yarn_ramp(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """(D/2,): the same, by a pair's number: it falls from 1 at the pair with `beta_fast` full turns to 0 at
-    that with `beta_slow`.
-    """
-    scaling = config.rope_scaling
-
-    def pair_with(turns: float) -> float:
-        wavelength = scaling["original_max_position_embeddings"] / turns
-        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    first, last = pair_with(scaling["beta_fast"]), pair_with(scaling["beta_slow"])
-    if scaling["truncate"]:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, config.head_dim - 1)
-    if first == last:
-        last += 0.001
-    pairs = torch.arange(config.head_dim // 2, dtype=torch.float32, device=device)
-    return 1 - ((pairs - first) / (last - first)).clamp(0, 1)
+    return 1.0 / config.rope_theta ** exponents
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -215,6 +180,8 @@ class Decoder(nn.Module):
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
         self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
+        # (D/2,), made by the first pass: a CUDA graph cannot record a copy from the CPU
+        self.frequencies: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +193,9 @@ class Decoder(nn.Module):
         attend(layer, q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)
         """
         x = self.embed(ids)  # (T, C)
-        cos, sin = rope_tables(self.config, positions)
+        if self.frequencies is None or self.frequencies.device != ids.device:
+            self.frequencies = rope_frequencies(self.config, ids.device)
+        cos, sin = rope_tables(self.config, self.frequencies, positions)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.folder import find_folder
+from checkpoint.rope import stretched_frequencies
 from model import ModelConfig
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json
@@ -39,6 +40,7 @@ def parse_config(raw: dict, where: str, context: int | None = None) -> ModelConf
     model_type = read_model_type(raw, where)
     hidden_size = read_size(raw, "hidden_size", where)
     heads = read_size(raw, "num_attention_heads", where)
+    head_dim = read_size(raw, "head_dim", where, default=max(hidden_size // heads, 1))
     theta, scaling = read_rope(raw, where)
     config = ModelConfig(
         model_type=model_type,
@@ -48,10 +50,12 @@ def parse_config(raw: dict, where: str, context: int | None = None) -> ModelConf
         num_hidden_layers=read_size(raw, "num_hidden_layers", where, limit=LAYER_LIMIT),
         num_attention_heads=heads,
         num_key_value_heads=read_size(raw, "num_key_value_heads", where, default=heads),
-        head_dim=read_size(raw, "head_dim", where, default=max(hidden_size // heads, 1)),
+        head_dim=head_dim,
         rms_norm_eps=read_number(raw, "rms_norm_eps", where, default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
+        rope_frequencies=stretched_frequencies(scaling, theta, head_dim) if scaling else None,
+        rope_attention_factor=scaling.get("attention_factor", 1.0) if scaling else 1.0,
         tie_word_embeddings=read_flag(raw, "tie_word_embeddings", where),
         max_position_embeddings=context or read_context(raw, scaling, where),
         qkv_bias=model_type == "qwen2",
