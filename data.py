@@ -13,7 +13,6 @@ its file. Each command prints what it kept and what it dropped, and why.
 import dataclasses
 import math
 import time
-from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,11 +26,10 @@ import torch
 from tqdm import tqdm
 
 import fast
-from checkpoint import ChatTokenizer, travelled_prompt
-from formats.containers import STANDARD_INPUT, read_rows
+from checkpoint import travelled_prompt
+from formats.examples import Unit
 from formats.readers import read_case, read_labelled_steps
 from formats.samples import count_analyses, read_analyses
-from formats.turns import Turn
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from model import Tree, common_prefix
 from plumbing import ranks
@@ -514,172 +512,6 @@ def print_table(title: str, counts: Counter) -> None:
 
 # ------------------------------------------------------------------------------ training examples, in trees
 
-Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, and of each of its responses
-MARGIN = 64  # tokens; see `most_tokens`
-OVER_LONG = "as over-long"
-EQUAL = "as pairs of equal responses"
-
-
-class Examples:
-    """A file of training examples, tokenised on demand.
-
-        train = Examples("sft.jsonl", read_example, tokenizer, micro_tokens=8192, context=4096)
-        train.kept          # [0, 1, 3, ...]: the numbers of the examples that can be trained on
-        train[3]            # (prompt ids, [response ids, ...]): one response, or chosen and rejected
-        train.pack([3, 0])  # the two in trees
-
-    Every row is checked at the start. BadInput names file, line and field of a row that cannot be read. An
-    example that is over-long, or teaches nothing, is left out, named and counted; so every step is dealt
-    examples that can be trained on.
-
-    read          makes a Turn of a row (formats/turns.py)
-    micro_tokens  the tokens of a tree at most
-    context       the tokens of a sequence, prompt and response, at most
-    prompt        the words that go with the model. If they are a whole conversation, so are the rows' prompts
-                  that were made with them
-    """
-
-    def __init__(self, path: str, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
-                 micro_tokens: int, context: int, prompt: str | None = None):
-        if path == STANDARD_INPUT:
-            raise BadInput(f"{path}: training reads its examples more than once; "
-                           "give a file, not standard input")
-        self.path = Path(path)
-        self.rows = read_rows(path)
-        self.read = read
-        self.tokenizer = tokenizer
-        self.micro_tokens = micro_tokens
-        self.context = context
-        self.template_tokens = len(tokenizer.chat(""))
-        self.conversation: Prompt | None = None
-        if prompt is not None and tokenizer.has_special_tokens(prompt):
-            self.conversation = Prompt(prompt, "the prompt's words")
-            self.template_tokens += len(tokenizer.encode_marked(prompt))
-        if not len(self.rows):
-            raise BadInput(f"{path}: has no examples; make it anew")
-        self.kept = self._check()
-
-    @property
-    def n_left_out(self) -> int:
-        return len(self.rows) - len(self.kept)
-
-    def _check(self) -> np.ndarray:
-        """The numbers of the examples that can be trained on, (n,) int64. Prints which others there are."""
-        kept = array("q")
-        left_out = Counter({OVER_LONG: 0})
-        problems = []
-        n_systems = 0
-        n_conversations = 0
-        for i in tqdm(range(len(self.rows)), desc=f"reading {self.path.name}", unit=" examples", delay=5,
-                      leave=False, disable=ranks.rank() > 0):
-            turn = self.turn(i)
-            n_systems += turn.system is not None
-            n_conversations += self.pieces(turn) is not None
-            reason, problem = self._problem(turn)
-            if reason:
-                left_out[reason] += 1
-                problems.append(f"example {i + 1} {problem}")
-            else:
-                kept.append(i)
-        for problem in problems:
-            print(f"left out: {self.path} {problem}")
-        counts = ", ".join(f"{reason}: {n:,}" for reason, n in left_out.items())
-        print(f"{self.path}: {len(kept):,} examples; left out {counts}")
-        if n_systems:
-            print(f"{self.path}: {n_systems:,} examples have a system message of their own; "
-                  "score with the same one (--system)")
-        if self.conversation is not None:
-            n_others = len(self.rows) - n_conversations
-            print(f"{self.path}: {n_conversations:,} prompts are whole conversations, in the words that go "
-                  f"with the model; the chat template is put around the other {n_others:,}")
-        if not kept:
-            raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
-                           "raise --micro-tokens, or make the file anew")
-        return np.array(kept)
-
-    def _problem(self, turn: Turn) -> tuple[str, str]:
-        """Why an example is left out: (the reason by which it is counted, the details); else ("", "")."""
-        if len(set(turn.responses)) < len(turn.responses):
-            return EQUAL, "has the same text as chosen and rejected"
-        if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
-            return "", ""
-        prompt, responses = self.encode(turn)
-        longest = len(prompt) + max(map(len, responses))
-        if longest > self.context:
-            details = f"has {longest} tokens in a sequence, more than the model's context of {self.context}"
-            return OVER_LONG, details
-        together = len(prompt) + sum(map(len, responses))
-        if together > self.micro_tokens:
-            return OVER_LONG, f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
-        return "", ""
-
-    def most_tokens(self, turn: Turn) -> int:
-        """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
-
-        A token holds at least one byte of the text. Tokenizers bring the text into a Unicode normal form
-        first: it leaves an ASCII character as it is, and makes at most 33 bytes of any other. MARGIN is for
-        the marks that a tokenizer adds to a text, the ends of responses, and what the template joins to it.
-        """
-        most = self.template_tokens + MARGIN
-        for text in (turn.system or "", turn.prompt or "", *turn.responses):
-            n_ascii = len(text.encode("ascii", "ignore"))
-            most += n_ascii + 33 * (len(text) - n_ascii)
-        return most
-
-    def turn(self, i: int) -> Turn:
-        where, row = self.rows[i]
-        return self.read(row, where)
-
-    def __getitem__(self, i: int) -> Unit:
-        return self.encode(self.turn(i))
-
-    def encode(self, turn: Turn) -> Unit:
-        """The ids of the prompt, and of each response with the end of its turn."""
-        if turn.prompt is None:
-            return self.encode_text(turn.responses[0])
-        pieces = self.pieces(turn)
-        if pieces is not None:
-            prompt = self.tokenizer.conversation(pieces)
-        else:
-            prompt = self.tokenizer.chat(turn.prompt, turn.system)
-        return prompt, [self.tokenizer.response(text, prompt) for text in turn.responses]
-
-    def pieces(self, turn: Turn) -> list[tuple[str, bool]] | None:
-        """The pieces of a prompt that is a whole conversation; None for any other."""
-        if self.conversation is None or turn.prompt is None or turn.system is not None:
-            return None
-        return self.conversation.pieces_of(turn.prompt)
-
-    def encode_text(self, text: str) -> Unit:
-        """A plain text is all response, but for its first token, which nothing stands before to predict."""
-        ids = self.tokenizer.encode_marked(text)
-        if not ids or ids[-1] not in self.tokenizer.eos_ids:
-            ids += self.tokenizer.eos_ids[:1]
-        return ids[:1], [ids[1:]]
-
-    def pack(self, numbers: Iterable[int]) -> list["MicroBatch"]:
-        """The examples with these numbers, in trees. They must be kept ones."""
-        trees, long = pack({i: self[i] for i in numbers}, self.micro_tokens)
-        assert not long, f"{self.path}: examples {long} are over-long, and were not left out"
-        return trees
-
-    def in_file_order(self, size: int) -> Iterator[list[int]]:
-        """The numbers of all kept examples, `size` at a time."""
-        for first in range(0, len(self.kept), size):
-            yield self.kept[first:first + size].tolist()
-
-
-def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
-                        micro_tokens: int, context: int, prompt: str | None = None) -> Examples | None:
-    """The examples of --validation. None without it, and if the file is empty, as it is of few problems."""
-    if path is None:
-        return None
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        print(f"{path}: is empty; training goes on without validation")
-        return None
-    return Examples(path, read, tokenizer, micro_tokens, context, prompt)
-
-
 @dataclass
 class MicroBatch:
     """Examples in one tree, which pass the model together.
@@ -693,11 +525,10 @@ class MicroBatch:
     lengths: list[int]   # of each sequence: the tokens of its response
 
 
-def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], list[int]]:
+def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
     """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
 
-    Returns the trees, and the numbers of the over-long examples, which no tree can hold.
-
+    No example alone may be larger (formats/examples.py leaves out those that are).
     The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill
     one tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest
     limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
@@ -705,21 +536,18 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], l
     Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree
     (950), so two trees are needed. The lowest limit that needs no third is 850: each tree gets eight.
     """
-    long = []
-    order = []  # all others, in lexicographic order
+    order = sorted(units, key=units.__getitem__)
     alone = {}  # an example's tokens in a tree by itself
     own = {}    # those of them that it does not share with the example before it
     before = np.zeros(0, dtype=np.int64)
-    for i in sorted(units, key=units.__getitem__):
+    for i in order:
         prompt, responses = units[i]
-        alone[i] = len(prompt) + sum(map(len, responses))
-        if alone[i] > micro_tokens:
-            long.append(i)
-            continue
         sequence = np.asarray(prompt + responses[0])
+        alone[i] = len(prompt) + sum(map(len, responses))
         own[i] = alone[i] - common_prefix(before, sequence)
-        order.append(i)
         before = sequence
+    largest = max(alone.values(), default=0)
+    assert largest <= micro_tokens, f"an example has {largest} tokens, more than a tree of {micro_tokens}"
 
     def fill(limit: int) -> list[list[int]]:
         """The examples of each tree, if an example that would bring a tree over the limit begins the next."""
@@ -735,10 +563,10 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> tuple[list[MicroBatch], l
         return trees
 
     fewest = len(fill(micro_tokens))
-    limits = range(max((alone[i] for i in order), default=0), micro_tokens)
+    limits = range(largest, micro_tokens)
     lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)
     batches = [make_micro_batch(units, numbers) for numbers in fill(lowest)]
-    return sorted(batches, key=lambda batch: len(batch.tree), reverse=True), long
+    return sorted(batches, key=lambda batch: len(batch.tree), reverse=True)
 
 
 def make_micro_batch(units: dict[int, Unit], numbers: list[int]) -> MicroBatch:

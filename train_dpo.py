@@ -33,7 +33,8 @@ from checkpoint import (
     read_template_args,
     results,
 )
-from data import Examples, MicroBatch, deal, travelling_prompt, validation_examples
+from data import MicroBatch, deal, pack, travelling_prompt
+from formats.examples import Examples, validation_examples
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
@@ -86,7 +87,7 @@ def main(config: Config) -> None:
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
-    first_step = sum(len(batch.tree) for batch in train.pack(batch_of(0)))
+    first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
 
@@ -107,7 +108,7 @@ def main(config: Config) -> None:
     for step in run.progress():
         numbers = batch_of(step)
         means = Means()
-        for batch in deal(train.pack(numbers)):
+        for batch in deal(pack(train.units(numbers), config.micro_tokens)):
             losses = pair_losses(model, batch, reference, loss_of_pairs, means)  # (pairs,)
             (losses.sum() / len(numbers)).backward()
         metrics = means.result()
@@ -177,7 +178,7 @@ def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pai
     """The means over a file."""
     means = Means()
     for numbers in pairs.in_file_order(batch_size):
-        for batch in deal(pairs.pack(numbers)):
+        for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             pair_losses(model, batch, reference, loss_of_pairs, means)
     return means.result()
 
@@ -208,7 +209,7 @@ def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size:
         if not np.isnan(table.rows[numbers]).any():
             continue
         found = np.zeros((len(numbers), 2), dtype=np.float32)
-        for batch in deal(pairs.pack(numbers)):
+        for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             with precision(model.device):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
             rows = np.searchsorted(numbers, batch.examples)  # `numbers` are in order

@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import fast
 from checkpoint import DTYPES, load_config, load_for_training, load_tokenizer, read_template_args, results
-from data import Examples, deal, travelling_prompt, validation_examples
+from data import deal, pack, travelling_prompt
+from formats.examples import Examples, validation_examples
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
@@ -63,7 +64,7 @@ def main(config: Config) -> None:
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
-    first_step = sum(len(batch.tree) for batch in train.pack(batch_of(0)))
+    first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
 
@@ -73,7 +74,7 @@ def main(config: Config) -> None:
 
     for step in run.progress():
         numbers = batch_of(step)
-        batches = train.pack(numbers)
+        batches = pack(train.units(numbers), config.micro_tokens)
         n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over all of the step's
         loss = 0.0
         for batch in deal(batches):
@@ -107,7 +108,7 @@ def evaluate(model: Decoder, examples: Examples, batch_size: int) -> float:
     total = 0.0
     n_tokens = 0
     for numbers in examples.in_file_order(batch_size):
-        batches = examples.pack(numbers)
+        batches = pack(examples.units(numbers), examples.micro_tokens)
         n_tokens += sum(sum(batch.lengths) for batch in batches)
         for batch in deal(batches):
             with precision(model.device):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 import numpy as np
 
 import data
+from formats.examples import Examples
 import score
 from bench.common import ROOT, peak_mb, report, run_side
 from checkpoint import load_tokenizer
@@ -95,11 +96,11 @@ def stage(config: Config) -> dict:
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))
     else:
         read = read_example if config.side == "train_sft" else read_pair
-        examples = data.Examples(str(source), read, load_tokenizer(config.model), micro_tokens=8192, context=8192)
+        examples = Examples(str(source), read, load_tokenizer(config.model), micro_tokens=8192, context=8192)
         started.append(time.perf_counter() - begin)
         for step in range(5):
             order = np.random.default_rng(step).permutation(len(examples))
-            examples.pack(order[:128].tolist())
+            data.pack(examples.units(order[:128].tolist()), 8192)
     seconds = time.perf_counter() - begin
     found = {"seconds": seconds, "start": sum(started), "read_mb": source.stat().st_size / 1e6, "peak_mb": peak_mb()}
     for name in {"score": ["score", "solutions"], "train_sft": ["sft"], "pairs": ["samples"]}.get(config.side, ()):

@@ -29,7 +29,8 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
 from plumbing.errors import BadInput
 from plumbing.files import json_line
-from data import Examples
+from data import pack
+from formats.examples import Examples
 from formats.turns import read_example, read_pair
 from model import Decoder
 from formats.verdicts import VERIFICATION
@@ -169,7 +170,7 @@ def read_examples(config: Config, path: Path) -> Examples:
 
 def work(config: Config, examples: Examples, seconds: float) -> dict:
     """What there was to compute, and the share of the machine's FLOP/s that it makes."""
-    batches = examples.pack(examples.kept.tolist())
+    batches = pack(examples.units(examples.kept.tolist()), examples.micro_tokens)
     tree = sum(len(batch.tree) for batch in batches)
     responses = sum(sum(batch.lengths) for batch in batches)
     c = load_config(Path(config.model))
@@ -192,7 +193,7 @@ def initial_loss(config: Config) -> dict:
         examples = read_examples(config, write_lines(config, folder))
         model, logprobs, lengths = fast.speed_up(load_model(config.model)), [], []
         for i in range(config.peer_examples):
-            [batch] = examples.pack([i])
+            [batch] = pack(examples.units([i]), examples.micro_tokens)
             logprobs.append(response_logprobs(model, batch.tree, batch.starts).tolist())
             lengths.append(batch.lengths)
     logprobs, tokens = np.array(logprobs), int(np.sum(lengths))

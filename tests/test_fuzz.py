@@ -23,7 +23,8 @@ from checkpoint import load_config, load_model, load_tokenizer
 from plumbing.errors import BadInput
 from plumbing.files import read_jsonl
 from conftest import CHATML, make_config, random_tensors
-from data import Examples
+from data import pack
+from formats.examples import Examples
 from formats.samples import read_analyses
 from formats.turns import read_example, read_pair
 from formats.containers import read_rows
@@ -286,7 +287,7 @@ def test_training_examples(tmp_path, tiny_folder, row, read):
     def use(content: bytes):
         path.write_bytes(content)
         examples = Examples(str(path), read, tokenizer, micro_tokens=500, context=500)
-        batches = examples.pack(examples.kept.tolist())
+        batches = pack(examples.units(examples.kept.tolist()), examples.micro_tokens)
         assert sum(len(batch.examples) for batch in batches) + examples.n_left_out == len(examples.rows)
         assert all(start >= 1 for batch in batches for start in batch.starts)
     fuzz(mutated_lines("train", [row, row]), use)

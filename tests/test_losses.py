@@ -44,8 +44,7 @@ def separate(model, units):
 def packed(model, units, micro_tokens, **options):
     """The same through trees of at most micro_tokens, in the order of `units`."""
     found = {}
-    batches, long = pack(units, micro_tokens)
-    assert not long
+    batches = pack(units, micro_tokens)
     for batch in batches:
         logprobs = iter(response_logprobs(model, batch.tree, batch.starts, **options))
         found |= {i: [next(logprobs) for _ in units[i][1]] for i in batch.examples}
@@ -80,18 +79,18 @@ def test_checkpointed_activations_change_nothing(model):
 
 
 def test_a_tree_computes_shared_tokens_once():
-    [batch], _ = pack(UNITS, 1000)
+    [batch] = pack(UNITS, 1000)
     # by hand: instructions 7; 40 41 2; 42 1; 50 1; under 42: 60 61 62 1 (4), 70 71 1 (3), 61 1 (2), 99 (1);
     # under 50: 60 61 62 63 (4); unit 2: 4 + 5 + 2
     assert len(batch.tree) == 7 + 2 + 1 + 1 + 4 + 3 + 2 + 1 + 4 + 11
 
 
 @pytest.mark.parametrize("micro_tokens", [14, 17, 25, 40])
-def test_pack_keeps_every_example_once_or_lists_it(micro_tokens):
-    batches, long = pack(UNITS, micro_tokens)
-    assert sorted(long + [i for batch in batches for i in batch.examples]) == [0, 1, 2, 3]
+def test_pack_keeps_every_example_that_fits_once(micro_tokens):
+    fitting = {i: (prompt, responses) for i, (prompt, responses) in UNITS.items() if len(prompt) + sum(map(len, responses)) <= micro_tokens}
+    batches = pack(fitting, micro_tokens)
+    assert sorted([i for batch in batches for i in batch.examples]) == sorted(fitting)
     assert all(len(batch.tree) <= micro_tokens for batch in batches)
-    assert sorted(long) == [i for i, (prompt, responses) in sorted(UNITS.items()) if len(prompt) + sum(map(len, responses)) > micro_tokens]
 
 
 def test_losses_equal_transformers_and_plain_pytorch(tiny_folder):

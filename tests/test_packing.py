@@ -32,13 +32,16 @@ def random_units(seed, n=24, longest=40):
 # ---------------------------------------------------------------------------------------------- what is packed
 
 @pytest.mark.parametrize("seed", range(12))
-def test_every_example_is_in_one_tree_or_listed_no_tree_is_too_large_and_the_largest_comes_first(seed):
+def test_every_example_is_in_one_tree_no_tree_is_too_large_and_the_largest_comes_first(seed):
     units = random_units(seed)
     for micro_tokens in (16, 40, 70, 200, 10_000):
-        batches, long = pack(units, micro_tokens)
-        assert sorted([i for batch in batches for i in batch.examples] + long) == sorted(units)
         sizes = {i: len(prompt) + sum(map(len, responses)) for i, (prompt, responses) in units.items()}
-        assert sorted(long) == sorted(i for i, size in sizes.items() if size > micro_tokens)
+        fitting = {i: units[i] for i, size in sizes.items() if size <= micro_tokens}
+        if len(fitting) < len(units):
+            with pytest.raises(AssertionError, match=f"has {max(sizes.values())} tokens"):
+                pack(units, micro_tokens)
+        batches = pack(fitting, micro_tokens)
+        assert sorted([i for batch in batches for i in batch.examples]) == sorted(fitting)
         trees = [len(batch.tree) for batch in batches]
         assert all(0 < size <= micro_tokens for size in trees) and trees == sorted(trees, reverse=True)
         kept = [units[i] for batch in batches for i in batch.examples]
@@ -49,7 +52,7 @@ def test_every_example_is_in_one_tree_or_listed_no_tree_is_too_large_and_the_lar
 def test_the_sequences_of_a_tree_are_the_examples_uncut(seed):
     """Along each path stand the prompt and the response, with the response's position and length as noted."""
     units = random_units(seed)
-    for batch in pack(units, 200)[0]:
+    for batch in pack(units, 200):
         expected = [(prompt, response) for i in batch.examples for prompt, responses in [units[i]] for response in responses]
         assert len(expected) == len(batch.tree.paths) == len(batch.starts) == len(batch.lengths)
         for (prompt, response), path, start, length in zip(expected, batch.tree.paths, batch.starts, batch.lengths):
@@ -61,7 +64,7 @@ def test_the_sequences_of_a_tree_are_the_examples_uncut(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_token_sees_its_own_sequence_and_nothing_else(seed):
     """From the rule j <= q < end[j]: each token sees exactly the tokens before it on its path."""
-    [batch], _ = pack(random_units(seed), 10_000)
+    [batch] = pack(random_units(seed), 10_000)
     place = torch.arange(len(batch.tree))
     for path in batch.tree.paths:
         for n, q in enumerate(path):
@@ -73,23 +76,23 @@ def test_the_order_in_which_examples_come_changes_no_tree():
     units = random_units(1)
     found = []
     for order in (list(units), sorted(units), sorted(units, reverse=True)):
-        found.append([(batch.examples, batch.starts, batch.tree.ids.tolist()) for batch in pack({i: units[i] for i in order}, 100)[0]])
+        found.append([(batch.examples, batch.starts, batch.tree.ids.tolist()) for batch in pack({i: units[i] for i in order}, 100)])
     assert found[0] == found[1] == found[2]
 
 
 def test_shared_prompts_are_computed_once():
     """Ten cases under the same 50 tokens of instructions: 50 + 10 · (5 + 6), against 10 · 61 apart."""
     units = {i: ([3] * 50 + [10 + i] * 5, [[4] * 6]) for i in range(10)}
-    [batch], long = pack(units, 1000)
-    assert len(batch.tree) == 160 and not long
-    trees = pack(units, 61)[0]  # room for one case at a time
+    [batch] = pack(units, 1000)
+    assert len(batch.tree) == 160
+    trees = pack(units, 61)  # room for one case at a time
     assert [len(b.tree) for b in trees] == [61] * 10
-    assert [len(b.tree) for b in pack(units, 72)[0]] == [72] * 5
+    assert [len(b.tree) for b in pack(units, 72)] == [72] * 5
 
 
 def fill_by_search(units, micro_tokens):
     """The examples of each tree, by trying every limit from the lowest on. Sizes are sums over plain lists."""
-    order = sorted((i for i in units if len(units[i][0]) + sum(map(len, units[i][1])) <= micro_tokens), key=lambda i: units[i])
+    order = sorted(units, key=lambda i: units[i])
 
     def size(numbers):
         sequences = [units[i][0] + units[i][1][0] for i in numbers]
@@ -113,9 +116,10 @@ def test_trees_are_filled_to_the_lowest_limit_that_needs_no_more_of_them(seed):
     """The same trees in the same order as a search that tries every limit: the largest first, equal ones as they come."""
     units = random_units(seed)
     for micro_tokens in (70, 100, 150, 300):
-        expected = [(len(make_micro_batch(units, numbers).tree), numbers) for numbers in fill_by_search(units, micro_tokens)]
+        fitting = {i: unit for i, unit in units.items() if len(unit[0]) + sum(map(len, unit[1])) <= micro_tokens}
+        expected = [(len(make_micro_batch(fitting, numbers).tree), numbers) for numbers in fill_by_search(fitting, micro_tokens)]
         expected.sort(key=lambda tree: -tree[0])
-        found = [(len(batch.tree), batch.examples) for batch in pack(units, micro_tokens)[0]]
+        found = [(len(batch.tree), batch.examples) for batch in pack(fitting, micro_tokens)]
         assert found == expected and len(found) > 1
 
 
@@ -156,7 +160,7 @@ EDGE_CASES = {
 @pytest.mark.parametrize("name", EDGE_CASES)
 def test_packed_equals_separate_where_sequences_meet(tiny_folder, name):
     units, model = EDGE_CASES[name], load_model(tiny_folder, torch.float64)
-    [batch], _ = pack(units, 1000)
+    [batch] = pack(units, 1000)
     expected = separate(model, {i: units[i] for i in batch.examples})
     weights = torch.linspace(-1, 2, len(batch.starts), dtype=torch.float64)
     found = response_logprobs(model, batch.tree, batch.starts)
@@ -173,7 +177,7 @@ def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder
     instructions = words(150)
     units = {i: (instructions + words(60), [words(40), words(30)]) for i in range(6)}
     model = load_model(tiny_folder, torch.float64)
-    [batch], _ = pack(units, 1000)
+    [batch] = pack(units, 1000)
     assert len(batch.tree) > 3 * 256
     expected = separate(model, {i: units[i] for i in batch.examples})
     weights = torch.linspace(-1, 2, 12, dtype=torch.float64)
@@ -190,7 +194,7 @@ def test_packed_equals_separate_where_a_response_ends_at_a_block_of_attention(ti
     rng = random.Random(0)
     prompt, model = [rng.randrange(3, 400) for _ in range(200)], load_model(tiny_folder, torch.float64)
     units = {0: (prompt, [[5] + [rng.randrange(3, 400) for _ in range(length - 201)], [6] + [rng.randrange(3, 400) for _ in range(80)]])}
-    [batch], _ = pack(units, 1000)
+    [batch] = pack(units, 1000)
     assert batch.tree.end[length - 1] == length  # the first response stands first
     assert (response_logprobs(model, batch.tree, batch.starts) - separate(model, units)).abs().max() < 1e-9
 
@@ -273,8 +277,8 @@ def test_over_long_validation_examples_are_named_and_counted(tmp_path, tiny_fold
 def test_trees_are_few_and_of_like_size():
     """Sixteen examples of 100 tokens of their own behind 50 that all share: nine fit in a tree of 1,000, and eight and eight are smaller."""
     units = {i: (list(range(50)), [[1000 + i] * 100]) for i in range(16)}
-    batches, long = pack(units, 1000)
-    assert [len(batch.tree) for batch in batches] == [850, 850] and not long
+    batches = pack(units, 1000)
+    assert [len(batch.tree) for batch in batches] == [850, 850]
     assert sorted(i for batch in batches for i in batch.examples) == list(range(16))
-    assert [len(batch.tree) for batch in pack(units, 850)[0]] == [850, 850]
-    assert len(pack(units, 849)[0]) == 3
+    assert [len(batch.tree) for batch in pack(units, 850)] == [850, 850]
+    assert len(pack(units, 849)) == 3

@@ -33,7 +33,7 @@ from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
-from data import Examples
+from formats.examples import Examples
 from formats.turns import read_example, read_pair
 from formats.verdicts import VERIFICATION
 from plumbing.files import json_line

@@ -31,7 +31,8 @@ import train_dpo
 import train_sft
 from checkpoint import load_config, load_model, load_tokenizer
 from conftest import HANG, start, wait_for_lines
-from data import Examples, MicroBatch, deal
+from data import MicroBatch, deal, pack
+from formats.examples import Examples
 from formats.turns import read_example, read_pair
 from model import Tree
 from plumbing import ranks
@@ -222,7 +223,7 @@ def test_two_ranks_give_the_curve_of_one(ran, name, read):
     examples = Examples(job["train"], read, load_tokenizer(job["model"]), job["micro_tokens"], context=4096)
     steps, numbers = training.epoch_batches(examples.kept, job["batch_size"], job["epochs"], max_steps=None,
                                             seed=0)
-    trees = [len(examples.pack(numbers(step))) for step in range(steps)]
+    trees = [len(pack(examples.units(numbers(step)), job["micro_tokens"])) for step in range(steps)]
     assert {n % 2 for n in trees} == {0, 1} and max(trees) > 2
     files = (folder / f"two/{name}.out/checkpoints").rglob("*.safetensors")
     assert {path.name[:11] for path in files} == {"shard-00001", "shard-00002"}
