@@ -26,18 +26,19 @@ import torch
 from tqdm import tqdm
 
 import fast
-from checkpoint import travelled_prompt
+from checkpoint.flags import ServedConfig
+from checkpoint.prompt import own_prompt, write_prompt
 from formats.examples import Unit
 from formats.readers import read_case, read_labelled_steps
 from formats.samples import count_analyses, read_analyses
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from model import Tree, common_prefix
 from plumbing import ranks
-from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE, print_config, run
+from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
-from rprm import Analysis, Case, Prompt, Sampler, SamplerConfig, fingerprint, load_prompt
+from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_prompt
 from rprm import load_sampler as load_local_sampler
 
 # ---------------------------------------------------------------------------------------------- cases
@@ -88,57 +89,6 @@ def cases(config: CasesConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------- samples
 
-@dataclass(frozen=True, kw_only=True)
-class ServedConfig(SamplerConfig):
-    """The flags of everything that samples from a checkpoint here or from a model behind a server."""
-    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"]
-    batch_size: Annotated[int, "cases side by side", (1, None), LOWER_IF_MEMORY_RUNS_OUT] = 16
-    rank_timeout: Annotated[
-        float,
-        "seconds after which the other ranks give up one that shows no sign of work",
-        (1, 10**9),
-        MAY_CHANGE,
-    ] = 1800.0
-    server: Annotated[
-        str | None,
-        "URL of an OpenAI-compatible server (vLLM, SGLang, llama.cpp) that samples instead",
-        MAY_CHANGE,
-    ] = None
-    tokenizer: Annotated[str | None, "with --server: folder with the model's tokenizer and chat template "
-                                     "(no weights needed)"] = None
-    concurrency: Annotated[int, "with --server: requests under way at a time", (1, None), MAY_CHANGE] = 16
-    timeout: Annotated[float, "with --server: seconds to wait for an answer", (0.1, None), MAY_CHANGE] = 600.0
-    retries: Annotated[int, "with --server: further tries after 429, 5xx, a timeout or a broken answer",
-                       (0, None), MAY_CHANGE] = 6
-    api_key_env: Annotated[str | None, "with --server: NAME of the environment variable that holds its key",
-                           MAY_CHANGE] = None
-
-    def __post_init__(self):
-        """BadInput where flags do not go together, before anything is printed or saved (a key must not be).
-        """
-        given = {
-            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
-        }
-        if self.server is None:
-            meaningless = ("tokenizer", "concurrency", "timeout", "retries", "api_key_env")
-            why = "needs --server; give both or neither"
-        else:
-            meaningless = ("adapter", "batch_size", "dtype", "device", "plain")
-            why = "has no meaning with --server, where the server decides; leave it out"
-        for name in meaningless:
-            if name in given:
-                raise BadInput(f"--{name.replace('_', '-')} {why}")
-        if self.server is not None:
-            from server import parse_url, read_key  # here, as nothing else needs them
-            parse_url(self.server)
-            read_key(self.api_key_env)
-            if self.tokenizer is None:
-                raise BadInput(
-                    "--server needs --tokenizer FOLDER, with the model's tokenizer.json and chat template "
-                    "(no weights needed)"
-                )
-
-
 def load_sampler(
     config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False
 ) -> Sampler:
@@ -188,7 +138,7 @@ def sample(config: SampleConfig) -> None:
     bar = tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0)
     with journal, bar:
         if ranks.rank() == 0:
-            write_prompt(config.out, sampler.prompt)
+            write_prompt(config.out, sampler.prompt.text)
         for numbers in rounds(own, journal.done, size):
             found = sampler.analyses(case_file[i][1] for i in numbers)
             for i, analyses in zip(numbers, in_order(found), strict=True):
@@ -450,7 +400,7 @@ def write_split(
                 file.write(json_line(line | {"problem": case.problem}))
                 side = "validation" if held_out[n] else "train"
                 counts[f"kept: {side}, {'Yes' if verdict else 'No'}"] += 1
-    write_prompt(out, prompt)
+    write_prompt(out, prompt.text)
     print_table(f"{train_path} and {validation_path}", counts)
     if validation and not (keep & held_out).any():
         print(f"{validation_path}: is empty, as there are so few problems; training goes on without, "
@@ -468,37 +418,6 @@ def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarra
         fewer = min(len(yes), len(no))
         keep[rng.permutation(more)[fewer:]] = False
     return keep
-
-
-def own_prompt(path: str | Path) -> Path:
-    """The prompt that a file of samples or examples was made with: NAME.prompt.txt beside NAME.jsonl."""
-    return Path(path).with_suffix(".prompt.txt")
-
-
-def write_prompt(path: str | Path, prompt: Prompt) -> None:
-    with writing(own_prompt(path)) as file:
-        file.write(prompt.text if prompt.text.endswith("\n") else prompt.text + "\n")
-
-
-def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path,
-                      adapter: str | None) -> str | None:
-    """The prompt that is saved with a trained model, to ask it in the words of its training. Says which.
-
-    They are those of --prompt-file; else those beside the training data; else those of the adapter, or the
-    model, that it starts from.
-    """
-    if prompt_file is not None:
-        load_prompt(prompt_file, None)  # refuses one that cannot be used
-    for path in (prompt_file, own_prompt(train), travelled_prompt(model, adapter)):
-        if path is not None and Path(path).is_file():
-            print(f"prompt: the words of {path} go with the trained model")
-            return Path(path).read_text(encoding="utf-8")
-    print(
-        f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask "
-        "it in those of prompts/verify.txt; if the examples were made with others, give them as "
-        "--prompt-file FILE"
-    )
-    return None
 
 
 def print_table(title: str, counts: Counter) -> None:

@@ -34,6 +34,8 @@ from checkpoint import (
     read_template_args,
     travelled_prompt,
 )
+from checkpoint.flags import SamplerConfig
+from checkpoint.prompt import split_prompt
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
@@ -67,17 +69,7 @@ class Prompt:
     def __init__(self, text: str, where: str):
         """where: the name of the text's file, for errors."""
         self.text = text
-        # text, name, text, name, ..., text
-        self.pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", text)
-        names = self.pieces[1::2]
-        if names == ["", "", ""]:
-            names = ["problem", "previous_steps", "now_step"]
-            self.pieces[1::2] = names
-        if sorted(names) != ["now_step", "previous_steps", "problem"]:
-            raise BadInput(
-                f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each "
-                f"(or three bare {{}}), found {names}; correct it"
-            )
+        self.pieces = split_prompt(text, where)  # words, field, words, field, words, field, words
 
     def fill(self, case: Case) -> str:
         """The user's message for a case."""
@@ -377,31 +369,6 @@ class Sampler:
         return [
             Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(sequences)
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """The flags of sampling from a checkpoint."""
-    model: Annotated[str, "checkpoint: a Hugging Face folder"]
-    adapter: Annotated[str | None, "folder of a LoRA adapter for --model, merged into its weights"] = None
-    temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = Sampling.temperature
-    top_p: Annotated[
-        float, "nucleus: sample from the most likely tokens that hold this probability", (0.01, 1)
-    ] = Sampling.top_p
-    max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = Sampling.max_new_tokens
-    seed: Annotated[int, "seed of the sampling"] = Sampling.seed
-    prompt_file: Annotated[str | None, "the words around the case "
-                                       "(default: the checkpoint's own, else prompts/verify.txt)"] = None
-    dtype: Annotated[str, "of the weights", ("float32", "bfloat16")] = "float32"
-    device: Annotated[str, "where to run"] = "cuda" if torch.cuda.is_available() else "cpu"
-    context: Annotated[int | None, "tokens of prompt and analysis at most, instead of config.json's "
-                                   "max_position_embeddings", (1, None)] = None
-    system: Annotated[str | None, "a system message (default: the chat template's own, if it has one)"] = None
-    template_args: Annotated[str | None, "JSON object of further variables of the chat template, "
-                                         "as '{\"enable_thinking\": false}'"] = None
-    plain: Annotated[
-        bool, "run generate.py and model.py as they read, without fast/: the same numbers, slower"
-    ] = False
 
 
 def tell_conversation(sampler: Sampler) -> None:

@@ -33,7 +33,8 @@ from checkpoint import (
     read_template_args,
     results,
 )
-from data import MicroBatch, deal, pack, travelling_prompt
+from checkpoint.prompt import travelling_prompt
+from data import MicroBatch, deal, pack
 from formats.examples import Examples, validation_examples
 from formats.turns import read_pair
 from model import Decoder

@@ -18,7 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import fast
 from checkpoint import DTYPES, load_config, load_for_training, load_tokenizer, read_template_args, results
-from data import deal, pack, travelling_prompt
+from checkpoint.prompt import travelling_prompt
+from data import deal, pack
 from formats.examples import Examples, validation_examples
 from formats.turns import read_example
 from model import Decoder

@@ -1,8 +1,9 @@
 """Prompt files: the words around a case, and which of several files they come from."""
+import re
 from pathlib import Path
 
 from plumbing.errors import BadInput
-from plumbing.files import expect, parse_json
+from plumbing.files import expect, parse_json, writing
 
 PROMPT_FILE = "verification_prompt.txt"  # in a checkpoint: the words that it was trained with travel with it
 OWN_PROMPTS = Path(__file__).parents[1] / "prompts"  # the project's own
@@ -31,10 +32,61 @@ def read_prompt(prompt_file: str | Path | None, travelled: str | Path | None,
     return text, str(path)
 
 
+def split_prompt(text: str, where: str) -> list[str]:
+    """A prompt's text at its fields: [words, field, words, field, words, field, words].
+
+    The fields are {problem}, {previous_steps} and {now_step}, in any order, or three bare {} in this one.
+    where: the name of the text's file, for errors.
+    """
+    pieces = re.split(r"\{(problem|previous_steps|now_step|)\}", text)
+    names = pieces[1::2]
+    if names == ["", "", ""]:
+        names = ["problem", "previous_steps", "now_step"]
+        pieces[1::2] = names
+    if sorted(names) != ["now_step", "previous_steps", "problem"]:
+        raise BadInput(
+            f"{where}: the prompt needs {{problem}}, {{previous_steps}} and {{now_step}} once each "
+            f"(or three bare {{}}), found {names}; correct it"
+        )
+    return pieces
+
+
+def own_prompt(path: str | Path) -> Path:
+    """The prompt that a file of samples or examples was made with: NAME.prompt.txt beside NAME.jsonl."""
+    return Path(path).with_suffix(".prompt.txt")
+
+
+def write_prompt(path: str | Path, text: str) -> None:
+    """Put the prompt beside the file `path` that is made with it."""
+    with writing(own_prompt(path)) as file:
+        file.write(text if text.endswith("\n") else text + "\n")
+
+
 def travelled_prompt(model: str | Path, adapter: str | Path | None) -> Path:
     """Where the words are that a checkpoint was trained with: beside its adapter, else beside its weights."""
     own = Path(adapter or model) / PROMPT_FILE
     return own if own.is_file() else Path(model) / PROMPT_FILE
+
+
+def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | Path,
+                      adapter: str | None) -> str | None:
+    """The prompt that is saved with a trained model, to ask it in the words of its training. Says which.
+
+    They are those of --prompt-file; else those beside the training data; else those of the adapter, or the
+    model, that it starts from.
+    """
+    if prompt_file is not None:
+        split_prompt(*read_prompt(prompt_file, None))  # refuses one that cannot be used
+    for path in (prompt_file, own_prompt(train), travelled_prompt(model, adapter)):
+        if path is not None and Path(path).is_file():
+            print(f"prompt: the words of {path} go with the trained model")
+            return Path(path).read_text(encoding="utf-8")
+    print(
+        f"prompt: no words go with the trained model, as there is no {own_prompt(train)}: score.py will ask "
+        "it in those of prompts/verify.txt; if the examples were made with others, give them as "
+        "--prompt-file FILE"
+    )
+    return None
 
 
 def read_template_args(text: str | None) -> dict:

@@ -168,7 +168,7 @@ def context_of(model: dict) -> float:
 
 
 def load_served(config, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
-    """The sampler of --model at --server. config: data.ServedConfig."""
+    """The sampler of --model at --server. config: ServedConfig."""
     if ranks.count() > 1:
         raise BadInput("--server: one process asks for all; leave torchrun out and raise --concurrency")
     tokenizer = load_tokenizer(config.tokenizer, config.system, read_template_args(config.template_args))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # the project's scripts, which are no package
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import read_json, read_jsonl, write_json, writing
-from data import own_prompt
+from checkpoint.prompt import own_prompt
 from report import f1_of, import_pyplot, measure, predictions, step_rewards  # beside this file
 
 LEARNING_RATES, EPOCHS = ("1e-4", "3e-4", "1e-3"), ("1", "3")  # the grid, the same for the direct PRM and for R-PRM SFT

@@ -2,8 +2,10 @@
 import pytest
 
 from checkpoint import read_prompt
+from checkpoint.flags import SamplerConfig, ServedConfig
 from conftest import ROOT
 from plumbing.errors import BadInput
+from rprm import Sampling
 
 
 def test_which_prompt_is_taken(tmp_path):
@@ -36,3 +38,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         read_prompt(tmp_path / "latin.txt", None)
     with pytest.raises(BadInput, match=r"latin.txt: not UTF-8"):
         read_prompt(None, tmp_path / "latin.txt")
+
+
+def test_the_flags_of_sampling_have_the_papers_defaults():
+    """Those of `rprm.Sampling`; --k and --batch-size are the scripts' own."""
+    flags, sampling = SamplerConfig(model="m"), Sampling()
+    for name in ("temperature", "top_p", "max_new_tokens", "seed"):
+        assert getattr(flags, name) == getattr(sampling, name), name
+    assert ServedConfig(model="m").batch_size == sampling.batch_size

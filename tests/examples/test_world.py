@@ -14,7 +14,8 @@ import claims
 import report
 import world
 from formats.verdicts import parse_verdict
-from rprm import Case, SamplerConfig, load_sampler
+from checkpoint.flags import SamplerConfig
+from rprm import Case, load_sampler
 
 
 def drawn(count, correct, kinds=world.KINDS_OF_ERROR, seed=0):

@@ -36,10 +36,10 @@ import train_dpo
 import train_sft
 from checkpoint import PROMPT_FILE, load_config, load_for_training, load_model, merge_adapter, save_checkpoint
 from checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_layout, read_adapter, save_adapter
-from data import ServedConfig
+from checkpoint.flags import SamplerConfig, ServedConfig
 from model import Decoder, Tree
 from plumbing.errors import BadInput
-from rprm import SamplerConfig, response_logprobs, sft_loss
+from rprm import response_logprobs, sft_loss
 from rprm import load_sampler as load_local_sampler
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

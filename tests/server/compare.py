@@ -19,7 +19,8 @@ from typing import Annotated, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's modules
 import torch
 
-from data import ServedConfig, load_sampler
+from checkpoint.flags import ServedConfig
+from data import load_sampler
 from formats.readers import read_solutions
 from formats.verdicts import find_verdict, has_usual_word
 from generate import Request, last_tokens

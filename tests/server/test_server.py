@@ -22,7 +22,8 @@ import score
 from checkpoint import load_tokenizer
 from compare import small_world_cases
 from conftest import HANG, ROOT, start
-from data import ServedConfig, load_sampler
+from checkpoint.flags import ServedConfig
+from data import load_sampler
 from formats.verdicts import VERIFICATION
 from plumbing import ranks
 from plumbing.cli import run
