@@ -15,14 +15,13 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import fast
@@ -38,6 +37,7 @@ from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import Lines, get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
+from plumbing.rounds import in_order, round_size, rounds
 from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_prompt
 from rprm import load_sampler as load_local_sampler
 
@@ -122,7 +122,7 @@ def sample(config: SampleConfig) -> None:
         fast.keep_freed_memory()
     case_file = CaseFile(config.cases)
     own = ranks.share(range(min(len(case_file), config.limit or len(case_file))))  # this rank's cases
-    size = round_size(config)
+    size = round_size(config.batch_size, config.device, config.server is not None)
     counts = Counter()
     too_long = []  # the ids of the cases that have no analyses
     journal = Journal(config.out, config, size or 1)
@@ -183,39 +183,6 @@ class CaseFile:
 def line_of_case(case_id: str, case: Case) -> dict:
     """What a line of samples.jsonl says of its case, before it is sampled."""
     return {"id": case_id, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
-
-
-ROUND = 8  # batches in a round of sampling
-
-
-def round_size(config: ServedConfig) -> int | None:
-    """Items after which the batch is emptied. A resumed run begins its round anew: the same bytes.
-
-    Among other rows a row's sums are rounded otherwise: P(Yes) would differ in its last digits, and now and
-    then a token. An emptying batch has a price, which a GPU shall not pay: there all is one round (None),
-    with those differences. A server batches as it likes.
-    """
-    if config.server is not None or torch.device(config.device).type != "cpu":
-        return None
-    return ROUND * config.batch_size
-
-
-def rounds(items: Sequence, done: int, size: int | None) -> Iterator[Sequence]:
-    """The items after the first `done`, in rounds of `size` (None: in one)."""
-    size = size or max(1, len(items))
-    for first in range(done, len(items), size):
-        yield items[first:first + size]
-
-
-def in_order(found: Iterable[tuple[int, list]]) -> Iterator[list]:
-    """(index, value) pairs in any order -> the values in the order of their index, as soon as can be."""
-    early = {}
-    following = 0
-    for index, value in found:
-        early[index] = value
-        while following in early:
-            yield early.pop(following)
-            following += 1
 
 
 # ---------------------------------------------------------------------------------------------- SFT examples

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import fast
 from checkpoint.flags import ServedConfig
-from data import in_order, load_sampler, print_too_long, round_size, rounds
+from data import load_sampler, print_too_long
 from formats import best_of_n
 from formats.commands import BestConfig, ReportConfig, ThresholdConfig, best, report, threshold
 from formats.inputs import Inputs
@@ -41,6 +41,7 @@ from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import write_json
 from plumbing.journal import Journal
+from plumbing.rounds import in_order, round_size, rounds
 from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward
 
 # ---------------------------------------------------------------------------------------------- judge
@@ -154,7 +155,7 @@ def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None
 def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     """Judge many solutions, write their lines, and print the tables. Several ranks have a share each."""
     own = ranks.share(range(len(inputs)))
-    size = round_size(config)
+    size = round_size(config.batch_size, config.device, config.server is not None)
     tally = Tally(config.k, config.thresholds)
     journal = nullcontext()
     done = 0

@@ -16,7 +16,6 @@ not state.
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Callable
 
 import numpy as np
@@ -27,7 +26,6 @@ from tqdm import tqdm
 import fast
 from checkpoint import (
     DTYPES,
-    TOKENIZER_FILES,
     load_for_training,
     load_tokenizer,
     read_template_args,
@@ -35,11 +33,10 @@ from checkpoint import (
 )
 from checkpoint.prompt import travelling_prompt
 from data import MicroBatch, deal, pack
-from formats.examples import Examples, validation_examples
+from formats.examples import Examples, reference_path, validation_examples
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
-from plumbing.files import content_hash, files_in
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
@@ -217,30 +214,6 @@ def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size:
             found[rows] = logprobs.view(-1, 2)[:len(rows)].cpu().numpy()
         table.rows[numbers] = np.reshape(ranks.total(*found.ravel()), found.shape)
     return table.finish()
-
-
-def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: torch.Tensor,
-                   flags: tuple[int | str | None, ...]) -> Path:
-    """Where the reference's table is kept.
-
-    The hash in its name is of all that the table depends on: the pairs, the model, its adapters, the
-    tokenizer, the chat template, and what shares a tree (the last digits of a log-probability depend on the
-    rest of its tree).
-
-    weight: one of the model's, which tells the device and the type of all
-    """
-    words = f"{pairs.micro_tokens} {batch_size} {weight.device.type}"
-    if weight.dtype != torch.float32:  # those of a model with adapters, on a GPU
-        words += f" {weight.dtype}"
-    if any(flag is not None for flag in flags):
-        words += f" {flags}"
-    weights = sorted(Path(folder).glob("*.safetensors"))
-    names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
-    others = [Path(folder) / name for name in names]
-    of_adapter = files_in(adapter) if adapter else []
-    paths = [*files_in(pairs.path), *weights, *others, *of_adapter]
-    name = content_hash(words, paths)
-    return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from checkpoint import ChatTokenizer
+from checkpoint import TOKENIZER_FILES, ChatTokenizer
 from formats.containers import STANDARD_INPUT, read_rows
 from formats.turns import Turn
 from plumbing import ranks
 from plumbing.errors import BadInput
+from plumbing.files import content_hash, files_in
 from rprm import Prompt
 
 Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, and of each of its responses
@@ -180,3 +182,27 @@ def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tok
         print(f"{path}: is empty; training goes on without validation")
         return None
     return Examples(path, read, tokenizer, micro_tokens, context, prompt)
+
+
+def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: torch.Tensor,
+                   flags: tuple[int | str | None, ...]) -> Path:
+    """Where the table of the reference's log-probabilities is kept (train_dpo.py).
+
+    The hash in its name is of all that the table depends on: the pairs, the model, its adapters, the
+    tokenizer, the chat template, and what shares a tree (the last digits of a log-probability depend on the
+    rest of its tree).
+
+    weight: one of the model's, which tells the device and the type of all
+    """
+    words = f"{pairs.micro_tokens} {batch_size} {weight.device.type}"
+    if weight.dtype != torch.float32:  # those of a model with adapters, on a GPU
+        words += f" {weight.dtype}"
+    if any(flag is not None for flag in flags):
+        words += f" {flags}"
+    weights = sorted(Path(folder).glob("*.safetensors"))
+    names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
+    others = [Path(folder) / name for name in names]
+    of_adapter = files_in(adapter) if adapter else []
+    paths = [*files_in(pairs.path), *weights, *others, *of_adapter]
+    name = content_hash(words, paths)
+    return pairs.path.with_name(f"{pairs.path.stem}.reference-{name}.npy")

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import data
+import plumbing.rounds
 import rprm
 import train_dpo
 import train_sft
+from plumbing.rounds import in_order
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
-from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, in_order, pairs, sample, sft
+from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, pairs, sample, sft
 from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from rprm import Case, Prompt
 
@@ -286,7 +287,7 @@ def test_a_killed_sampling_resumes_to_the_same_file(sampling, capsys, flags_too,
 
     Rounds of 2 cases: whole ones are kept, and the one that was killed begins anew.
     """
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     out, flags = sampling
     flags = flags + flags_too
     data_py(*flags)
@@ -321,7 +322,7 @@ def test_a_resumed_sampling_must_be_the_same_one(sampling, capsys, monkeypatch):
 
     Refused, and what is there stays. Nothing left to do is no error.
     """
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     out, flags = sampling
     data_py(*flags)
     whole = out.read_bytes()

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from conftest import ROOT
-from data import in_order
 from plumbing.errors import BadInput
+from plumbing.rounds import in_order
 from rprm import BUILT_IN, DEFAULT_MODEL, Case, reward
 from score import Judge
 

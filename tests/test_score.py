@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
+import plumbing.rounds
 import score
 from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
@@ -325,7 +325,7 @@ def test_the_batch_size_changes_nothing(tmp_path, tiny):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_killed_run_resumes_to_the_same_file(tmp_path, stand_in, monkeypatch, size):
     """Torn in mid-line or between two; the table counts the lines of the killed run too. Whole rounds of `size` are kept."""
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     rows, p_yes = random_bench(9, seed=3)
     asked = stand_in(rows, p_yes)
     out = tmp_path / "s.jsonl"
@@ -346,7 +346,7 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path, stand_in, monkeypatch, 
 @pytest.mark.parametrize("flags_too", [[], ["--all-steps"], ["--direct"]], ids=["plain", "all steps", "direct"])
 def test_a_killed_run_of_a_model_resumes_to_the_same_bytes(tmp_path, tiny, monkeypatch, flags_too):
     """With the model itself, P(Yes) to its last digit: what is computed side by side is the same again."""
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(7)]
     out = tmp_path / "s.jsonl"
     flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, *flags_too]
@@ -375,7 +375,7 @@ def test_a_scoring_killed_by_the_system_resumes_to_the_same_files(tmp_path, tiny
                                    lambda line: line.update(samples=[]),
                                    lambda line: line["samples"][0][0].update(p_yes=2), lambda line: line.update(samples=3)])
 def test_a_spoilt_line_of_a_killed_run_is_named(tmp_path, stand_in, capsys, monkeypatch, spoil):
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     rows, p_yes = random_bench(4, seed=3)
     stand_in(rows, p_yes)
     out = tmp_path / "s.jsonl"
@@ -389,7 +389,7 @@ def test_a_spoilt_line_of_a_killed_run_is_named(tmp_path, stand_in, capsys, monk
 
 
 def test_a_resumed_run_must_be_the_same_one(tmp_path, stand_in, capsys, monkeypatch):
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     rows, p_yes = random_bench(4, seed=3)
     stand_in(rows, p_yes)
     out = tmp_path / "s.jsonl"
@@ -521,7 +521,7 @@ def test_prmbench_is_known_by_its_fields(tmp_path, stand_in, capsys):
 
 
 def test_a_killed_run_of_prmbench_resumes_to_the_same_table(tmp_path, stand_in, monkeypatch):
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     prm = [prm_row(f"r{i}", "circular", [i % 3 + 1]) for i in range(5)]
     stand_in([as_solution(one) for one in prm], [[0.9, 0.1, 0.55]] * 5)
     out = tmp_path / "s.jsonl"
@@ -660,7 +660,7 @@ LONG = "So long. " * 3000  # longer than the tiny model's context
 @pytest.mark.parametrize("flags", [[], ["--all-steps"], ["--direct"]], ids=["plain", "all steps", "direct"])
 def test_a_step_longer_than_the_context_has_a_null_reward(tmp_path, tiny, capsys, monkeypatch, flags):
     """It is counted and named, the others are judged as without it, and a resumed run takes it as it is."""
-    monkeypatch.setattr(data, "ROUND", 1)
+    monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     others = [row(f"r{i}", -1) for i in range(5)]
     middle = row("middle", 0)
     middle["steps"][1] = LONG

@@ -25,6 +25,7 @@ from test_training import files_of, metrics, own_signals, pair_rows, sft_rows, w
 
 import data
 import fast
+import plumbing.rounds
 import plumbing.run as training
 import score
 import train_dpo
@@ -664,7 +665,7 @@ def test_a_line_is_a_sign_of_life(clock):
 
 
 if __name__ == "__main__":
-    data.ROUND = 1
+    plumbing.rounds.ROUND = 1
     given = json.loads(Path(sys.argv[1]).read_text())
     for job in given["plan"]:
         do(*job)
