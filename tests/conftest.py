@@ -47,7 +47,7 @@ FAMILIES = {  # what each adds to SIZES in its config.json
 }
 
 
-SLOW_FIXTURES = {"smollm2", "serve", "ran"}  # a real model, a real server, runs of two ranks
+SLOW_FIXTURES = {"smollm2", "serve", "ran", "browser"}  # a real model, server or browser, runs of two ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -126,6 +126,7 @@ def test_the_figures_of_speed_are_those_of_the_results():
     assert len(quoted) == 3 and set(quoted) <= ratios
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "README.md"

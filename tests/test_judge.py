@@ -20,6 +20,7 @@ def judge() -> Judge:
     return Judge(str(DEFAULT_MODEL), k=3, max_new_tokens=120, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_reward_for_each_step_of_each_solution(judge):
     cases = []
     for problem, steps in (SOLUTION, OTHER):
@@ -32,6 +33,7 @@ def test_a_reward_for_each_step_of_each_solution(judge):
     assert len(set(expected)) == 4
 
 
+@pytest.mark.slow
 def test_the_same_case_is_judged_once(judge):
     [alone] = judge.judge([BUILT_IN])
     before = judge.sampler.engine.new_tokens

@@ -187,6 +187,7 @@ def test_trees_of_like_lengths_share_what_is_compiled(monkeypatch):
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_the_device_chooses_the_attention(flex_on_cpu, tiny_folder, monkeypatch):
     """The whole decoder through flex_attention, with and without checkpointing: the gradients are those of the other path."""
     model, tree, kinds = load_model(tiny_folder, torch.float64), Tree(family_tree()), []

@@ -378,6 +378,7 @@ def test_adapters_learn_and_the_base_stays(tmp_path, tiny_folder, monkeypatch):
         assert torch.equal(models[0].get_parameter(name), parameter), name
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_with_the_adapters_it_starts_from(tmp_path, tiny_folder, made):
     """New adapters change nothing, so their table is that of full training. Those of --adapter have another.
 

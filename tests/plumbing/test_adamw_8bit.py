@@ -126,6 +126,7 @@ def train(tmp_path, tiny_folder, out: str, **changes) -> dict[str, bytes]:
     return files_of(tmp_path / out / "model")
 
 
+@pytest.mark.slow
 def test_training_learns_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path, tiny_folder, monkeypatch):
     whole = train(tmp_path, tiny_folder, "whole")
     log = (tmp_path / "whole/metrics.jsonl").read_text()
