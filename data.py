@@ -353,6 +353,10 @@ def write_split(
         # Of few problems, one side may have none, or only those of one verdict: then there is but one side.
         held_out[:] = False
         keep = balanced(verdicts, held_out, seed) if balance else np.ones(len(verdicts), dtype=bool)
+    if balance and len(verdicts) and not keep.any():
+        keep[:] = True
+        print(f"{out}: not balanced, as the verdict of all {len(verdicts)} examples is "
+              f"{'Yes' if verdicts[0] else 'No'}; sample more cases before you trust a model of them")
     counts["dropped: to balance Yes and No"] += int((~keep).sum())
     if not (keep & ~held_out).any():
         print_table("nothing kept", counts)

@@ -85,17 +85,6 @@ class Prompt:
         }
         return [(values[piece], False) if i % 2 else (piece, True) for i, piece in enumerate(self.pieces)]
 
-    def pieces_of(self, message: str) -> list[tuple[str, bool]] | None:
-        """The pieces of which `fill` has made a message; None if it was not made with these words."""
-        own = self.pieces[::2]
-        pattern = "(.*?)".join(map(re.escape, [own[0].lstrip(), *own[1:-1], own[-1].rstrip()]))
-        match = re.fullmatch(pattern, message, re.DOTALL)
-        if match is None:
-            return None
-        values = [(value, False) for value in match.groups()]
-        words = [(text, True) for text in own]
-        return [piece for pair in zip(words, values) for piece in pair] + words[-1:]
-
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
     """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""

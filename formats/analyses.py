@@ -6,6 +6,7 @@ A line's `samples` hold the analyses of each judged step. The first K of them ar
 from collections.abc import Callable
 
 from formats.columns import Column
+from rprm import Analysis, reward
 
 COLUMNS = (  # what a table shows of the analyses
     Column("K", "k", 4, "d"),
@@ -18,12 +19,8 @@ COLUMNS = (  # what a table shows of the analyses
 
 
 def rewards_of(line: dict, k: int) -> list[float | None]:
-    """The mean P(Yes) over the first k analyses of each judged step; None where none of them has one."""
-    rewards = []
-    for analyses in line["samples"]:
-        p_yes = [analysis["p_yes"] for analysis in analyses[:k] if analysis["p_yes"] is not None]
-        rewards.append(sum(p_yes) / len(p_yes) if p_yes else None)
-    return rewards
+    """The reward of each judged step over its first k analyses; None where none of them has a P(Yes)."""
+    return [reward(Analysis(**analysis) for analysis in analyses[:k]) for analyses in line["samples"]]
 
 
 def labelled_steps(n_steps: int, label: int | None, error_steps: list[int] | None = None) -> list[bool]:

@@ -3,6 +3,7 @@
 Here stands what real files need: rows that are over-long or teach nothing are left out and named, prompts may
 be whole conversations, and plain texts are trained on at every token.
 """
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -100,7 +101,7 @@ class Examples:
                   f"with the model; the chat template is put around the other {n_others:,}")
         if not kept:
             raise BadInput(f"{self.path}: no example can be trained on (left out {counts}: {problems[0]}); "
-                           "raise --micro-tokens, or make the file anew")
+                           "raise --micro-tokens or --context, or make the file anew")
         return np.array(kept)
 
     def _problem(self, turn: Turn) -> tuple[str, str]:
@@ -154,7 +155,7 @@ class Examples:
         """The pieces of a prompt that is a whole conversation; None for any other."""
         if self.conversation is None or turn.prompt is None or turn.system is not None:
             return None
-        return self.conversation.pieces_of(turn.prompt)
+        return pieces_of(self.conversation, turn.prompt)
 
     def encode_text(self, text: str) -> Unit:
         """A plain text is all response, but for its first token, which nothing stands before to predict."""
@@ -171,6 +172,22 @@ class Examples:
         """The numbers of all kept examples, `size` at a time."""
         for first in range(0, len(self.kept), size):
             yield self.kept[first:first + size].tolist()
+
+
+def pieces_of(words: Prompt, message: str) -> list[tuple[str, bool]] | None:
+    """The pieces (Prompt.fill_pieces) of which `fill` has made a message; None if it was not made with these
+    words.
+    """
+    own = words.pieces[::2]
+    pattern = "(.*?)".join(map(re.escape, [own[0].lstrip(), *own[1:-1], own[-1].rstrip()]))
+    match = re.fullmatch(pattern, message, re.DOTALL)
+    if match is None:
+        return None
+    found = []
+    for text, value in zip(own, match.groups()):
+        found.append((text, True))
+        found.append((value, False))
+    return [*found, (own[-1], True)]
 
 
 def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,

@@ -561,6 +561,17 @@ def test_the_balance_is_drawn_by_the_seed(tmp_path):
     assert max(int(problem.split()[1][:-1]) for problem in kept[0][:10]) > 20  # ten of the first 90, not the first ten
 
 
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_examples_of_one_verdict_alone_are_kept_and_it_is_said(tmp_path, capsys, command):
+    """A balance would leave none of them, and the next command without a file."""
+    write(tmp_path / "s.jsonl", [sample_row(i, False, numbered(NO, 1) + numbered(YES, 1)) for i in range(3)])
+    data_py(command, "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "a.jsonl")
+    printed = capsys.readouterr().out
+    assert len(read(tmp_path / "a.jsonl")) == 3 and (tmp_path / "a.validation.jsonl").read_text() == ""
+    assert "a.jsonl: not balanced, as the verdict of all 3 examples is No" in printed
+    assert table(printed) == {"kept: train, No": 3} | ({"dropped: verdict not equal to the label": 3} if command == "sft" else {})
+
+
 def test_several_files_of_samples(tmp_path):
     for n, (label, text) in enumerate([(True, YES), (False, NO)]):
         write(tmp_path / f"{n}.jsonl", [sample_row(n, label, [text])])
