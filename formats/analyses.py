@@ -4,10 +4,12 @@ A line's `samples` hold the analyses of each judged step. The first K of them ar
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from formats.columns import Column
 from rprm import Analysis, reward
 
+FIELDS = tuple(field.name for field in fields(Analysis))
 COLUMNS = (  # what a table shows of the analyses
     Column("K", "k", 4, "d"),
     Column("unparsed %", "unparsed", 12, ".1f"),
@@ -20,7 +22,12 @@ COLUMNS = (  # what a table shows of the analyses
 
 def rewards_of(line: dict, k: int) -> list[float | None]:
     """The reward of each judged step over its first k analyses; None where none of them has a P(Yes)."""
-    return [reward(Analysis(**analysis) for analysis in analyses[:k]) for analyses in line["samples"]]
+    return [reward(map(analysis_of, analyses[:k])) for analyses in line["samples"]]
+
+
+def analysis_of(raw: dict) -> Analysis:
+    """An analysis as it stands in a line that is checked already; fields that others have added stay out."""
+    return Analysis(**{name: raw.get(name) for name in FIELDS})
 
 
 def labelled_steps(n_steps: int, label: int | None, error_steps: list[int] | None = None) -> list[bool]:
