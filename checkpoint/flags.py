@@ -5,6 +5,7 @@ from typing import Annotated
 
 import torch
 
+from plumbing.address import parse_url, read_key
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, MAY_CHANGE
 from plumbing.errors import BadInput
 
@@ -75,7 +76,6 @@ class ServedConfig(SamplerConfig):
             if name in given:
                 raise BadInput(f"--{name.replace('_', '-')} {why}")
         if self.server is not None:
-            from server import parse_url, read_key  # here, as nothing else needs them
             parse_url(self.server)
             read_key(self.api_key_env)
             if self.tokenizer is None:

@@ -15,8 +15,8 @@ out before the first case, not assumed.
     jobs.py         many requests side by side
 """
 from server.completions import takes_seeds
-from server.http import Server, parse_url, read_key
+from server.http import Server
 from server.jobs import side_by_side
 from server.sampler import load_served
 
-__all__ = ["Server", "load_served", "parse_url", "read_key", "side_by_side", "takes_seeds"]
+__all__ = ["Server", "load_served", "side_by_side", "takes_seeds"]

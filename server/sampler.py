@@ -14,6 +14,7 @@ from pathlib import Path
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer, read_template_args
 from formats.verdicts import before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
+from plumbing.address import read_key
 from plumbing.errors import BadInput
 from rprm import (
     Analysis,
@@ -28,7 +29,7 @@ from rprm import (
     yes_no_ids,
 )
 from server.completions import Choice, ServerEngine, Token, YesNo
-from server.http import Refused, Server, read_key
+from server.http import Refused, Server
 from server.jobs import Jobs
 
 

@@ -29,9 +29,10 @@ from plumbing import ranks
 from plumbing.cli import run
 from plumbing.errors import BadInput
 from rprm import Case, Prompt, TooLong, reward
+from plumbing.address import parse_url
 from server import http as server_http
 from server import sampler as server_sampler
-from server.http import Refused, Server, parse_url
+from server.http import Refused, Server
 from server.jobs import Jobs, side_by_side
 
 GOOD = f"The sum is right.\n{VERIFICATION} Yes"
