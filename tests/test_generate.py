@@ -316,6 +316,7 @@ def test_p_yes_after_suffixes_equals_a_full_pass(model, recording, monkeypatch, 
     """Rows that end by themselves and rows that are cut off, with suffixes of several lengths or none; the rest is as without."""
     monkeypatch.setattr(fast.engine, "WINDOW", 4)
     monkeypatch.setattr(fast.graphs, "WINDOW", 4)
+    monkeypatch.setattr(fast.engine, "SUFFIX_ROWS", 2)
     suffixes = {0: [], 1: [7], 2: [9, EOS[0], 11], 3: random_ids(9, 1)}  # an end-of-text token among them ends nothing
     requests = requests_of(shared_prompts(7), 3)
     engine = make_engine(kind, model, max_rows, max_new_tokens=12)
