@@ -29,13 +29,13 @@ from checkpoint.flags import ServedConfig
 from checkpoint.prompt import own_prompt, write_prompt
 from formats.examples import Unit
 from formats.readers import read_case, read_labelled_steps
-from formats.samples import count_analyses, read_analyses
+from formats.samples import CaseFile, count_analyses, line_of_case, print_too_long, read_analyses
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from model import Tree, common_prefix
 from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
-from plumbing.files import Lines, get_field, json_line, read_jsonl, refuse_existing, writing
+from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
 from plumbing.rounds import in_order, round_size, rounds
 from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_prompt
@@ -158,47 +158,27 @@ def sample(config: SampleConfig) -> None:
         print(sampler.engine.tally())
 
 
-def print_too_long(names: list[str]) -> None:
-    """Name what was not judged, as its prompt is longer than the context: the first ten of them."""
-    if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        shown = ", ".join(names[:10])
-        print(f"not judged, as the prompt is longer than the model's context: {shown}{more}")
+# ------------------------------------------------------------------------------------- samples to examples
 
-
-class CaseFile:
-    """A file of cases, read on demand: file[i] -> (id, Case)."""
-
-    def __init__(self, path: str):
-        self.lines = Lines(path)
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, i: int) -> tuple[str, Case]:
-        where, row = self.lines[i]
-        return get_field(row, "id", str, where), read_case(row, where)
-
-
-def line_of_case(case_id: str, case: Case) -> dict:
-    """What a line of samples.jsonl says of its case, before it is sampled."""
-    return {"id": case_id, "case": dataclasses.asdict(case) | {"previous_steps": list(case.previous_steps)}}
-
-
-# ---------------------------------------------------------------------------------------------- SFT examples
-
-@dataclass(frozen=True)
-class SftConfig:
-    samples: Annotated[tuple[str, ...], "samples.jsonl (with --direct, cases.jsonl will do)"]
-    out: Annotated[str, "sft.jsonl to write; the validation examples go beside it, as NAME.validation.jsonl"]
-    max_per_case: Annotated[int, "analyses of one case at most", (1, None)] = 4
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """The flags of both filters, `sft` and `pairs`."""
+    samples: Annotated[tuple[str, ...], "samples.jsonl (sft --direct: cases.jsonl will do)"]
+    out: Annotated[str, "file of examples to write; those for validation go beside it, as "
+                        "NAME.validation.jsonl"]
+    max_per_case: Annotated[int, "examples of one case at most", (1, None)] = 4
     validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
-    balance: Annotated[bool, "as many Yes as No, by leaving some out at random"] = True
-    direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
+    balance: Annotated[bool, "as many examples whose right verdict is Yes as No, by leaving some out at "
+                             "random"] = True
     prompt_file: Annotated[str | None, "the words around the case (default: those of the samples; "
-                                       "with --direct prompts/direct.txt)"] = None
-    seed: Annotated[int, "seed of the split and of the balance"] = 0
+                                       "sft --direct: prompts/direct.txt)"] = None
+    seed: Annotated[int, "seed of the split, the balance and the pairing"] = 0
     overwrite: Annotated[bool, "replace an existing output"] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(FilterConfig):
+    direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
 
 
 Example = tuple[Case, bool, dict]  # a case, its (chosen) verdict, and the line that is written
@@ -225,8 +205,7 @@ def sft(config: SftConfig) -> None:
             counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
             for response in responses[:config.max_per_case]:
                 yield case, case.label, {"prompt": prompt.fill(case), "response": response}
-    write_split(examples, config.out, config.samples, prompt, config.validation, config.balance, config.seed,
-                config.overwrite)
+    write_split(config, prompt, examples)
 
 
 def select(
@@ -256,23 +235,7 @@ def select(
     return found
 
 
-# ------------------------------------------------------------------------------------------- preference pairs
-
-@dataclass(frozen=True)
-class PairsConfig:
-    samples: Annotated[tuple[str, ...], "samples.jsonl"]
-    out: Annotated[str, "pairs.jsonl to write; the validation pairs go beside it, as NAME.validation.jsonl"]
-    max_per_case: Annotated[int, "pairs of one case at most", (1, None)] = 4
-    validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
-    balance: Annotated[
-        bool, "as many pairs whose chosen verdict is Yes as No, by leaving some out at random"
-    ] = True
-    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples)"] = None
-    seed: Annotated[int, "seed of the pairing, the split and the balance"] = 0
-    overwrite: Annotated[bool, "replace an existing output"] = False
-
-
-def pairs(config: PairsConfig) -> None:
+def pairs(config: FilterConfig) -> None:
     """samples.jsonl -> pairs.jsonl: right × wrong analyses of the same case."""
     print_config(config)
     prompt = load_prompt(config.prompt_file, own_prompt(config.samples[0]))
@@ -297,9 +260,7 @@ def pairs(config: PairsConfig) -> None:
                     case.label,
                     {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]},
                 )
-
-    write_split(examples, config.out, config.samples, prompt, config.validation, config.balance, config.seed,
-                config.overwrite)
+    write_split(config, prompt, examples)
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
@@ -323,47 +284,36 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
 # ------------------------------------------------------------------------------------- what the filters share
 
 def write_split(
-    examples: Callable[[Counter], Iterator[Example]],
-    out: str,
-    samples: tuple[str, ...],
-    prompt: Prompt,
-    validation: float,
-    balance: bool,
-    seed: int,
-    overwrite: bool,
+    config: FilterConfig, prompt: Prompt, examples: Callable[[Counter], Iterator[Example]]
 ) -> None:
     """Split by problem, balance each side by verdict, write both files.
 
     examples(counts) yields the same examples at each call. Two passes over them hold a few bytes per example.
     """
-    train_path = Path(out)
+    train_path = Path(config.out)
     validation_path = train_path.with_name(f"{train_path.stem}.validation{train_path.suffix}")
     for path in (train_path, validation_path):
-        refuse_existing(path, overwrite)
+        refuse_existing(path, config.overwrite)
     counts = Counter()
     verdicts = []
     held_out = []  # does the example go to validation?
     for case, verdict, _ in tqdm(examples(counts), desc="choosing", unit=" examples"):
         verdicts.append(verdict)
-        held_out.append(fingerprint(seed, case.problem) / 2 ** 64 < validation)
-    verdicts = np.array(verdicts, dtype=bool)
-    held_out = np.array(held_out, dtype=bool)
-    keep = balanced(verdicts, held_out, seed) if balance else np.ones(len(verdicts), dtype=bool)
-    if held_out.any() and not ((keep & held_out).any() and (keep & ~held_out).any()):
-        # Of few problems, one side may have none, or only those of one verdict: then there is but one side.
-        held_out[:] = False
-        keep = balanced(verdicts, held_out, seed) if balance else np.ones(len(verdicts), dtype=bool)
-    if balance and len(verdicts) and not keep.any():
-        keep[:] = True
-        print(f"{out}: not balanced, as the verdict of all {len(verdicts)} examples is "
-              f"{'Yes' if verdicts[0] else 'No'}; sample more cases before you trust a model of them")
-    counts["dropped: to balance Yes and No"] += int((~keep).sum())
-    if not (keep & ~held_out).any():
+        held_out.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
+    if not verdicts:
         print_table("nothing kept", counts)
         raise BadInput(
-            f"{' '.join(samples)}: no example can be made from these samples (the table says why); "
+            f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); "
             f"sample more, or leave out a filter"
         )
+    balance = config.balance
+    if balance and len(set(verdicts)) == 1:
+        balance = False
+        held_out = [False] * len(verdicts)
+        print(f"{config.out}: not balanced, as the verdict of all {len(verdicts)} examples is "
+              f"{'Yes' if verdicts[0] else 'No'}; sample more cases before you trust a model of them")
+    keep, held_out = choose(np.array(verdicts), np.array(held_out), balance, config.seed)
+    counts["dropped: to balance Yes and No"] += int((~keep).sum())
     with writing(train_path) as train_file, writing(validation_path) as validation_file:
         for n, (case, verdict, line) in enumerate(examples(Counter())):
             if keep[n]:
@@ -371,11 +321,25 @@ def write_split(
                 file.write(json_line(line | {"problem": case.problem}))
                 side = "validation" if held_out[n] else "train"
                 counts[f"kept: {side}, {'Yes' if verdict else 'No'}"] += 1
-    write_prompt(out, prompt.text)
+    write_prompt(config.out, prompt.text)
     print_table(f"{train_path} and {validation_path}", counts)
-    if validation and not (keep & held_out).any():
+    if config.validation and not held_out.any():
         print(f"{validation_path}: is empty, as there are so few problems; training goes on without, "
               "or give a larger --validation")
+
+
+def choose(
+    verdicts: np.ndarray, held_out: np.ndarray, balance: bool, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples to keep, and which of them are held out. All arrays (examples,) bool.
+
+    Of few problems, one side may have none, or only those of one verdict: then nothing is held out.
+    """
+    keep = balanced(verdicts, held_out, seed) if balance else np.ones_like(held_out)
+    if not ((keep & held_out).any() and (keep & ~held_out).any()):
+        held_out = np.zeros_like(held_out)
+        keep = balanced(verdicts, held_out, seed) if balance else np.ones_like(held_out)
+    return keep, held_out
 
 
 def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
@@ -486,4 +450,4 @@ def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
 
 
 if __name__ == "__main__":
-    run((CasesConfig, cases), (SampleConfig, sample), (SftConfig, sft), (PairsConfig, pairs))
+    run((CasesConfig, cases), (SampleConfig, sample), (SftConfig, sft), (FilterConfig, pairs))

@@ -16,15 +16,15 @@ uniform(seed, t).
 
 Shapes: R rows, T tokens, V vocabulary, KV key/value heads, L positions of the cache, D head size.
 """
-from collections import deque
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from model import Decoder, Tree, at_least_fp32
 from plumbing.errors import BadInput
+from plumbing.queues import Queue
 
 PREFILL_TOKENS = 4096  # `read_p_yes` passes sequences of about so many tokens at once
 LOOK_EVERY = 32        # steps between two looks at whether all rows are done, since a look waits for the GPU
@@ -97,12 +97,12 @@ def check_finite(logits: torch.Tensor) -> None:
         )
 
 
-class Engine:
+class Engine(Queue):
     """Sampling for one model and one set of parameters.
 
     eos_ids   the tokens that end a continuation
     yes_no    the two token ids whose probabilities are compared
-    max_rows  how many continuations are decoded side by side
+    max_rows  how many continuations are decoded side by side, which bounds a batch of the queue
     reserve   positions of the model's context that sampling leaves free
     suffix_of a function from a continuation's tokens to those of a suffix that is put behind it and where
               P(Yes) is read: at most `reserve` - 1 of them, or none
@@ -132,53 +132,18 @@ class Engine:
         """Sampled tokens, end-of-text tokens among them."""
         return int(self.sampled)
 
-    def restart(self) -> None:
-        """Forget all requests; request ids count from 0 again."""
-        self.waiting: deque[tuple[int, Request]] = deque()
-        self.next_id = 0
-
-    def add(self, request: Request) -> int:
-        """Take a request in. -> its request id: 0, 1, 2, ..."""
-        request_id = self.next_id
-        self.waiting.append((request_id, request))
-        self.next_id += 1
-        return request_id
-
-    @property
-    def has_room(self) -> bool:
-        """Would more requests be in the next batch?"""
-        rows = sum(len(request.seeds) for _, request in self.waiting)
-        return not self.waiting or rows + len(self.waiting[0][1].seeds) <= self.max_rows
-
-    @property
-    def busy(self) -> bool:
-        """Is any request not answered yet?"""
-        return bool(self.waiting)
-
-    def step(self) -> list[tuple[int, list[Continuation]]]:
-        """Sample a batch of the waiting requests to its end -> (request id, its K continuations) of each."""
-        batch = [self.waiting.popleft()]
-        rows = len(batch[0][1].seeds)
-        while self.waiting and rows + len(self.waiting[0][1].seeds) <= self.max_rows:
-            batch.append(self.waiting.popleft())
-            rows += len(batch[-1][1].seeds)
-        request_ids, requests = zip(*batch, strict=True)
-        return list(zip(request_ids, self.generate(list(requests)), strict=True))
-
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[Continuation]]]:
-        """(index of the request, its K continuations), as they are completed, of any number of requests."""
-        coming = iter(requests)
-        self.restart()
-        while True:
-            while self.has_room and (request := next(coming, None)) is not None:
-                self.add(request)
-            if not self.busy:
-                return
-            yield from self.step()
-
     @torch.no_grad()
     def generate(self, requests: list[Request]) -> list[list[Continuation]]:
-        """The K continuations of each request: prefill, then one token a step for all rows."""
+        """The K continuations of each request. With max_new_tokens = 0 they have no tokens."""
+        if self.max_new_tokens:
+            found = self.sample_rows(requests)
+        else:
+            found = [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
+        self.read_after_suffixes(requests, found)
+        return found
+
+    def sample_rows(self, requests: list[Request]) -> list[list[Continuation]]:
+        """Prefill, then one token a step for all rows. -> the continuations of each request."""
         device = self.model.device
         # (R,): row -> request
         owner = torch.tensor([i for i, request in enumerate(requests) for _ in request.seeds], device=device)
@@ -220,7 +185,6 @@ class Engine:
             else:
                 continuation = Continuation(row_tokens[:n], row_p_yes[:n], end=None)
             found[i].append(continuation)
-        self.read_after_suffixes(requests, found)
         return found
 
     def prefill(

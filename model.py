@@ -47,7 +47,7 @@ class ModelConfig:
     # of cosines and sines
     rope_frequencies: tuple[float, ...] | None = None
     rope_attention_factor: float = 1.0
-    initializer_range: float = 0.02  # standard deviation of random weights, for training from scratch
+    initializer_range: float = 0.02  # standard deviation of random weights (checkpoint/scratch.py)
 
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
@@ -208,20 +208,6 @@ class Decoder(nn.Module):
         if self.head is None:
             return F.linear(hidden, self.embed.weight)
         return self.head(hidden)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Random weights as in GPT-2: N(0, initializer_range²), residual outputs over sqrt(2 layers)."""
-        for name, p in self.named_parameters():
-            if name.endswith("norm.weight"):
-                p.fill_(1.0)
-            elif name.endswith("bias"):
-                p.zero_()
-            else:
-                scale = self.config.initializer_range
-                if name.endswith(("out.weight", "down.weight")):
-                    scale *= (2 * len(self.layers)) ** -0.5
-                p.normal_(0.0, scale, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------ a batch is a tree

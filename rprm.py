@@ -11,10 +11,10 @@ Run it to see the method at work on one case (--problem and --step, or a built-i
     python rprm.py --model FOLDER --problem "Tom has 3 apples and buys 4." --step "He has 3 + 4 = 8 apples."
 """
 import hashlib
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,12 +35,21 @@ from checkpoint import (
     travelled_prompt,
 )
 from checkpoint.flags import SamplerConfig
-from checkpoint.prompt import split_prompt
-from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
+from checkpoint.prompt import split_prompt, tell_conversation
+from formats.case_text import print_analysis, print_case, print_reward
+from formats.verdicts import (
+    VERIFICATION,
+    add_verdicts,
+    before_verdict,
+    find_verdict,
+    has_usual_word,
+    parse_verdict,
+)
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
+from plumbing.queues import answers_of
 from plumbing.threads import choose_threads
 
 HERE = Path(__file__).parent
@@ -88,11 +97,7 @@ class Prompt:
 
 def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
     """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
-    text, where = read_prompt(prompt_file, travelled, direct)
-    if prompt_file is None and travelled is not None and where != str(travelled):
-        print(f"prompt: the words of {where}, as there is no {travelled}; "
-              "if the model was trained with others, give them as --prompt-file FILE")
-    return Prompt(text, where)
+    return Prompt(*read_prompt(prompt_file, travelled, direct))
 
 
 # ---------------------------------------------------------------------------------------------- analyses
@@ -139,17 +144,16 @@ class Sampling:
     k: int = 10
     temperature: float = 0.95
     top_p: float = 0.95
-    max_new_tokens: int = 4096
+    max_new_tokens: int = 4096  # 0: no analysis, P(Yes) straight after the prompt: a direct PRM
     seed: int = 0
     batch_size: int = 16  # cases side by side
     force: bool = True    # give an analysis without a verdict the verification line and read P(Yes) there
     complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
-def up_to_last_sentence(text: str) -> str:
-    """A text without the sentence in which it was cut off: "It is 3.5. So" -> "It is 3.5."."""
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
-    return text[:ends[-1]] if ends else ""
+def without_analysis(sampling: Sampling) -> Sampling:
+    """The same for a direct PRM, with as many cases side by side as there would be analyses."""
+    return replace(sampling, k=1, max_new_tokens=0, batch_size=sampling.batch_size * sampling.k, force=True)
 
 
 class TooLong(BadInput):
@@ -163,6 +167,9 @@ class Sampler:
         while sampler.busy:
             for request_id, analyses in sampler.step():     # the cases that are complete
                 ...
+
+    The analyses of a case depend on the seed, the case and the sample's number. A case whose prompt is longer
+    than the context has none: [].
 
     P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
     takes down while it decodes. Where the verdict was written in other words ("**Yes", "yes",
@@ -193,30 +200,17 @@ class Sampler:
             self.reserve,
         )
         self.engine.suffix_of = self.missing_line
-        self.read_prompt_form()
-        # request id -> the case and its prompt's token ids
-        self.open_cases: dict[int, tuple[Case, list[int]]] = {}
+        # The last token of every prompt (one, as a list), which an answer's first token may depend on
+        self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
+        self.restart()
 
     @property
     def context(self) -> int:
         return self.model.config.max_position_embeddings
 
-    def read_prompt_form(self) -> None:
-        """Is the prompt a whole conversation, and with which token does it end?
-
-        It is a conversation if its own words hold special tokens.
-        """
-        self.is_conversation = self.tokenizer.has_special_tokens(self.prompt.text)
-        self.prompt_end = self.encode_prompt(BUILT_IN)[-1:]
-
-    def encode_prompt(self, case: Case) -> list[int]:
-        if self.is_conversation:
-            return self.tokenizer.conversation(self.prompt.fill_pieces(case))
-        return self.tokenizer.chat(self.prompt.fill(case))
-
     def prompt_ids(self, case: Case) -> list[int]:
         """The prompt's token ids. Raises TooLong."""
-        ids = self.encode_prompt(case)
+        ids = self.tokenizer.prompt(self.prompt.fill_pieces(case))
         if len(ids) + self.reserve >= self.context:
             raise TooLong(
                 f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, "
@@ -225,21 +219,27 @@ class Sampler:
             )
         return ids
 
+    # ------------------------------------------------------------------------------ pushed
+
     def restart(self) -> None:
         """Forget all cases, and what is cached of them; request ids count from 0 again."""
         self.engine.restart()
-        self.open_cases.clear()
+        self.n_cases = 0
+        self.too_long: list[int] = []  # request ids of cases that will have no analyses
+        # The engine's request id -> the request id, the prompt's token ids and the seeds
+        self.open_cases: dict[int, tuple[int, list[int], list[int]]] = {}
 
     def add(self, case: Case) -> int:
-        """Take a case in. -> its request id.
-
-        Its analyses depend on the seed, the case and the sample's number.
-        Raises TooLong, and then takes nothing in.
-        """
-        ids = self.prompt_ids(case)
+        """Take a case in. -> its request id."""
+        request_id = self.n_cases
+        self.n_cases += 1
+        try:
+            ids = self.prompt_ids(case)
+        except TooLong:
+            self.too_long.append(request_id)
+            return request_id
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
-        request_id = self.engine.add(Request(ids, seeds))
-        self.open_cases[request_id] = case, ids
+        self.open_cases[self.engine.add(Request(ids, seeds))] = request_id, ids, seeds
         return request_id
 
     @property
@@ -250,45 +250,37 @@ class Sampler:
     @property
     def busy(self) -> bool:
         """Is any case not answered yet?"""
-        return bool(self.open_cases)
+        return bool(self.open_cases or self.too_long)
 
     def step(self) -> list[tuple[int, list[Analysis]]]:
         """Work on. -> (request id, K analyses) of the cases that are complete, mostly none."""
+        if self.too_long:
+            return [(self.too_long.pop(), [])]
         found = []
-        for request_id, continuations in self.engine.step():
-            case, ids = self.open_cases.pop(request_id)
-            found.append((request_id, self._judge(case, ids, continuations)))
+        for engine_id, continuations in self.engine.step():
+            request_id, ids, seeds = self.open_cases.pop(engine_id)
+            found.append((request_id, self.analyses_of(ids, seeds, continuations)))
         return found
 
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
-        """(index of the case, its K analyses), as they are completed. `cases` is read as room is found.
+        """(index of the case, its K analyses), as they are completed. `cases` is read as room is found."""
+        return answers_of(self, cases)
 
-        A case whose prompt is longer than the context has no analyses: (index, []).
-        """
-        waiting = enumerate(cases)
-        index_of: dict[int, int] = {}  # request id -> index of the case
-        self.restart()
-        while True:
-            while self.has_room and (new := next(waiting, None)) is not None:
-                index, case = new
-                try:
-                    index_of[self.add(case)] = index
-                except TooLong:
-                    yield index, []
-            if not self.busy:
-                return
-            for request_id, analyses in self.step():
-                yield index_of.pop(request_id), analyses
+    # ------------------------------------------------------------------------------ one case
 
-    def _judge(self, case: Case, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        found = self._read(prompt, continuations)
-        return self._complete(case, prompt, found) if self.sampling.complete else found
+    def analyses_of(
+        self, prompt: list[int], seeds: list[int], continuations: list[Continuation]
+    ) -> list[Analysis]:
+        """The continuations of a prompt as analyses, with P(Yes)."""
+        found = self.read(prompt, continuations)
+        if self.sampling.complete:
+            found = add_verdicts(found, seeds, partial(self.read_after, prompt))
+        return found
 
-    def _read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+    def read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         """The continuations as analyses: P(Yes) at the verdict, or after the added line."""
         found = []
-        # Index of the analysis -> the ids after which a second pass reads P(Yes)
-        elsewhere: dict[int, list[int]] = {}
+        elsewhere: dict[int, str] = {}  # index of the analysis -> its text before the verdict
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
             verdict = parse_verdict(text)
@@ -299,17 +291,24 @@ class Sampler:
                 verdict_token = tokens_within(c.ids, find_verdict(text).letter, self.tokenizer)
                 p_yes = c.p_yes[verdict_token]
             else:
-                elsewhere[i] = prompt + self._up_to_verdict(c.ids, text)
+                elsewhere[i] = before_verdict(text)
             forced = verdict is None and p_yes is not None
-            found.append(Analysis(text, verdict, p_yes, len(c.ids), c.finished, forced))
-        for i, p_yes in zip(elsewhere, self.engine.read_p_yes(list(elsewhere.values())), strict=True):
+            finished = c.finished or self.sampling.max_new_tokens == 0
+            found.append(Analysis(text, verdict, p_yes, len(c.ids), finished, forced))
+        for i, p_yes in zip(elsewhere, self.read_after(prompt, list(elsewhere.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes)
         return found
 
-    def _up_to_verdict(self, ids: list[int], text: str) -> list[int]:
-        """The ids of an analysis cut before its verdict, then of the verification line."""
-        kept = ids[:tokens_within(ids, len(before_verdict(text)), self.tokenizer)]
-        return kept + self._verification(self.tokenizer.decode(kept))
+    def read_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
+        """P(Yes) after the prompt, each text and the verification line. None: a server may not know it."""
+        sequences = []
+        for text in texts:
+            sequences.append(prompt + self.answer(text) + self.verification(text))
+        return self.engine.read_p_yes(sequences)
+
+    def answer(self, text: str) -> list[int]:
+        """The ids of an analysis's text behind the prompt."""
+        return self.tokenizer.continuation(self.prompt_end, text)
 
     def missing_line(self, ids: list[int]) -> list[int]:
         """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
@@ -318,62 +317,27 @@ class Sampler:
         text = self.tokenizer.decode(ids)
         if parse_verdict(text) is not None:
             return []
-        return self._verification(text)
+        return self.verification(text)
 
-    def _complete(self, case: Case, prompt: list[int], found: list[Analysis]) -> list[Analysis]:
-        """Analyses without a verdict get the line, and an answer drawn from P(Yes).
-
-        Those that were cut off are cut back to their last whole sentence first.
-        """
-        texts = {}  # index of the analysis -> what is left of it
-        for i, a in enumerate(found):
-            if a.verdict is None and a.finished:
-                texts[i] = a.text.rstrip()
-            elif a.verdict is None:
-                texts[i] = up_to_last_sentence(a.text)
-        asked = [prompt + self._answer(text) + self._verification(text) for text in texts.values()]
-        for i, p_yes in zip(texts, self.engine.read_p_yes(asked), strict=True):
-            if p_yes is None:  # only a server may not know it
-                continue
-            draw = np.random.default_rng(row_seed(self.sampling.seed, case, i) % 2 ** 63).random()
-            verdict = bool(draw < p_yes)
-            line = f"{VERIFICATION} {'Yes' if verdict else 'No'}"
-            text = f"{texts[i]}\n{line}" if texts[i] else line
-            found[i] = replace(found[i], text=text, verdict=verdict, p_yes=p_yes, finished=True, forced=True)
-        return found
-
-    def _answer(self, text: str) -> list[int]:
-        """The ids of an analysis's text behind the prompt."""
-        return self.tokenizer.continuation(self.prompt_end, text)
-
-    def _verification(self, text: str) -> list[int]:
+    def verification(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
         on_own_line = not text or text.endswith("\n")
         line = VERIFICATION if on_own_line else "\n" + VERIFICATION
         return self.tokenizer.continuation(text or self.prompt_end, line)
 
-    def direct(self, cases: list[Case]) -> list[Analysis]:
-        """P(Yes) straight after the prompt, with no analysis: the direct PRM of the paper's comparison."""
-        sequences = [self.prompt_ids(case) + self._verification("") for case in cases]
-        return [
-            Analysis("", None, p_yes, 0, True, forced=True) for p_yes in self.engine.read_p_yes(sequences)
-        ]
-
-
-def tell_conversation(sampler: Sampler) -> None:
-    """Say it, if the prompt is a whole conversation."""
-    if sampler.is_conversation:
-        print("prompt: has special tokens of its own, so it is the whole conversation: "
-              "no chat template is put around it")
-
 
 def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
                  batch_size: int = 1) -> Sampler:
-    """The sampler of a checkpoint folder, with its tokenizer and its prompt."""
+    """The sampler of a checkpoint folder, with its tokenizer and its prompt.
+
+    direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
+    """
     prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
     sampling = Sampling(
         k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete
     )
+    if direct:
+        sampling = without_analysis(sampling)
     model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
     if config.adapter:
         merge_adapter(model, config.adapter)
@@ -384,9 +348,8 @@ def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = Fa
     else:
         fast.speed_up(model)
         engine_class = fast.engine_for(model)
-    sampler = Sampler(model, tokenizer, prompt, sampling, engine_class)
-    tell_conversation(sampler)
-    return sampler
+    tell_conversation(prompt.text, tokenizer)
+    return Sampler(model, tokenizer, prompt, sampling, engine_class)
 
 
 def fingerprint(*values: object) -> int:
@@ -512,10 +475,10 @@ def main(config: Config) -> None:
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start
     print(f"model:   {config.model}")
-    show_case(case)
+    print_case(case)
     for i, analysis in enumerate(analyses, 1):
-        show_analysis(i, analysis)
-    show_reward(analyses)
+        print_analysis(i, analysis)
+    print_reward(analyses, reward(analyses))
     if config.html:
         from formats.case_page import write_case_page, written  # here, as nothing else needs them
         ids = sampler.prompt_ids(case)
@@ -537,43 +500,6 @@ def given_case(problem: str | None, steps: tuple[str, ...]) -> Case:
             "--problem and --step must not be empty: write the text, or leave both out for the built-in case"
         )
     return Case(problem, steps[:-1], steps[-1])
-
-
-def show_case(case: Case) -> None:
-    print(f"problem: {case.problem}")
-    for i, step in enumerate(case.previous_steps, 1):
-        print(f"given   Step {i}: {step}")
-    print(f"judge   Step {len(case.previous_steps) + 1}: {case.now_step}")
-
-
-def show_analysis(number: int, a: Analysis) -> None:
-    cut_off = "" if a.finished else ", cut off at --max-new-tokens"
-    print(
-        f"\n--- analysis {number}: verdict {show_verdict(a)}, {show_p_yes(a)}, {a.n_tokens} tokens{cut_off}"
-    )
-    print(a.text)
-
-
-def show_reward(analyses: list[Analysis]) -> None:
-    """The sum, term by term."""
-    forced = sum(a.forced for a in analyses)
-    print(f"\nforced: {forced} of {len(analyses)} analyses had no verdict and were read after an added line")
-    value = reward(analyses)
-    if value is None:
-        print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
-        return
-    terms = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
-    print(f"reward: ({' + '.join(terms)}) / {len(terms)} = {value:.4f}")
-
-
-def show_verdict(analysis: Analysis) -> str:
-    return {True: "Yes", False: "No", None: "missing"}[analysis.verdict]
-
-
-def show_p_yes(analysis: Analysis) -> str:
-    if analysis.p_yes is None:
-        return "P(Yes) unknown"
-    return f"P(Yes) {analysis.p_yes:.3f}" + (" (forced)" if analysis.forced else "")
 
 
 if __name__ == "__main__":

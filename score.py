@@ -17,21 +17,20 @@ prediction (--all-steps goes on).
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from tqdm import tqdm
 
 import fast
 from checkpoint.flags import ServedConfig
-from data import load_sampler, print_too_long
+from data import load_sampler
 from formats import best_of_n
 from formats.commands import BestConfig, ReportConfig, ThresholdConfig, best, report, threshold
 from formats.inputs import Inputs
 from formats.readers import Solution, read_solution
+from formats.samples import print_too_long
 from formats.score_lines import check_line, item_of, predict, score_line, too_long_steps
 from formats.solution_text import print_solution
 from formats.split import SPLITS
@@ -40,9 +39,9 @@ from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import write_json
-from plumbing.journal import Journal
+from plumbing.journal import Journal, NoJournal
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward
+from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward
 
 # ---------------------------------------------------------------------------------------------- judge
 
@@ -50,50 +49,33 @@ from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, TooLong, reward
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ServedConfig):
     model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(
-        DEFAULT_MODEL
-    )
+        DEFAULT_MODEL)
     problem: Annotated[str | None, "one solution: the problem's text"] = None
     step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
-    input: Annotated[
-        tuple[str, ...],
-        "files, folders of shards, or - (standard input) with solutions: ProcessBench, PRMBench, "
-        "Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows, raw text, several "
-        "candidates for a problem (docs/formats.md)",
-    ] = ()
-    split: Annotated[
-        str, "raw text has a step between blank lines, or for each number, line or sentence", SPLITS
-    ] = "blank"
+    input: Annotated[tuple[str, ...],
+                     "files, folders of shards, or - (standard input) with solutions: ProcessBench, "
+                     "PRMBench, Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows, raw "
+                     "text, several candidates for a problem (docs/formats.md)"] = ()
+    split: Annotated[str, "raw text has a step between blank lines, or for each number, line or sentence",
+                     SPLITS] = "blank"
     out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
-    k: Annotated[
-        tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest", (1, None)
-    ] = (10,)
+    k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest",
+                 (1, None)] = (10,)
     threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
-    thresholds: Annotated[
-        tuple[float, ...],
-        "PRMBench: the table at each of these (the paper's, and that of the official script)",
-        (0, 1),
-    ] = (0.5, 0.61)
-    all_steps: Annotated[
-        bool,
-        "judge the steps after the first one predicted wrong too (PRMBench's rows, and rows with several "
-        "candidates, always are)",
-    ] = False
-    best: Annotated[
-        bool,
-        "candidates for a problem: leave one as soon as it can no longer be the best by --aggregate. The "
-        "picks are those of judging all steps",
-    ] = False
-    aggregate: Annotated[
-        str, "with --best: how the steps' rewards make a candidate's score", best_of_n.FALLING
-    ] = "min"
-    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct PRM)"] = (
-        False
-    )
+    thresholds: Annotated[tuple[float, ...], "PRMBench: the table at each of these (the paper's, and that "
+                                             "of the official script)", (0, 1)] = (0.5, 0.61)
+    all_steps: Annotated[bool, "judge the steps after the first one predicted wrong too (PRMBench's rows, "
+                               "and rows with several candidates, always are)"] = False
+    best: Annotated[bool, "candidates for a problem: leave one as soon as it can no longer be the best by "
+                          "--aggregate. The picks are those of judging all steps"] = False
+    aggregate: Annotated[str, "with --best: how the steps' rewards make a candidate's score",
+                         best_of_n.FALLING] = "min"
+    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct "
+                            "PRM)"] = False
     show: Annotated[bool, "print the analyses"] = False
     limit: Annotated[int | None, "only the first so many solutions of each file", (1, None)] = None
-    force: Annotated[
-        bool, "read P(Yes) after an added verification line where an analysis has no verdict"
-    ] = True
+    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no "
+                           "verdict"] = True
     resume: Annotated[bool, "go on with a killed run (with --out)"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
 
@@ -134,19 +116,15 @@ def check_flags(config: JudgeConfig) -> None:
 
 def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None:
     """Judge one solution and print its steps. With --out its line is written too."""
-    journal = nullcontext()
-    lines = []
-    if config.out:
-        journal = Journal(config.out, config)
-        checked = journal.check([item_of(source, solution)])
-        lines = [check_line(line, config.k, where) for where, line in checked]  # what a killed run left
+    journal = Journal(config.out, config) if config.out else NoJournal()
+    checked = journal.check([item_of(source, solution)])
+    lines = [check_line(line, config.k, where) for where, line in checked]  # what a killed run left
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
     with journal:
         if not lines:
-            lines = list(score_lines(sampler, [(source, solution)], config.direct, extent_of(config)))
-            if config.out:
-                journal.write(lines[0])
+            lines = list(in_order(judge_all(sampler, [(source, solution)], extent_of(config))))
+            journal.write(lines[0])
     print_solution(lines[0], config.threshold, config.show)
     print_too_long(too_long_steps(lines[0]))
     print_work(config, sampler, time.perf_counter() - start)
@@ -157,26 +135,20 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     own = ranks.share(range(len(inputs)))
     size = round_size(config.batch_size, config.device, config.server is not None)
     tally = Tally(config.k, config.thresholds)
-    journal = nullcontext()
-    done = 0
+    journal = Journal(config.out, config, size or 1) if config.out else NoJournal()
     items = (item_to_judge(*inputs[i], config.best) for i in own)
-    if config.out:
-        journal = Journal(config.out, config, size or 1)
-        for where, line in journal.check(items):  # what a killed run left
-            tally.add(check_line(line, config.k, where))
-        done = journal.done
-    deque(items, maxlen=0)  # the rest of them: a bad solution is named before the work
+    for where, line in journal.check(items):  # what a killed run left
+        tally.add(check_line(line, config.k, where))
 
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
     start = time.perf_counter()
-    bar = tqdm(total=len(own), initial=done, desc="score", unit="solution", disable=ranks.rank() > 0)
+    bar = tqdm(total=len(own), initial=journal.done, desc="score", unit="solution", disable=ranks.rank() > 0)
     with journal, bar:
-        for numbers in rounds(own, done, size):
-            some = map(inputs.__getitem__, numbers)
-            for line in score_lines(sampler, some, config.direct, extent_of(config)):
+        for numbers in rounds(own, journal.done, size):
+            found = judge_all(sampler, map(inputs.__getitem__, numbers), extent_of(config))
+            for line in in_order(found):
                 tally.add(line)
-                if config.out:
-                    journal.write(line)
+                journal.write(line)
                 figure = tally.so_far(line, max(config.k))
                 speed = sampler.engine.new_tokens / (time.perf_counter() - start)
                 bar.update()
@@ -210,153 +182,121 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
         print(sampler.engine.tally())
 
 
-# ---------------------------------------------------------------------------------------------- judging steps
+# --------------------------------------------------------------------------------------------- judging steps
 
 
 @dataclass(frozen=True)
 class Extent:
     """How far solutions are judged.
 
-    leave_by: a candidate is left when it can no longer be the best of its problem by this aggregate; None:
-              none is left
+    all_steps: to the last step; else up to the first that is predicted wrong at every K
+    at_once:   all steps are asked for at once, since answers are cheap, even if not all are wanted
+    leave_by:  a candidate is left when it can no longer be the best of its problem by this aggregate; None:
+               none is left
     """
 
     ks: tuple[int, ...]
     threshold: float
     all_steps: bool
+    at_once: bool
     leave_by: str | None
 
 
 def extent_of(config: JudgeConfig) -> Extent:
     leave_by = config.aggregate if config.best else None
-    return Extent(config.k, config.threshold, config.all_steps or config.best, leave_by)
+    return Extent(config.k, config.threshold, config.all_steps or config.best, config.direct, leave_by)
 
 
-class Judged(NamedTuple):
-    source: str
-    solution: Solution
-    steps: list[list[Analysis]]  # the analyses of each step that was judged
-    left: bool = False  # as it could no longer be the best
+@dataclass
+class Judging:
+    """A solution that is being judged.
 
-
-class Open(NamedTuple):
-    """A solution that is being judged."""
+    steps:   the analyses of its first steps, as far as they are wanted and have come
+    by_step: those of all steps that have come, in any order
+    """
 
     source: str
     solution: Solution
-    all_steps: bool
-    by_step: dict[int, list[Analysis]]  # the analyses of the steps that are judged by now
+    extent: Extent
+    steps: list[list[Analysis]] = field(default_factory=list)
+    by_step: dict[int, list[Analysis]] = field(default_factory=dict)
 
-    def steps(self) -> list[list[Analysis]]:
-        return [self.by_step[t] for t in sorted(self.by_step)]
+    @property
+    def all_steps(self) -> bool:
+        return self.extent.all_steps or self.solution.needs_all_steps
+
+    @property
+    def at_once(self) -> bool:
+        """Do the steps not wait for each other?"""
+        return self.extent.at_once or (self.all_steps and self.extent.leave_by is None)
+
+    def take(self, t: int, analyses: list[Analysis]) -> None:
+        """Take the analyses of step t in."""
+        self.by_step[t] = analyses
+        while len(self.steps) in self.by_step and not self.is_complete():
+            self.steps.append(self.by_step[len(self.steps)])
+
+    def is_complete(self) -> bool:
+        """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
+        if len(self.steps) == len(self.solution.steps):
+            return True
+        threshold = self.extent.threshold
+        return not self.all_steps and all(predict(self.steps, k, threshold) >= 0 for k in self.extent.ks)
+
+    def line(self) -> dict:
+        return score_line(self.source, self.solution, self.steps, self.extent.ks, self.extent.threshold)
 
 
 def judge_all(
     sampler: Sampler, solutions: Iterable[tuple[str, Solution]], extent: Extent
-) -> Iterator[tuple[int, Judged]]:
-    """(index of the solution, what was judged of it), as the solutions are completed. `solutions` is read as
-    room is found.
+) -> Iterator[tuple[int, dict]]:
+    """(index of the solution, its line of scores.jsonl), as the solutions are completed. `solutions` is read
+    as room is found.
 
     Many solutions are judged side by side. The steps of one come one after the other if it may be left after
-    any of them; if all are needed, they do not wait for each other. A step whose prompt is longer than the
-    context has no analyses.
+    any of them. A step whose prompt is longer than the context has no analyses.
     """
-    numbered = enumerate(solutions)
+    coming = enumerate(solutions)
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
-    open_ones: dict[int, Open] = {}  # index of the solution -> the solution
+    judgings: dict[int, Judging] = {}  # by index of the solution
     race = best_of_n.Race(extent.leave_by)
     sampler.restart()
     while True:
-        answers: list[tuple[int, int, list[Analysis]]] = []  # (index of the solution, step, its analyses)
         while sampler.has_room:
-            if not waiting and (new := next(numbered, None)):
+            if not waiting and (new := next(coming, None)):
                 i, (source, solution) = new
-                open_ones[i] = Open(source, solution, extent.all_steps or solution.needs_all_steps, {})
-                side_by_side = open_ones[i].all_steps and extent.leave_by is None
-                waiting.extend((i, t) for t in range(len(solution.steps) if side_by_side else 1))
+                judgings[i] = Judging(source, solution, extent)
+                first_steps = len(solution.steps) if judgings[i].at_once else 1
+                waiting.extend((i, t) for t in range(first_steps))
             if not waiting:
                 break
             i, t = waiting.popleft()
-            try:
-                request_id = sampler.add(case_of_step(open_ones[i].solution, t))
+            if i in judgings:
+                request_id = sampler.add(case_of_step(judgings[i].solution, t))
                 asked[request_id] = i, t
-            except TooLong:
-                answers.append((i, t, []))
-        if not answers and not sampler.busy:
+        if not sampler.busy:
             return
-        if sampler.busy:
-            answers += [(*asked.pop(request_id), analyses) for request_id, analyses in sampler.step()]
-        for i, t, analyses in answers:
+        for request_id, analyses in sampler.step():
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
-            one = open_ones[i]
-            one.by_step[t] = analyses
-            steps = one.steps()
-            complete = is_complete(steps, len(one.solution.steps), extent, one.all_steps)
-            left = not complete and race.is_lost(i, one.solution, steps)
-            if complete:
-                race.finish(i, one.solution, steps)
-            if complete or left:
-                yield i, Judged(one.source, one.solution, steps, left)
-                del open_ones[i]
-            elif not one.all_steps or extent.leave_by is not None:
+            i, t = asked.pop(request_id)
+            if i not in judgings:
+                continue  # the steps before made it complete
+            one = judgings[i]
+            one.take(t, analyses)
+            if one.is_complete():
+                race.finish(i, one.solution, one.steps)
+                yield i, one.line()
+                del judgings[i]
+            elif race.is_lost(i, one.solution, one.steps):
+                yield i, one.line() | {"left": extent.leave_by}
+                del judgings[i]
+            elif not one.at_once:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
-
-
-def judge_directly(
-    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], extent: Extent
-) -> Iterator[tuple[int, Judged]]:
-    """The same without analyses: all steps of a batch of solutions at a time."""
-    numbered = enumerate(solutions)
-    while batch := list(islice(numbered, sampler.sampling.batch_size)):
-        cases = [case_of_step(solution, t) for _, (_, solution) in batch for t in range(len(solution.steps))]
-        answers = iter(direct_answers(sampler, cases))
-        for i, (source, solution) in batch:
-            own = islice(answers, len(solution.steps))
-            all_steps = extent.all_steps or solution.needs_all_steps
-            steps = []
-            for analyses in own:
-                steps.append(analyses)
-                if is_complete(steps, len(solution.steps), extent, all_steps):
-                    break
-            deque(own, maxlen=0)  # those of the other steps are not wanted
-            yield i, Judged(source, solution, steps)
-
-
-def direct_answers(sampler: Sampler, cases: list[Case]) -> list[list[Analysis]]:
-    """[its one analysis] for each case; [] where the prompt is longer than the context."""
-    answers: list[list[Analysis]] = [[] for _ in cases]
-    fitting = []  # indices of the cases that can be judged
-    for i, case in enumerate(cases):
-        with suppress(TooLong):
-            sampler.prompt_ids(case)
-            fitting.append(i)
-    for i, analysis in zip(fitting, sampler.direct([cases[i] for i in fitting])):
-        answers[i] = [analysis]
-    return answers
 
 
 def case_of_step(solution: Solution, t: int) -> Case:
     return Case(solution.problem, solution.steps[:t], solution.steps[t])
-
-
-def is_complete(steps: list[list[Analysis]], n_steps: int, extent: Extent, all_steps: bool) -> bool:
-    """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
-    if len(steps) == n_steps:
-        return True
-    return not all_steps and all(predict(steps, k, extent.threshold) >= 0 for k in extent.ks)
-
-
-def score_lines(
-    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], direct: bool, extent: Extent
-) -> Iterator[dict]:
-    """Judge solutions -> their lines of scores.jsonl, in order."""
-    judge = judge_directly if direct else judge_all
-    for judged in in_order(judge(sampler, solutions, extent)):
-        line = score_line(judged.source, judged.solution, judged.steps, extent.ks, extent.threshold)
-        if judged.left:
-            line["left"] = extent.leave_by
-        yield line
 
 
 # -------------------------------------------------------------------------------------- from other programs

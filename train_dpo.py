@@ -24,16 +24,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import fast
-from checkpoint import (
-    DTYPES,
-    load_for_training,
-    load_tokenizer,
-    read_template_args,
-    results,
-)
+from checkpoint import DTYPES, load_for_training, load_tokenizer, read_template_args, results
 from checkpoint.prompt import travelling_prompt
 from data import MicroBatch, deal, pack
-from formats.examples import Examples, reference_path, validation_examples
+from formats.examples import Examples, reference_table, validation_examples
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
@@ -43,8 +37,6 @@ from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
 from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
 from rprm import dpo_loss, response_logprobs
-
-LEFT_OUT = np.inf  # in the reference's table: a pair that is not trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +83,10 @@ def main(config: Config) -> None:
 
     conversation = prompt if train.conversation is not None else None
     flags = (config.context, config.system, config.template_args, conversation)
-    reference = reference_logprobs(model, config.model, train, config.batch_size, flags, config.adapter)
+    table_of = partial(reference_table, model, config.model, config.adapter, config.batch_size, flags)
+    reference = reference_logprobs(model, train, config.batch_size, table_of(train))
     if validation:
-        validation_reference = reference_logprobs(
-            model, config.model, validation, config.batch_size, flags, config.adapter)
+        validation_reference = reference_logprobs(model, validation, config.batch_size, table_of(validation))
     loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
                             ipo=config.ipo, nll=config.nll)
 
@@ -105,7 +97,7 @@ def main(config: Config) -> None:
 
     for step in run.progress():
         numbers = batch_of(step)
-        means = Means()
+        means = ranks.Means()
         for batch in deal(pack(train.units(numbers), config.micro_tokens)):
             losses = pair_losses(model, batch, reference, loss_of_pairs, means)  # (pairs,)
             (losses.sum() / len(numbers)).backward()
@@ -127,26 +119,8 @@ def main(config: Config) -> None:
     run.finish()
 
 
-class Means:
-    """Means over the pairs of all ranks: `add` takes the values of some pairs, (pairs,) each, by name."""
-
-    def __init__(self):
-        self.sums = {}
-        self.n_pairs = 0
-
-    def add(self, n_pairs: int, **values: torch.Tensor) -> None:
-        self.n_pairs += n_pairs
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum().item()
-
-    def result(self) -> dict[str, float]:
-        *sums, n_pairs = ranks.total(*self.sums.values(), self.n_pairs)
-        means = {name: total / n_pairs for name, total in zip(self.sums, sums, strict=True)}
-        return means | {"pairs": int(n_pairs)}
-
-
 def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_of_pairs: Callable,
-                means: Means) -> torch.Tensor:
+                means: ranks.Means) -> torch.Tensor:
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
     with precision(model.device):
         logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
@@ -174,33 +148,20 @@ def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_o
 def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pairs: Callable,
              batch_size: int) -> dict[str, float]:
     """The means over a file."""
-    means = Means()
+    means = ranks.Means()
     for numbers in pairs.in_file_order(batch_size):
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             pair_losses(model, batch, reference, loss_of_pairs, means)
     return means.result()
 
 
-# ------------------------------------------------------------------------------ the frozen reference
-
 @torch.no_grad()
-def reference_logprobs(model: Decoder, folder: str, pairs: Examples, batch_size: int,
-                       flags: tuple[int | str | None, ...] = (), adapter: str | None = None) -> np.ndarray:
-    """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2). LEFT_OUT: it is left out.
+def reference_logprobs(model: Decoder, pairs: Examples, batch_size: int, table: StoredTable) -> np.ndarray:
+    """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2).
 
-    model: that of `folder` with the adapters of `adapter`, or with new ones, which change nothing (B = 0),
-           before its first update
-    flags: what was said of the model and its tokenizer beside their files
-
-    The table is kept beside the pairs, as NAME.reference-HASH.npy beside NAME.jsonl, so a sweep over beta
-    computes it once.
+    model: the policy before its first update, which is the reference. New adapters change nothing (B = 0)
+    table: keeps the numbers beside the pairs, so that a sweep over beta computes them once
     """
-    path = None
-    if ranks.rank() == 0:
-        path = reference_path(folder, adapter, pairs, batch_size, model.embed.weight, flags)
-    table = StoredTable(path, len(pairs.rows), columns=2)
-    is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
-    table.rows[~is_kept] = LEFT_OUT
     n_batches = math.ceil(len(pairs.kept) / batch_size)
     for numbers in tqdm(pairs.in_file_order(batch_size), desc="reference", total=n_batches, unit="batch",
                         disable=ranks.rank() > 0):

@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 import fast
-from checkpoint import DTYPES, load_config, load_for_training, load_tokenizer, read_template_args, results
+from checkpoint import DTYPES, load_for_training, load_tokenizer, new_model, read_template_args, results
 from checkpoint.prompt import travelling_prompt
 from data import deal, pack
 from formats.examples import Examples, validation_examples
@@ -131,10 +131,7 @@ def initial_model(config: Config) -> tuple[Decoder, Path]:
     if lora or config.adapter:
         raise BadInput("adapters change the weights of a trained model; give --model, not --from-scratch")
     folder = Path(config.from_scratch).parent
-    model = Decoder(load_config(folder, config.context))
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    ranks.shard(model, config.device)
-    return model.to(config.device), folder
+    return new_model(folder, config.device, config.context, config.seed), folder
 
 
 if __name__ == "__main__":

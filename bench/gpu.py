@@ -24,12 +24,14 @@ from bench.common import Clock, seconds_of, surroundings
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
 from plumbing.files import write_json
 import fast
+from checkpoint.scratch import init_weights
 from fast.attention import TreeAttention
 from fast.flex import FlexTreeAttention
 from generate import Engine, Request
 from model import Decoder, ModelConfig, Tree
 from rprm import dpo_loss, response_logprobs, sft_loss
 from plumbing.run import precision
+from plumbing.queues import answers_of
 
 QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, rope_scaling=None, max_position_embeddings=32768, qkv_bias=True,
             qk_norm=False)
@@ -129,7 +131,7 @@ def random_model(config: Config, dtype: torch.dtype) -> Decoder:
     with torch.device("meta"):
         model = Decoder(SHAPES[config.shape]).to(dtype)
     model.to_empty(device=config.device)
-    model.init_weights(torch.Generator(config.device).manual_seed(0))
+    init_weights(model, torch.Generator(config.device).manual_seed(0))
     model.checkpoint_activations = config.checkpoint_activations
     return fast.speed_up(model)
 
@@ -238,7 +240,7 @@ def timed_run(config: Config, model: Decoder, requests: list[Request]) -> tuple[
             synchronize(config)
     engine.prefill_waiting = timed
     start = time.perf_counter()
-    for _ in engine.run(requests):
+    for _ in answers_of(engine, requests):
         pass
     synchronize(config)
     return prefill.seconds, time.perf_counter() - start - prefill.seconds, engine
@@ -248,7 +250,7 @@ def sample(config: Config, _: str, peak: dict) -> dict:
     """Prefill FLOP/s, and decoding against its roofline."""
     model, requests = random_model(config, torch.bfloat16), random_requests(config)
     response, shape, rows = lengths(config)[2], model.config, config.prompts * config.k
-    list(engine_of(config, model, 2).run(requests))  # warm up
+    list(answers_of(engine_of(config, model, 2), requests))  # warm up
     before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
     before, took = statistics.median(before), statistics.median(took)
     weights = sum(p.numel() for p in model.parameters()) - (0 if shape.tie_word_embeddings else model.embed.weight.numel())
@@ -303,10 +305,10 @@ def reward_in_bulk(config: Config, _: str, peak: dict) -> dict:
         solution = shared + rng.integers(vocab, size=own + step * (STEPS - 1) // 2).tolist()
         for left in reversed(range(STEPS)):
             requests.append(Request(solution[:len(solution) - step * left], rng.integers(2 ** 62, size=config.k).tolist()))
-    list(engine_of(config, model, 2).run(requests))  # warm up
+    list(answers_of(engine_of(config, model, 2), requests))  # warm up
     engine = engine_of(config, model, response)
     start = time.perf_counter()
-    rewards = {i: statistics.mean(c.p_yes[-1] for c in continuations) for i, continuations in engine.run(requests)}
+    rewards = {i: statistics.mean(c.p_yes[-1] for c in continuations) for i, continuations in answers_of(engine, requests)}
     took = time.perf_counter() - start
     return {"solutions": config.solutions, "steps": len(rewards), "seconds per solution": took / config.solutions,
             "tokens/s": engine.new_tokens / took, "prompt tokens computed / their sum": engine.prefill_tokens / engine.prompt_tokens}

@@ -18,7 +18,9 @@ import torch
 
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, load_words, median_run, run_side_or_all
 from checkpoint import load_model
+from checkpoint.scratch import init_weights
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, run
+from plumbing.queues import answers_of
 import fast
 from generate import Request
 from model import Decoder, ModelConfig
@@ -81,14 +83,14 @@ def of_checkpoint(config: Config) -> Callable[[int, int], Iterator]:
 def of_random_model(config: Config) -> Callable[[int, int], Iterator]:
     """The same for continuations of random prompts of official length: 500 shared tokens, 100 to 300 of their own."""
     model = fast.speed_up(Decoder(TINY))
-    model.init_weights(torch.Generator().manual_seed(config.seed))
+    init_weights(model, torch.Generator().manual_seed(config.seed))
 
     def work(n: int, new_tokens: int) -> Iterator:
         engine = fast.engine_for(model)(model, [], (0, 1), max_new_tokens=new_tokens, max_rows=config.batch_size * config.k)
         rng = np.random.default_rng(config.seed)
         shared = rng.integers(TINY.vocab_size, size=500).tolist()
-        return engine.run(Request(shared + rng.integers(TINY.vocab_size, size=rng.integers(100, 300)).tolist(),
-                                  list(range(i, i + config.k))) for i in range(n))
+        return answers_of(engine, (Request(shared + rng.integers(TINY.vocab_size, size=rng.integers(100, 300)).tolist(),
+                                  list(range(i, i + config.k))) for i in range(n)))
     return work
 
 

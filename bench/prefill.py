@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 from bench.common import BenchConfig, Row, consecutive_cases, in_turn, median_run, prompt_ids, run_side_or_all
 from checkpoint import load_model
 from plumbing.cli import run
+from plumbing.queues import answers_of
 import fast
 from generate import Request
 from rprm import yes_no_ids
@@ -40,7 +41,7 @@ def ours(config: Config) -> dict:
     model = fast.speed_up(load_model(config.model))
     engine = fast.engine_for(model)(model, tokenizer.eos_ids, yes_no_ids(tokenizer), max_new_tokens=1)
     start = time.perf_counter()
-    for _ in engine.run(Request(ids, [n]) for n, ids in enumerate(prompts)):
+    for _ in answers_of(engine, (Request(ids, [n]) for n, ids in enumerate(prompts))):
         pass
     return {"seconds": time.perf_counter() - start, "prompt_tokens": engine.prompt_tokens, "prefill_tokens": engine.prefill_tokens}
 

@@ -23,6 +23,7 @@ from bench.common import (Clock, PeersConfig, Row, further_peers, in_turn, linea
                           rows_of_further_peers, run_side_or_all, scattered_cases)
 from checkpoint import DTYPES, load_model
 from plumbing.cli import run
+from plumbing.queues import answers_of
 import fast
 from generate import Engine, Request
 from rprm import row_seed, yes_no_ids
@@ -105,12 +106,12 @@ def timed(config: Config, is_plain: bool) -> dict:
     def engine(new_tokens: int) -> Engine:
         return engine_class(model, eos, yes_no_ids(tokenizer), config.temperature, config.top_p, new_tokens, config.rows)
     requests = [Request(ids, [row_seed(config.seed, case, k) for k in range(config.k)]) for ids, case in zip(prompts, cases)]
-    list(engine(4).run(requests[:1]))  # warm up
+    list(answers_of(engine(4), requests[:1]))  # warm up
     it, prefill = engine(config.new_tokens), Clock()
     prefill_of = "prefill" if is_plain else "prefill_waiting"
     setattr(it, prefill_of, prefill.around(getattr(it, prefill_of)))
     start = time.perf_counter()
-    for _ in it.run(requests):
+    for _ in answers_of(it, requests):
         pass
     seconds, peak = time.perf_counter() - start, peak_mb()
     drawn_by_prefill, rows = config.prompts * config.k, min(config.rows, config.prompts * config.k)

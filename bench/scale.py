@@ -92,7 +92,7 @@ def stage(config: Config) -> dict:
     elif config.side == "score":
         score.judge(score.JudgeConfig(model=config.model, input=(str(source),), out=out, k=(1, 4), device="cpu"))
     elif config.side in ("sft", "pairs"):
-        command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.PairsConfig)}[config.side]
+        command, kind = {"sft": (data.sft, data.SftConfig), "pairs": (data.pairs, data.FilterConfig)}[config.side]
         command(kind(samples=(str(source),), out=out, max_per_case=1, validation=0.01))
     else:
         read = read_example if config.side == "train_sft" else read_pair

@@ -7,9 +7,10 @@ Nothing is executed from a checkpoint: no pickle, no code, and the chat template
 from checkpoint.adapter import load_for_training, merge_adapter, results
 from checkpoint.config import load_config
 from checkpoint.prompt import PROMPT_FILE, read_prompt, read_template_args, travelled_prompt
+from checkpoint.scratch import new_model
 from checkpoint.tokenizer import TOKENIZER_FILES, ChatTokenizer, load_tokenizer
 from checkpoint.weights import DTYPES, load_model, save_checkpoint
 
 __all__ = ["DTYPES", "PROMPT_FILE", "TOKENIZER_FILES", "ChatTokenizer", "load_config", "load_for_training",
-           "load_model", "load_tokenizer", "merge_adapter", "read_prompt", "read_template_args", "results",
-           "save_checkpoint", "travelled_prompt"]
+           "load_model", "load_tokenizer", "merge_adapter", "new_model", "read_prompt", "read_template_args",
+           "results", "save_checkpoint", "travelled_prompt"]

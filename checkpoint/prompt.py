@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+from checkpoint.tokenizer import ChatTokenizer
 from plumbing.errors import BadInput
 from plumbing.files import expect, parse_json, writing
 
@@ -29,6 +30,9 @@ def read_prompt(prompt_file: str | Path | None, travelled: str | Path | None,
         raise BadInput(f"{path}: no such prompt file; check the path") from None
     except UnicodeDecodeError:
         raise BadInput(f"{path}: not UTF-8 text; save it as UTF-8") from None
+    if prompt_file is None and travelled is not None and path != Path(travelled):
+        print(f"prompt: the words of {path}, as there is no {travelled}; "
+              "if the model was trained with others, give them as --prompt-file FILE")
     return text, str(path)
 
 
@@ -87,6 +91,13 @@ def travelling_prompt(prompt_file: str | None, train: str | Path, model: str | P
         "--prompt-file FILE"
     )
     return None
+
+
+def tell_conversation(text: str, tokenizer: ChatTokenizer) -> None:
+    """Say it, if a prompt is a whole conversation."""
+    if tokenizer.has_special_tokens(text):
+        print("prompt: has special tokens of its own, so it is the whole conversation: "
+              "no chat template is put around it")
 
 
 def read_template_args(text: str | None) -> dict:

@@ -82,6 +82,15 @@ class ChatTokenizer:
             pieces.insert(0, (self.bos, True))
         return self.join(pieces)
 
+    def prompt(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """Token ids of a prompt in pieces, as those of `conversation`, ready for the answer.
+
+        It is a whole conversation if its own words hold special tokens; else it is the message of a chat.
+        """
+        if any(trusted and self.has_special_tokens(text) for text, trusted in pieces):
+            return self.conversation(pieces)
+        return self.chat("".join(text for text, _ in pieces).strip())
+
     def has_special_tokens(self, text: str) -> bool:
         """Whether a trusted text holds special tokens: a prompt file that does is a whole conversation."""
         return bool(self.spelled_tokens(text, self.encoding(text, trusted=True)))

@@ -29,6 +29,7 @@ from generate import Continuation, Request
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
+from plumbing.queues import answers_of
 from rprm import Case, row_seed
 from score import Judge
 
@@ -107,7 +108,7 @@ class Policy:
         """What may follow each prefix (token ids): a step for each of its seeds."""
         requests = [Request(ids, list(own)) for ids, own in zip(prefixes, seeds, strict=True)]
         steps: list[list[Step]] = [[] for _ in requests]
-        for i, continuations in self.engine.run(requests):
+        for i, continuations in answers_of(self.engine, requests):
             steps[i] = [self.step_of(continuation) for continuation in continuations]
         return steps
 

@@ -84,6 +84,9 @@ class Engine(generate.Engine):
     @torch.no_grad()
     def step(self) -> list[tuple[int, list[Continuation]]]:
         """Fill a slot, let finished rows leave, or give every row a token. -> requests that are answered."""
+        if self.max_new_tokens == 0 and self.waiting:
+            self.waiting_tokens = 0
+            return super().step()
         if not self.ready and self.waiting:
             self.prefill_waiting()
         if self.ready and self.fits(self.ready[0].request):

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from checkpoint import TOKENIZER_FILES, ChatTokenizer
 from formats.containers import STANDARD_INPUT, read_rows
 from formats.turns import Turn
+from model import Decoder
 from plumbing import ranks
 from plumbing.errors import BadInput
 from plumbing.files import content_hash, files_in
+from plumbing.table import StoredTable
 from rprm import Prompt
 
 Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, and of each of its responses
@@ -201,15 +203,31 @@ def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tok
     return Examples(path, read, tokenizer, micro_tokens, context, prompt)
 
 
+def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size: int,
+                    flags: tuple[int | str | None, ...], pairs: Examples) -> StoredTable:
+    """The table of the reference's log-probabilities (train_dpo.py), kept beside the pairs.
+
+    It is NAME.reference-HASH.npy beside NAME.jsonl. NaN: not computed yet. inf: a pair that is left out.
+    """
+    path = None
+    if ranks.rank() == 0:
+        path = reference_path(folder, adapter, pairs, batch_size, model.embed.weight, flags)
+    table = StoredTable(path, len(pairs.rows), columns=2)
+    is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
+    table.rows[~is_kept] = np.inf
+    return table
+
+
 def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: torch.Tensor,
                    flags: tuple[int | str | None, ...]) -> Path:
-    """Where the table of the reference's log-probabilities is kept (train_dpo.py).
+    """Where the table is kept.
 
     The hash in its name is of all that the table depends on: the pairs, the model, its adapters, the
     tokenizer, the chat template, and what shares a tree (the last digits of a log-probability depend on the
     rest of its tree).
 
     weight: one of the model's, which tells the device and the type of all
+    flags:  what was said of the model and its tokenizer beside their files
     """
     words = f"{pairs.micro_tokens} {batch_size} {weight.device.type}"
     if weight.dtype != torch.float32:  # those of a model with adapters, on a GPU

@@ -1,9 +1,11 @@
-"""Analyses as they stand in samples.jsonl and scores.jsonl."""
+"""Cases and their analyses as they stand in cases.jsonl, samples.jsonl and scores.jsonl."""
 from collections import Counter
+from dataclasses import asdict
 
+from formats.readers import read_case
 from plumbing.errors import BadInput
-from plumbing.files import expect, get_field
-from rprm import Analysis
+from plumbing.files import Lines, expect, get_field
+from rprm import Analysis, Case
 
 
 def read_analyses(row: dict, where: str) -> list[Analysis]:
@@ -40,3 +42,30 @@ def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]
         counts["cut off at --max-new-tokens"] += not a.finished
         counts["verification line added (--complete)"] += a.forced
         counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
+
+
+def print_too_long(names: list[str]) -> None:
+    """Name what was not judged, as its prompt is longer than the context: the first ten of them."""
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        shown = ", ".join(names[:10])
+        print(f"not judged, as the prompt is longer than the model's context: {shown}{more}")
+
+
+class CaseFile:
+    """A file of cases, read on demand: file[i] -> (id, Case)."""
+
+    def __init__(self, path: str):
+        self.lines = Lines(path)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> tuple[str, Case]:
+        where, row = self.lines[i]
+        return get_field(row, "id", str, where), read_case(row, where)
+
+
+def line_of_case(case_id: str, case: Case) -> dict:
+    """What a line of samples.jsonl says of its case, before it is sampled."""
+    return {"id": case_id, "case": asdict(case) | {"previous_steps": list(case.previous_steps)}}

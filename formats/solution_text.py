@@ -1,7 +1,8 @@
 """A judged solution as text: a line for each step."""
 
+from formats.case_text import heading
 from formats.samples import read_analyses
-from rprm import Analysis, show_p_yes, show_verdict
+from rprm import Analysis
 
 
 def print_solution(line: dict, threshold: float, show: bool) -> None:
@@ -29,9 +30,5 @@ def print_solution(line: dict, threshold: float, show: bool) -> None:
 
 def print_analyses(analyses: list[Analysis]) -> None:
     for number, analysis in enumerate(analyses, 1):
-        cut_off = "" if analysis.finished else ", cut off"
-        print(
-            f"  --- analysis {number}: verdict {show_verdict(analysis)}, {show_p_yes(analysis)}, "
-            f"{analysis.n_tokens} tokens{cut_off}"
-        )
+        print(f"  --- {heading(number, analysis, ', cut off')}")
         print("    " + analysis.text.replace("\n", "\n    "))

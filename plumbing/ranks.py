@@ -110,6 +110,24 @@ def total(*values: float) -> list[float]:
     return _reduced(values, dist.ReduceOp.SUM)
 
 
+class Means:
+    """Means over the pairs of all ranks: `add` takes the values of some pairs, (pairs,) each, by name."""
+
+    def __init__(self):
+        self.sums = {}
+        self.n_pairs = 0
+
+    def add(self, n_pairs: int, **values: torch.Tensor) -> None:
+        self.n_pairs += n_pairs
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum().item()
+
+    def result(self) -> dict[str, float]:
+        *sums, n_pairs = total(*self.sums.values(), self.n_pairs)
+        means = {name: value / n_pairs for name, value in zip(self.sums, sums, strict=True)}
+        return means | {"pairs": int(n_pairs)}
+
+
 def highest(value: float) -> float:
     """The largest of the ranks' numbers."""
     return _reduced([value], dist.ReduceOp.MAX)[0]

@@ -52,6 +52,9 @@ class Choice(NamedTuple):
     finished: bool  # False: cut off at max_tokens
 
 
+NOTHING = Choice("", [], None, finished=True)  # a continuation of no tokens
+
+
 def read_choices(answer: Any) -> list[Choice]:
     """The choices of an answer, in order. Raises Again if the answer is not what the protocol promises."""
     try:
@@ -262,6 +265,8 @@ class ServerEngine:
 
     def sample(self, prompt: list[int], seeds: list[int]) -> list[Choice]:
         """A continuation for each seed. Greedy ones are all the same, so one is asked for."""
+        if self.sampling.max_new_tokens == 0:
+            return [NOTHING] * len(seeds)
         wanted = seeds if self.sampling.temperature else seeds[:1]
         groups = [wanted[i:i + self.per_request] for i in range(0, len(wanted), self.per_request)]
         requests = [partial(self._sample_group, prompt, group) for group in groups]

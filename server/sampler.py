@@ -12,20 +12,23 @@ from functools import partial
 from pathlib import Path
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer, read_template_args
+from checkpoint.prompt import tell_conversation
 from formats.verdicts import before_verdict, has_usual_word, parse_verdict, verdict_letter
 from plumbing import ranks
 from plumbing.address import read_key
 from plumbing.errors import BadInput
 from rprm import (
+    BUILT_IN,
     Analysis,
     Case,
     Prompt,
     Sampler,
     Sampling,
+    TooLong,
     load_prompt,
     reserved_tokens,
     row_seed,
-    tell_conversation,
+    without_analysis,
     yes_no_ids,
 )
 from server.completions import Choice, ServerEngine, Token, YesNo
@@ -47,7 +50,7 @@ class ServerSampler(Sampler):
         self.prompt = prompt
         self.sampling = sampling
         self.reserve = reserve
-        self.read_prompt_form()
+        self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.jobs = Jobs()
 
     @property
@@ -61,8 +64,8 @@ class ServerSampler(Sampler):
         self.jobs = Jobs()
 
     def add(self, case: Case) -> int:
-        """Start the work on a case. -> its request id: 0, 1, 2, ... Raises TooLong."""
-        return self.jobs.start(partial(self._analyse, case, self.prompt_ids(case)))
+        """Start the work on a case. -> its request id: 0, 1, 2, ..."""
+        return self.jobs.start(partial(self.ask, case))
 
     @property
     def has_room(self) -> bool:
@@ -84,16 +87,21 @@ class ServerSampler(Sampler):
 
     # ------------------------------------------------------------------------------------------ one case
 
-    def _analyse(self, case: Case, prompt: list[int]) -> list[Analysis]:
+    def ask(self, case: Case) -> list[Analysis]:
+        """The K analyses of a case; none if its prompt is longer than the context."""
+        try:
+            prompt = self.prompt_ids(case)
+        except TooLong:
+            return []
         seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         try:
             choices = self.engine.sample(prompt, seeds)
         except Refused as error:
             raise BadInput(f"problem {case.problem[:50]!r}, {len(prompt)} tokens: {error}; "
                            "leave this case out or lower --max-new-tokens") from None
-        return self._judge(case, prompt, choices)
+        return self.analyses_of(prompt, seeds, choices)
 
-    def _read(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
+    def read(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
         """The choices as analyses, with P(Yes) from their log-probabilities, or by requests of its own.
 
         A request is needed if the log-probabilities are those after temperature, if the tokens do not tell
@@ -108,16 +116,16 @@ class ServerSampler(Sampler):
             p_yes = None
             if verdict is not None and not has_usual_word(choice.text):
                 before = before_verdict(choice.text)
-                unread[i] = prompt + self._answer(before) + self._verification(before)
+                unread[i] = prompt + self.answer(before) + self.verification(before)
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
                 if at is None:
-                    unread[i] = prompt + self._answer(choice.text[:letter].rstrip(" "))
+                    unread[i] = prompt + self.answer(choice.text[:letter].rstrip(" "))
                 else:
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
             elif forces:
-                unread[i] = prompt + self._ids(tokens, choice.text) + self._verification(choice.text)
+                unread[i] = prompt + self._ids(tokens, choice.text) + self.verification(choice.text)
             found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))
         for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes, forced=found[i].verdict is None)
@@ -137,7 +145,7 @@ class ServerSampler(Sampler):
     def _ids(self, tokens: list[Token], text: str) -> list[int]:
         """The ids of the tokens, if the server told them; else those of the text."""
         has_ids = all(isinstance(token, int) for token in tokens)
-        return tokens if has_ids else self._answer(text)
+        return tokens if has_ids else self.answer(text)
 
     def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
         """The index of the token with the verdict's first letter; the text from there on is `rest`.
@@ -176,6 +184,8 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     prompt = load_prompt(config.prompt_file, Path(config.tokenizer) / PROMPT_FILE, direct)
     sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed,
                         config.concurrency, force, complete)
+    if direct:
+        sampling = without_analysis(sampling)
     key = read_key(config.api_key_env)
     server = Server(config.server, key, config.timeout, config.retries, config.concurrency)
     models = server.models()
@@ -188,6 +198,5 @@ def load_served(config, k: int, force: bool, complete: bool = False, direct: boo
     engine = ServerEngine(server, config.model, yes_no, sampling, context - reserve)
     said = engine.probe(tokenizer.chat("Is 1 + 1 = 2?"))
     print(f"server: {server.url}, model {config.model}; {said}")
-    sampler = ServerSampler(engine, tokenizer, prompt, sampling, reserve)
-    tell_conversation(sampler)
-    return sampler
+    tell_conversation(prompt.text, tokenizer)
+    return ServerSampler(engine, tokenizer, prompt, sampling, reserve)

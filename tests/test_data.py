@@ -17,7 +17,7 @@ import train_sft
 from plumbing.rounds import in_order
 from plumbing.cli import run
 from conftest import ROOT, kill_and_resume
-from data import CasesConfig, PairsConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, pairs, sample, sft
+from data import CasesConfig, FilterConfig, SampleConfig, SftConfig, cases, even_pairs, fingerprint, pairs, sample, sft
 from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from rprm import Case, Prompt
 
@@ -28,7 +28,7 @@ YES, NO = f"Right.\n{VERIFICATION} Yes", f"Wrong.\n{VERIFICATION} No"
 # ---------------------------------------------------------------------------------------------- helpers
 
 def data_py(*argv) -> None:
-    run((CasesConfig, cases), (SampleConfig, sample), (SftConfig, sft), (PairsConfig, pairs), argv=[str(a) for a in argv])
+    run((CasesConfig, cases), (SampleConfig, sample), (SftConfig, sft), (FilterConfig, pairs), argv=[str(a) for a in argv])
 
 
 def refused(capsys, *argv) -> str:

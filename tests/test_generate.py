@@ -23,6 +23,7 @@ from conftest import FAMILIES
 from generate import Continuation, Request, uniform
 from model import Tree, tree_attention
 from plumbing.errors import BadInput
+from plumbing.queues import answers_of
 
 YES_NO = (41, 97)
 EOS = [3, 50, 51, 120, 200, 301, 302, 303, 350, 399]  # so many that rows end at different lengths
@@ -124,7 +125,7 @@ def engine_of(request):
 def run(engine, requests, added: Callable[[list[int]], list[int]] = lambda ids: []) -> list[list[Continuation]]:
     """The continuations of every request, each given once, in the order of the requests."""
     engine.suffix_of = added
-    found = list(engine.run(requests))
+    found = list(answers_of(engine, requests))
     assert sorted(request_id for request_id, _ in found) == list(range(len(found)))
     return [continuations for _, continuations in sorted(found, key=lambda pair: pair[0])]
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +23,21 @@ from plumbing.errors import BadInput
 from conftest import IM_END, IM_START, ROOT
 from model import Tree, tree_attention
 from formats import verdicts
-from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, parse_verdict
-from rprm import Analysis, Case, Prompt, Sampler, Sampling, TooLong, load_prompt, reward, row_seed, yes_no_ids
+from formats.verdicts import QUESTION, VERIFICATION, add_verdicts, has_one_verdict, parse_verdict
+from plumbing.rounds import in_order
+from rprm import (
+    Analysis,
+    Case,
+    Prompt,
+    Sampler,
+    Sampling,
+    TooLong,
+    load_prompt,
+    reward,
+    row_seed,
+    without_analysis,
+    yes_no_ids,
+)
 
 SHORT = "Judge.\nProblem: {problem}\nPrevious Steps: {previous_steps}\nNow Step: {now_step}"
 TOM = Case("Tom has 12 apples and buys 7 more.", (), "12 + 7 = 19 apples.", True)
@@ -373,8 +387,8 @@ def test_a_direct_reading_equals_a_full_pass(make_sampler):
 
     Also for cases of several lengths at once.
     """
-    sampler = make_sampler()
-    found = sampler.direct([TOM, PENS, TOM])
+    sampler = make_sampler(k=1, max_new_tokens=0)
+    found = [a for [a] in in_order(sampler.analyses([TOM, PENS, TOM]))]
     for case, a in zip([TOM, PENS, TOM], found):
         expected = p_yes_after(sampler, sampler.tokenizer.chat(sampler.prompt.fill(case)) + sampler.tokenizer.encode(VERIFICATION))
         assert a == Analysis("", None, pytest.approx(expected, abs=1e-5), 0, True, forced=True)
@@ -411,9 +425,10 @@ def test_completed_answers_are_drawn_with_p_yes(make_sampler, monkeypatch):
     """
     sampler = make_sampler(k=600, complete=True)
     monkeypatch.setattr(sampler.engine, "read_p_yes", lambda texts: [0.3] * len(texts))
+    seeds = [row_seed(0, PENS, k) for k in range(600)]
 
     def draws():
-        found = sampler._complete(PENS, [5], [Analysis("Hm.", None, None, 2, True)] * 600)
+        found = add_verdicts([Analysis("Hm.", None, None, 2, True)] * 600, seeds, partial(sampler.read_after, [5]))
         assert all(parse_verdict(a.text) is a.verdict for a in found)  # what is written is what is said
         return [a.verdict for a in found]
     assert abs(sum(draws()) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5
@@ -511,12 +526,13 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, make_sampler):
     sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need)
     assert len(analyses_of(sampler, [PENS])) == 1
     sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need - 1)
-    for judge in (lambda: sampler.add(PENS), lambda: sampler.direct([PENS])):
-        with pytest.raises(TooLong, match=f"'A box holds 24 pens.'.*context is {need - 1}; "):
-            judge()
+    with pytest.raises(TooLong, match=f"'A box holds 24 pens.'.*context is {need - 1}; "):
+        sampler.prompt_ids(PENS)
     short = Case("P", (), "1.")
-    assert dict(sampler.analyses([PENS, short, PENS])).keys() == {0, 1, 2}
-    assert [len(found) for _, found in sorted(sampler.analyses([PENS, short, PENS]))] == [0, 1, 0]
+    direct = Sampler(sampler.model, sampler.tokenizer, sampler.prompt, without_analysis(sampler.sampling))
+    for judge in (sampler, direct):
+        assert dict(judge.analyses([PENS, short, PENS])).keys() == {0, 1, 2}
+        assert [len(found) for _, found in sorted(judge.analyses([PENS, short, PENS]))] == [0, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------- the script

@@ -410,6 +410,16 @@ def test_a_resumed_run_must_be_the_same_one(tmp_path, stand_in, capsys, monkeypa
 
 # ---------------------------------------------------------------------------------------------- direct
 
+@pytest.mark.parametrize("wrong", [0, 2, 4])
+def test_answers_to_all_steps_at_once_may_come_in_any_order(tmp_path, stand_in, wrong):
+    """A direct PRM is asked for all steps at once: what comes after the first wrong step is left out, also if it came before it."""
+    rows = [row(f"r{i}", wrong, 5) for i in range(8)]
+    stand_in(rows, [[0.9] * wrong + [0.1] * (5 - wrong)] * 8)
+    out = tmp_path / "s.jsonl"
+    score_py("--input", write(tmp_path / "b.json", rows), "--out", out, "--direct", "--k", 1)
+    assert [(line["id"], line["prediction"], len(line["samples"])) for line in read(out)] == [(r["id"], wrong, wrong + 1) for r in rows]
+
+
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_direct_equals_a_full_pass(tmp_path, tiny_folder, batch_size):
     """P(Yes) straight after the direct prompt and the verification line; no token is sampled; the first wrong step ends it."""

@@ -33,7 +33,7 @@ from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
-from formats.examples import Examples
+from formats.examples import Examples, reference_table
 from formats.turns import read_example, read_pair
 from formats.verdicts import VERIFICATION
 from plumbing.files import json_line
@@ -142,6 +142,12 @@ def test_max_steps_cuts_the_run_and_its_schedule():
 
 def read(path, read_row, tokenizer, micro_tokens=600, context=4096):
     return Examples(path, read_row, tokenizer, micro_tokens, context)
+
+
+def reference_of(model, folder, pairs, batch_size):
+    """The reference's log-probabilities, through the table beside the pairs."""
+    table = reference_table(model, str(folder), None, batch_size, (), pairs)
+    return train_dpo.reference_logprobs(model, pairs, batch_size, table)
 
 
 def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
@@ -640,7 +646,7 @@ def test_dpo_learns_what_the_reference_does_not_know(tmp_path, tiny_folder):
     reference = np.load(cache)
     assert 0.3 <= (reference[:, 0] > reference[:, 1]).mean() <= 0.7
     pairs = read(settings.train, read_pair, load_tokenizer(tiny_folder))
-    after = train_dpo.reference_logprobs(load_model(tmp_path / "dpo/model"), str(tmp_path / "dpo/model"), pairs, settings.batch_size)
+    after = reference_of(load_model(tmp_path / "dpo/model"), tmp_path / "dpo/model", pairs, settings.batch_size)
     assert (after[:, 0] > after[:, 1]).mean() > 0.9
     margins = (after - reference)[:, 0] - (after - reference)[:, 1]
     assert (margins > 0).mean() > 0.9
@@ -696,7 +702,7 @@ def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, mo
         [part] = tmp_path.glob("*.part")
         os.rename(part, part.with_suffix(".npy"))
     monkeypatch.setattr(train_dpo, "tqdm", faster_rival)
-    found = train_dpo.reference_logprobs(load_model(tiny_folder), str(tiny_folder), pairs, batch_size=8)
+    found = reference_of(load_model(tiny_folder), tiny_folder, pairs, 8)
     [cache] = caches(tmp_path)
     assert np.isfinite(found).all() and np.array_equal(found, np.load(cache))
 
@@ -756,7 +762,7 @@ def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     """What the .part file already holds is kept; NaN rows are computed."""
     tokenizer, model = load_tokenizer(tiny_folder), load_model(tiny_folder)
     pairs = read(write(tmp_path / "pairs.jsonl", pair_rows(20)), read_pair, tokenizer)
-    whole = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
+    whole = reference_of(model, tiny_folder, pairs, 8)
     [cache] = caches(tmp_path)
     part = cache.with_suffix(".part")
     torn = whole.copy()
@@ -764,7 +770,7 @@ def test_a_killed_reference_pass_goes_on(tmp_path, tiny_folder):
     torn[0] = 7.0  # a mark: it must not be computed again
     np.save(part.with_suffix(".npy"), torn)
     os.rename(cache, part)
-    again = train_dpo.reference_logprobs(model, str(tiny_folder), pairs, batch_size=8)
+    again = reference_of(model, tiny_folder, pairs, 8)
     assert (again[0] == 7.0).all() and np.array_equal(again[1:], whole[1:])
     assert not part.exists()
 

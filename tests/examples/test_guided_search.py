@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT
 from generate import Continuation, Request
 from plumbing.errors import BadInput
+from plumbing.queues import answers_of
+from plumbing.queues import answers_of
 from rprm import DEFAULT_MODEL, Case
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -115,7 +117,7 @@ def test_greedy_steps_make_the_greedy_answer(policy):
     """Stopping at each step and going on changes no token."""
     prompt = policy.tokenizer.chat(PROMPT.replace("{problem}", PROBLEM))
     whole = type(policy.engine)(policy.engine.model, policy.tokenizer.eos_ids, (0, 1), 0, 1.0, 300, 4)
-    [(_, [answer])] = whole.run([Request(prompt, [0])])
+    [(_, [answer])] = answers_of(whole, [Request(prompt, [0])])
     [one] = search(policy, NoJudge(), [PROBLEM], PROMPT, n=1)
     assert answer.finished and one.is_complete
     assert one.ids == prompt + answer.ids

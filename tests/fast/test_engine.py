@@ -9,6 +9,7 @@ from checkpoint import load_model
 from fast import engine as engine_module
 from fast import graphs
 from generate import Request
+from plumbing.queues import answers_of
 from test_generate import (EOS, FakeGraph, assert_as_naive, assert_same, branches, make_engine, random_ids, recording,  # noqa: F401
                            requests_of, run, shared_prompts)
 
@@ -69,7 +70,7 @@ def test_continuations_that_agree_are_computed_once(model, monkeypatch, temperat
 def test_short_rows_are_given_before_long_ones(model):
     """A result comes as soon as its own rows end, not when the batch does."""
     prompts = shared_prompts(12)
-    order = [index for index, _ in fast_engine(model, max_new_tokens=60).run(requests_of(prompts, 1))]
+    order = [index for index, _ in answers_of(fast_engine(model, max_new_tokens=60), requests_of(prompts, 1))]
     lengths = [len(row[0].p_yes) for row in run(fast_engine(model, max_new_tokens=60), requests_of(prompts, 1))]
     assert [lengths[i] for i in order] == sorted(lengths) and order != sorted(order)
 

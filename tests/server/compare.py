@@ -22,11 +22,12 @@ import torch
 from checkpoint.flags import ServedConfig
 from data import load_sampler
 from formats.readers import read_solutions
-from formats.verdicts import find_verdict, has_usual_word
+from formats.verdicts import before_verdict, find_verdict, has_usual_word
 from generate import Request, last_tokens
 from model import Tree
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
+from plumbing.queues import answers_of
 from rprm import Analysis, Case, Sampler, reward, row_seed, tokens_within
 from server import side_by_side
 
@@ -145,7 +146,7 @@ def ask(there: Sampler, prompt: list[int], seeds: list[int]) -> tuple[list[Analy
     """The server's analyses of a case, and the token ids of each."""
     choices = there.engine.sample(prompt, seeds)
     ids = [there._ids(there._own_tokens(choice), choice.text) for choice in choices]
-    return there._read(prompt, choices), ids
+    return there.read(prompt, choices), ids
 
 
 def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: list[list[int]]) -> list[Analysis]:
@@ -153,11 +154,12 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
     sequences = []
     for analysis, own in zip(analyses, ids):
         if analysis.verdict is None:
-            own = own + here._verification(analysis.text)
+            own = own + here.verification(analysis.text)
         elif has_usual_word(analysis.text):
             own = own[:tokens_within(own, find_verdict(analysis.text).letter, here.tokenizer)]
         else:
-            own = here._up_to_verdict(own, analysis.text)
+            before = before_verdict(analysis.text)
+            own = here.answer(before) + here.verification(before)
         sequences.append(prompt + own)
     return [replace(analysis, p_yes=p_yes)
             for analysis, p_yes in zip(analyses, here.engine.read_p_yes(sequences), strict=True)]
@@ -166,7 +168,7 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
 def find_partings(here: Sampler, prompts: list[list[int]], answers: list) -> list[Parting]:
     """Where the server's greedy analyses are not those of here."""
     requests = [Request(prompt, [0]) for prompt in prompts]
-    ours = {i: continuation.ids for i, [continuation] in here.engine.run(requests)}
+    ours = {i: continuation.ids for i, [continuation] in answers_of(here.engine, requests)}
     end = here.tokenizer.eos_ids[:1]
     partings = []
     for i, (prompt, (_, [theirs])) in enumerate(zip(prompts, answers)):

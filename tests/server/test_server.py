@@ -406,8 +406,8 @@ def test_an_analysis_is_not_completed_where_its_answer_is_unknown(stand_in, tiny
 
 
 def test_direct_asks_for_no_analysis(stand_in, tiny_folder):
-    it = sampler(stand_in, tiny_folder)
-    analyses = it.direct(cases(7))
+    it = sampler(stand_in, tiny_folder, k=1, max_new_tokens=0)
+    analyses = [a for [a] in in_order(it.analyses(cases(7)))]
     ends = [stand_in.tokenizer.decode(it.prompt_ids(case)) + VERIFICATION for case in cases(7)]
     assert [a.p_yes for a in analyses] == pytest.approx([p_yes(end) for end in ends])
     assert {body["max_tokens"] for body in stand_in.analyses_asked()} == {1}
@@ -461,7 +461,7 @@ def test_the_context_bounds_the_analysis(stand_in, tiny_folder):
     assert body["max_tokens"] == 4000 - it.reserve - len(body["prompt"])
     long = Case("x " * 5000, (), "1.")
     with pytest.raises(TooLong, match="context is 4000; leave this case out"):
-        it.add(long)
+        it.prompt_ids(long)
     assert [len(found) for found in in_order(it.analyses([long, *cases(1)]))] == [0, 4]
 
 

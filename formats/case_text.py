@@ -1,0 +1,44 @@
+"""A judged case as text: the case, its analyses, and the reward as a sum."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rprm import Analysis, Case
+
+
+def print_case(case: Case) -> None:
+    print(f"problem: {case.problem}")
+    for i, step in enumerate(case.previous_steps, 1):
+        print(f"given   Step {i}: {step}")
+    print(f"judge   Step {len(case.previous_steps) + 1}: {case.now_step}")
+
+
+def print_analysis(number: int, analysis: Analysis) -> None:
+    print(f"\n--- {heading(number, analysis, ', cut off at --max-new-tokens')}")
+    print(analysis.text)
+
+
+def heading(number: int, analysis: Analysis, cut_off: str) -> str:
+    """A line about an analysis. cut_off: the words for one that was cut off.
+
+    analysis 1: verdict Yes, P(Yes) 0.998, 42 tokens
+    """
+    verdict = {True: "Yes", False: "No", None: "missing"}[analysis.verdict]
+    if analysis.p_yes is None:
+        p_yes = "P(Yes) unknown"
+    else:
+        p_yes = f"P(Yes) {analysis.p_yes:.3f}" + (" (forced)" if analysis.forced else "")
+    end = "" if analysis.finished else cut_off
+    return f"analysis {number}: verdict {verdict}, {p_yes}, {analysis.n_tokens} tokens{end}"
+
+
+def print_reward(analyses: list[Analysis], reward: float | None) -> None:
+    """The sum, term by term."""
+    forced = sum(a.forced for a in analyses)
+    print(f"\nforced: {forced} of {len(analyses)} analyses had no verdict and were read after an added line")
+    if reward is None:
+        print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
+        return
+    terms = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
+    print(f"reward: ({' + '.join(terms)}) / {len(terms)} = {reward:.4f}")
