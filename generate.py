@@ -132,7 +132,7 @@ class Engine(Queue):
         """Sampled tokens, end-of-text tokens among them."""
         return int(self.sampled)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, requests: list[Request]) -> list[list[Continuation]]:
         """The K continuations of each request. With max_new_tokens = 0 they have no tokens."""
         if self.max_new_tokens:
@@ -246,7 +246,7 @@ class Engine(Queue):
         for continuation, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
             continuation.p_yes_after_suffix = p_yes
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
         """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in passes of about PREFILL_TOKENS."""
         found = []

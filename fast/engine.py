@@ -81,7 +81,7 @@ class Engine(generate.Engine):
     def busy(self) -> bool:
         return bool(self.waiting or self.ready or len(self.rows))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[tuple[int, list[Continuation]]]:
         """Fill a slot, let finished rows leave, or give every row a token. -> requests that are answered."""
         if self.max_new_tokens == 0 and self.waiting:

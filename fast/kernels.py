@@ -61,17 +61,21 @@ def lora_forward(self: LoRALinear, x: torch.Tensor, made: Made | None = None) ->
 
 
 def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    wide = at_least_fp32(x)
-    weight = at_least_fp32(self.weight)
-    if x.device.type == "cpu":
-        return LeanRMSNorm.apply(wide, weight, self.eps).to(x.dtype)
-    return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)
+    if x.device.type != "cpu" or torch.is_inference_mode_enabled():
+        return RMSNorm.forward(self, x)
+    return LeanRMSNorm.apply(at_least_fp32(x), at_least_fp32(self.weight), self.eps).to(x.dtype)
 
 
 def layer_forward(
     self: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable
 ) -> torch.Tensor:
-    """model.Layer, with the outputs of norms and activation made again in the backward pass."""
+    """model.Layer, with the outputs of norms and activation made again in the backward pass.
+
+    The engines run in inference mode, where none comes: there the layer is the plain one. A reference of DPO,
+    which has none either, is not: it must round as its policy does.
+    """
+    if torch.is_inference_mode_enabled():
+        return Layer.forward(self, x, cos, sin, attend)
     qkv = linear_of(self.attention_norm, x, self.attention.qkv)
     mixed = self.attention.mix(qkv, cos, sin, attend)
     x = x + self.attention.out(mixed)
