@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -29,11 +28,19 @@ from checkpoint.flags import ServedConfig
 from checkpoint.prompt import own_prompt, write_prompt
 from formats.examples import Unit
 from formats.readers import read_case, read_labelled_steps
-from formats.samples import CaseFile, count_analyses, line_of_case, print_too_long, read_analyses
+from formats.samples import (
+    CaseFile,
+    add_verdicts,
+    count_analyses,
+    line_of_case,
+    print_too_long,
+    read_analyses,
+)
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
+from formats.write_split import Example, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
-from plumbing.cli import print_config, run
+from plumbing.cli import print_config, print_table, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
@@ -89,14 +96,12 @@ def cases(config: CasesConfig) -> None:
 
 # ---------------------------------------------------------------------------------------------- samples
 
-def load_sampler(
-    config: ServedConfig, k: int, force: bool, complete: bool = False, direct: bool = False
-) -> Sampler:
+def load_sampler(config: ServedConfig, k: int, force: bool, direct: bool = False) -> Sampler:
     """The sampler of a checkpoint folder, or with --server that of the model there."""
     if config.server is None:
-        return load_local_sampler(config, k, force, complete, direct, config.batch_size)
+        return load_local_sampler(config, k, force, direct, config.batch_size)
     from server import load_served  # here, as nothing else needs it
-    return load_served(config, k, force, complete, direct)
+    return load_served(config, k, force, direct)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +138,9 @@ def sample(config: SampleConfig) -> None:
         if not analyses:
             too_long.append(line["id"])
 
-    sampler = load_sampler(config, config.n, force=config.complete, complete=config.complete)
+    sampler = load_sampler(config, config.n, force=False)
+    if config.complete:
+        sampler.revise = add_verdicts
     start = time.perf_counter()
     bar = tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0)
     with journal, bar:
@@ -181,7 +188,9 @@ class SftConfig(FilterConfig):
     direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
 
 
-Example = tuple[Case, bool, dict]  # a case, its (chosen) verdict, and the line that is written
+def write(config: FilterConfig, prompt: Prompt, examples: Callable[[Counter], Iterator[Example]]) -> None:
+    write_split(examples, config.samples, config.out, config.overwrite, prompt.text, config.validation,
+                config.balance, config.seed)
 
 
 def sft(config: SftConfig) -> None:
@@ -205,15 +214,16 @@ def sft(config: SftConfig) -> None:
             counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
             for response in responses[:config.max_per_case]:
                 yield case, case.label, {"prompt": prompt.fill(case), "response": response}
-    write_split(config, prompt, examples)
+    write(config, prompt, examples)
 
 
 def select(
     analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]
 ) -> dict[str, list[str]]:
-    """The texts of a case's usable analyses, in the normal form: `names[is the verdict right]` -> texts.
+    """The texts of a case's usable analyses, in the normal form, by name. What is dropped is counted.
 
-    What is dropped is counted by its reason.
+    names: what those whose verdict is the label are called (True), and the others (False): {True: "kept"} has
+    no others, {True: "right", False: "wrong"} has both
     """
     found: dict[str, list[str]] = {name: [] for name in names.values()}
     texts = set()
@@ -260,7 +270,7 @@ def pairs(config: FilterConfig) -> None:
                     case.label,
                     {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]},
                 )
-    write_split(config, prompt, examples)
+    write(config, prompt, examples)
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
@@ -279,89 +289,6 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
         j = wrongs[(t + t // lap) % wrong]
         found.append((int(i), int(j)))
     return found
-
-
-# ------------------------------------------------------------------------------------- what the filters share
-
-def write_split(
-    config: FilterConfig, prompt: Prompt, examples: Callable[[Counter], Iterator[Example]]
-) -> None:
-    """Split by problem, balance each side by verdict, write both files.
-
-    examples(counts) yields the same examples at each call. Two passes over them hold a few bytes per example.
-    """
-    train_path = Path(config.out)
-    validation_path = train_path.with_name(f"{train_path.stem}.validation{train_path.suffix}")
-    for path in (train_path, validation_path):
-        refuse_existing(path, config.overwrite)
-    counts = Counter()
-    verdicts = []
-    held_out = []  # does the example go to validation?
-    for case, verdict, _ in tqdm(examples(counts), desc="choosing", unit=" examples"):
-        verdicts.append(verdict)
-        held_out.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
-    if not verdicts:
-        print_table("nothing kept", counts)
-        raise BadInput(
-            f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); "
-            f"sample more, or leave out a filter"
-        )
-    balance = config.balance
-    if balance and len(set(verdicts)) == 1:
-        balance = False
-        held_out = [False] * len(verdicts)
-        print(f"{config.out}: not balanced, as the verdict of all {len(verdicts)} examples is "
-              f"{'Yes' if verdicts[0] else 'No'}; sample more cases before you trust a model of them")
-    keep, held_out = choose(np.array(verdicts), np.array(held_out), balance, config.seed)
-    counts["dropped: to balance Yes and No"] += int((~keep).sum())
-    with writing(train_path) as train_file, writing(validation_path) as validation_file:
-        for n, (case, verdict, line) in enumerate(examples(Counter())):
-            if keep[n]:
-                file = validation_file if held_out[n] else train_file
-                file.write(json_line(line | {"problem": case.problem}))
-                side = "validation" if held_out[n] else "train"
-                counts[f"kept: {side}, {'Yes' if verdict else 'No'}"] += 1
-    write_prompt(config.out, prompt.text)
-    print_table(f"{train_path} and {validation_path}", counts)
-    if config.validation and not held_out.any():
-        print(f"{validation_path}: is empty, as there are so few problems; training goes on without, "
-              "or give a larger --validation")
-
-
-def choose(
-    verdicts: np.ndarray, held_out: np.ndarray, balance: bool, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples to keep, and which of them are held out. All arrays (examples,) bool.
-
-    Of few problems, one side may have none, or only those of one verdict: then nothing is held out.
-    """
-    keep = balanced(verdicts, held_out, seed) if balance else np.ones_like(held_out)
-    if not ((keep & held_out).any() and (keep & ~held_out).any()):
-        held_out = np.zeros_like(held_out)
-        keep = balanced(verdicts, held_out, seed) if balance else np.ones_like(held_out)
-    return keep, held_out
-
-
-def balanced(verdicts: np.ndarray, held_out: np.ndarray, seed: int) -> np.ndarray:
-    """Which examples to keep, for each side to have as many Yes as No. All arrays (examples,) bool."""
-    keep = np.ones(len(verdicts), dtype=bool)
-    rng = np.random.default_rng(seed)
-    for side in (False, True):
-        yes = np.flatnonzero(verdicts & (held_out == side))
-        no = np.flatnonzero(~verdicts & (held_out == side))
-        more = max(yes, no, key=len)
-        fewer = min(len(yes), len(no))
-        keep[rng.permutation(more)[fewer:]] = False
-    return keep
-
-
-def print_table(title: str, counts: Counter) -> None:
-    """Counts by name, what was kept first."""
-    print(f"\n{title}")
-    width = max([50, *map(len, counts)])
-    for name in sorted(counts, key=lambda name: (not name.startswith("kept"), name)):
-        if counts[name]:
-            print(f"  {name:<{width}} {counts[name]:>9,}")
 
 
 # ------------------------------------------------------------------------------ training examples, in trees

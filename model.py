@@ -57,26 +57,25 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------- the decoder
 
+def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+    """(D/2,) fp32 on the CPU: by how many radians each pair of a head turns from one position to the next."""
+    if config.rope_frequencies is not None:
+        return torch.tensor(config.rope_frequencies, device="cpu")
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    return 1.0 / config.rope_theta ** exponents
+
+
 def rope_tables(
-    config: ModelConfig, frequencies: torch.Tensor, positions: torch.Tensor
+    frequencies: torch.Tensor, positions: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What apply_rope multiplies with: frequencies (D/2,), positions (T,) -> (cos, cos) and (-sin, sin), fp32
-    (T, 1, D) each.
+    """What apply_rope multiplies with: (cos, cos) and (-sin, sin), fp32 (T, 1, D) each.
+
+    frequencies (D/2,), positions (T,). factor: YaRN sharpens attention as the context grows; else 1.
     """
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    if config.rope_attention_factor != 1:  # YaRN sharpens attention as the context grows
-        cos = cos * config.rope_attention_factor
-        sin = sin * config.rope_attention_factor
+    cos = angles.cos() * factor
+    sin = angles.sin() * factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rope_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
-    """(D/2,): by how many radians each pair of a head turns from one position to the next."""
-    if config.rope_frequencies is not None:
-        return torch.tensor(config.rope_frequencies, device=device)
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    return 1.0 / config.rope_theta ** exponents
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -180,8 +179,7 @@ class Decoder(nn.Module):
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
         self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
-        # (D/2,), made by the first pass: a CUDA graph cannot record a copy from the CPU
-        self.frequencies: torch.Tensor | None = None
+        self.frequencies = rope_frequencies(config)  # (D/2,)
 
     @property
     def device(self) -> torch.device:
@@ -193,9 +191,8 @@ class Decoder(nn.Module):
         attend(layer, q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)
         """
         x = self.embed(ids)  # (T, C)
-        if self.frequencies is None or self.frequencies.device != ids.device:
-            self.frequencies = rope_frequencies(self.config, ids.device)
-        cos, sin = rope_tables(self.config, self.frequencies, positions)
+        self.frequencies = self.frequencies.to(ids.device)  # copied by the first pass alone
+        cos, sin = rope_tables(self.frequencies, positions, self.config.rope_attention_factor)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False)

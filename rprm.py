@@ -12,7 +12,7 @@ Run it to see the method at work on one case (--problem and --step, or a built-i
 """
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,7 @@ from checkpoint import (
 from checkpoint.flags import SamplerConfig
 from checkpoint.prompt import split_prompt, tell_conversation
 from formats.case_text import print_analysis, print_case, print_reward
-from formats.verdicts import (
-    VERIFICATION,
-    add_verdicts,
-    before_verdict,
-    find_verdict,
-    has_usual_word,
-    parse_verdict,
-)
+from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
 from plumbing.cli import print_config, run
@@ -148,12 +141,15 @@ class Sampling:
     seed: int = 0
     batch_size: int = 16  # cases side by side
     force: bool = True    # give an analysis without a verdict the verification line and read P(Yes) there
-    complete: bool = False  # moreover write that line, and an answer drawn from P(Yes), into the analysis
 
 
 def without_analysis(sampling: Sampling) -> Sampling:
     """The same for a direct PRM, with as many cases side by side as there would be analyses."""
     return replace(sampling, k=1, max_new_tokens=0, batch_size=sampling.batch_size * sampling.k, force=True)
+
+
+# (a case's analyses, their seeds, P(Yes) after each of some texts and the verification line) -> its analyses
+Revise = Callable[[list[Analysis], list[int], Callable[[list[str]], list[float | None]]], list[Analysis]]
 
 
 class TooLong(BadInput):
@@ -180,6 +176,7 @@ class Sampler:
 
     engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell
     what was computed.
+    revise: what is made of a case's analyses before they are given out, as by formats/samples.add_verdicts
     """
 
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
@@ -200,6 +197,7 @@ class Sampler:
             self.reserve,
         )
         self.engine.suffix_of = self.missing_line
+        self.revise: Revise = lambda analyses, seeds, read_p_yes: analyses
         # The last token of every prompt (one, as a list), which an answer's first token may depend on
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.restart()
@@ -273,9 +271,7 @@ class Sampler:
     ) -> list[Analysis]:
         """The continuations of a prompt as analyses, with P(Yes)."""
         found = self.read(prompt, continuations)
-        if self.sampling.complete:
-            found = add_verdicts(found, seeds, partial(self.read_after, prompt))
-        return found
+        return self.revise(found, seeds, partial(self.read_after, prompt))
 
     def read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         """The continuations as analyses: P(Yes) at the verdict, or after the added line."""
@@ -312,7 +308,7 @@ class Sampler:
 
     def missing_line(self, ids: list[int]) -> list[int]:
         """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
-        if not self.sampling.force or self.sampling.complete:  # `complete` cuts the analysis back first
+        if not self.sampling.force:
             return []
         text = self.tokenizer.decode(ids)
         if parse_verdict(text) is not None:
@@ -326,16 +322,16 @@ class Sampler:
         return self.tokenizer.continuation(text or self.prompt_end, line)
 
 
-def load_sampler(config: SamplerConfig, k: int, force: bool, complete: bool = False, direct: bool = False,
-                 batch_size: int = 1) -> Sampler:
+def load_sampler(
+    config: SamplerConfig, k: int, force: bool, direct: bool = False, batch_size: int = 1
+) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt.
 
     direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
     """
     prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
     sampling = Sampling(
-        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force, complete
-    )
+        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
     if direct:
         sampling = without_analysis(sampling)
     model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)

@@ -1,25 +1,22 @@
-"""A judged case as text: the case, its analyses, and the reward as a sum."""
-from __future__ import annotations
+"""A judged case as text: the case, its analyses, and the reward as a sum.
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rprm import Analysis, Case
+case is a rprm.Case and analysis a rprm.Analysis, which are not imported, as rprm.py imports this file.
+"""
 
 
-def print_case(case: Case) -> None:
+def print_case(case) -> None:
     print(f"problem: {case.problem}")
     for i, step in enumerate(case.previous_steps, 1):
         print(f"given   Step {i}: {step}")
     print(f"judge   Step {len(case.previous_steps) + 1}: {case.now_step}")
 
 
-def print_analysis(number: int, analysis: Analysis) -> None:
+def print_analysis(number: int, analysis) -> None:
     print(f"\n--- {heading(number, analysis, ', cut off at --max-new-tokens')}")
     print(analysis.text)
 
 
-def heading(number: int, analysis: Analysis, cut_off: str) -> str:
+def heading(number: int, analysis, cut_off: str) -> str:
     """A line about an analysis. cut_off: the words for one that was cut off.
 
     analysis 1: verdict Yes, P(Yes) 0.998, 42 tokens
@@ -33,7 +30,7 @@ def heading(number: int, analysis: Analysis, cut_off: str) -> str:
     return f"analysis {number}: verdict {verdict}, {p_yes}, {analysis.n_tokens} tokens{end}"
 
 
-def print_reward(analyses: list[Analysis], reward: float | None) -> None:
+def print_reward(analyses: list, reward: float | None) -> None:
     """The sum, term by term."""
     forced = sum(a.forced for a in analyses)
     print(f"\nforced: {forced} of {len(analyses)} analyses had no verdict and were read after an added line")

@@ -1,8 +1,13 @@
 """Cases and their analyses as they stand in cases.jsonl, samples.jsonl and scores.jsonl."""
+import re
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import numpy as np
 
 from formats.readers import read_case
+from formats.verdicts import VERIFICATION
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field
 from rprm import Analysis, Case
@@ -69,3 +74,42 @@ class CaseFile:
 def line_of_case(case_id: str, case: Case) -> dict:
     """What a line of samples.jsonl says of its case, before it is sampled."""
     return {"id": case_id, "case": asdict(case) | {"previous_steps": list(case.previous_steps)}}
+
+
+# ---------------------------------------------------------------------------- a teacher that forgets the form
+
+def add_verdicts(
+    analyses: list[Analysis], seeds: list[int], read_p_yes: Callable[[list[str]], list[float | None]]
+) -> list[Analysis]:
+    """Give analyses without a verdict the verification line, and an answer drawn from P(Yes).
+
+    Those that were cut off are cut back to their last whole sentence first.
+
+    seeds:      a 64-bit number for each analysis, which decides its draw
+    read_p_yes: P(Yes) after each text and the verification line behind it; None: it is not known, and the
+                analysis stays as it is
+    """
+    texts = {}  # index of the analysis -> what is left of it
+    for i, a in enumerate(analyses):
+        if a.verdict is None and a.finished:
+            texts[i] = a.text.rstrip()
+        elif a.verdict is None:
+            texts[i] = up_to_last_sentence(a.text)
+    found = list(analyses)
+    for i, p_yes in zip(texts, read_p_yes(list(texts.values())), strict=True):
+        if p_yes is None:
+            continue
+        draw = np.random.default_rng(seeds[i] % 2 ** 63).random()
+        verdict = bool(draw < p_yes)
+        line = f"{VERIFICATION} {'Yes' if verdict else 'No'}"
+        text = f"{texts[i]}\n{line}" if texts[i] else line
+        found[i] = replace(
+            analyses[i], text=text, verdict=verdict, p_yes=p_yes, finished=True, forced=True
+        )
+    return found
+
+
+def up_to_last_sentence(text: str) -> str:
+    """A text without the sentence in which it was cut off: "It is 3.5. So" -> "It is 3.5."."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
+    return text[:ends[-1]] if ends else ""

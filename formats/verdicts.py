@@ -4,17 +4,8 @@ The normal form is a last line "Verification: Is the step correct (Yes/No)? Yes"
 in bold, in a box, on the next line or in small letters, with a sentence behind it, and thinking models quote
 the question first.
 """
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
-
-if TYPE_CHECKING:
-    from rprm import Analysis
+from typing import NamedTuple
 
 QUESTION = "Is the step correct (Yes/No)?"
 VERIFICATION = f"Verification: {QUESTION}"
@@ -111,43 +102,3 @@ def verdict_letter(text: str) -> int:
 def has_usual_word(text: str) -> bool:
     """Is a verdict's word " Yes" or " No", with the space? These are the tokens that P(Yes) compares."""
     return text[:verdict_letter(text)].endswith(" ") and text.startswith(("Yes", "No"), verdict_letter(text))
-
-
-# ------------------------------------------------------------------------- verdicts written by us
-
-
-def add_verdicts(
-    analyses: list[Analysis], seeds: list[int], read_p_yes: Callable[[list[str]], list[float | None]]
-) -> list[Analysis]:
-    """Give analyses without a verdict the verification line, and an answer drawn from P(Yes).
-
-    Those that were cut off are cut back to their last whole sentence first.
-
-    seeds:      a 64-bit number for each analysis, which decides its draw
-    read_p_yes: P(Yes) after each text and the verification line behind it; None: it is not known, and the
-                analysis stays as it is
-    """
-    texts = {}  # index of the analysis -> what is left of it
-    for i, a in enumerate(analyses):
-        if a.verdict is None and a.finished:
-            texts[i] = a.text.rstrip()
-        elif a.verdict is None:
-            texts[i] = up_to_last_sentence(a.text)
-    found = list(analyses)
-    for i, p_yes in zip(texts, read_p_yes(list(texts.values())), strict=True):
-        if p_yes is None:
-            continue
-        draw = np.random.default_rng(seeds[i] % 2 ** 63).random()
-        verdict = bool(draw < p_yes)
-        line = f"{VERIFICATION} {'Yes' if verdict else 'No'}"
-        text = f"{texts[i]}\n{line}" if texts[i] else line
-        found[i] = replace(
-            analyses[i], text=text, verdict=verdict, p_yes=p_yes, finished=True, forced=True
-        )
-    return found
-
-
-def up_to_last_sentence(text: str) -> str:
-    """A text without the sentence in which it was cut off: "It is 3.5. So" -> "It is 3.5."."""
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text)]
-    return text[:ends[-1]] if ends else ""

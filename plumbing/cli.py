@@ -27,6 +27,7 @@ import errno
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Callable, Sequence, Union, get_args, get_origin, get_type_hints
@@ -121,6 +122,15 @@ def resolved(config: Any) -> dict:
 
 def print_config(config: Any) -> None:
     print("config:", json.dumps(resolved(config), ensure_ascii=False))
+
+
+def print_table(title: str, counts: Counter) -> None:
+    """Counts by name, what was kept first."""
+    print(f"\n{title}")
+    width = max([50, *map(len, counts)])
+    for name in sorted(counts, key=lambda name: (not name.startswith("kept"), name)):
+        if counts[name]:
+            print(f"  {name:<{width}} {counts[name]:>9,}")
 
 
 # ----------------------------------------------------------------------------------------- errors of one line

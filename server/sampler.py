@@ -51,6 +51,7 @@ class ServerSampler(Sampler):
         self.sampling = sampling
         self.reserve = reserve
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
+        self.revise = lambda analyses, seeds, read_p_yes: analyses
         self.jobs = Jobs()
 
     @property
@@ -107,7 +108,6 @@ class ServerSampler(Sampler):
         A request is needed if the log-probabilities are those after temperature, if the tokens do not tell
         which of them is the verdict, and, where a verdict is to be forced, if the choice has none.
         """
-        forces = self.sampling.force and not self.sampling.complete
         found = []
         unread: dict[int, list[int]] = {}  # index of the analysis -> the text after which P(Yes) is asked for
         for i, choice in enumerate(choices):
@@ -124,7 +124,7 @@ class ServerSampler(Sampler):
                     unread[i] = prompt + self.answer(choice.text[:letter].rstrip(" "))
                 else:
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
-            elif forces:
+            elif self.sampling.force:
                 unread[i] = prompt + self._ids(tokens, choice.text) + self.verification(choice.text)
             found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))
         for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
@@ -176,14 +176,14 @@ def context_of(model: dict) -> float:
     return told if isinstance(told, int) else math.inf
 
 
-def load_served(config, k: int, force: bool, complete: bool = False, direct: bool = False) -> Sampler:
+def load_served(config, k: int, force: bool, direct: bool = False) -> Sampler:
     """The sampler of --model at --server. config: ServedConfig."""
     if ranks.count() > 1:
         raise BadInput("--server: one process asks for all; leave torchrun out and raise --concurrency")
     tokenizer = load_tokenizer(config.tokenizer, config.system, read_template_args(config.template_args))
     prompt = load_prompt(config.prompt_file, Path(config.tokenizer) / PROMPT_FILE, direct)
     sampling = Sampling(k, config.temperature, config.top_p, config.max_new_tokens, config.seed,
-                        config.concurrency, force, complete)
+                        config.concurrency, force)
     if direct:
         sampling = without_analysis(sampling)
     key = read_key(config.api_key_env)

@@ -255,6 +255,33 @@ def test_rows_are_retired_and_refilled(engine_of, model):
         assert engine.new_tokens == sum(len(c.p_yes) for row in whole for c in row)
 
 
+def test_a_model_that_has_sampled_trains_as_one_that_has_not(engine_of, tiny_folder):
+    """Engines run in inference mode: no tensor of it is left in the model, where a backward pass would meet it."""
+    tree = Tree(shared_prompts(3))
+    gradients = []
+    for samples in (False, True):
+        engine = engine_of(load_model(tiny_folder))
+        if samples:
+            run(engine, requests_of(shared_prompts(2), 2))
+        own = engine.model
+        hidden = own(tree.ids, tree.positions, own.tree_attention(tree.end))
+        own.logits(hidden).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in own.parameters()])
+    for without, after in zip(*gradients, strict=True):
+        assert torch.equal(without, after)
+
+
+def test_with_no_new_tokens_p_yes_is_read_behind_the_suffix(engine_of, model):
+    """max_new_tokens = 0: every continuation is empty, and P(Yes) is that of a full pass over prompt and suffix."""
+    suffix = [7, 8, 9]
+    prompts = shared_prompts(5)
+    found = run(engine_of(model, max_new_tokens=0, max_rows=3), requests_of(prompts, 1), lambda ids: suffix)
+    for ids, [continuation] in zip(prompts, found, strict=True):
+        [expected] = engine_of(model).read_p_yes([ids + suffix])
+        assert (continuation.ids, continuation.p_yes, continuation.end) == ([], [], None)
+        assert continuation.p_yes_after_suffix == pytest.approx(expected, abs=1e-6)
+
+
 def test_an_engine_runs_again(engine_of, model):
     """A second run with other prompts owes nothing to the first one."""
     engine = engine_of(model)

@@ -23,7 +23,8 @@ from plumbing.errors import BadInput
 from conftest import IM_END, IM_START, ROOT
 from model import Tree, tree_attention
 from formats import verdicts
-from formats.verdicts import QUESTION, VERIFICATION, add_verdicts, has_one_verdict, parse_verdict
+from formats.samples import add_verdicts
+from formats.verdicts import QUESTION, VERIFICATION, has_one_verdict, parse_verdict
 from plumbing.rounds import in_order
 from rprm import (
     Analysis,
@@ -406,7 +407,8 @@ def test_complete_writes_line_and_verdict(make_sampler, monkeypatch):
     for n, (text, sentence) in enumerate(zip(texts, kept)):
         cut = n >= 4
         ids = make_sampler().tokenizer.encode(text)
-        sampler = make_sampler(k=1, complete=True, max_new_tokens=len(ids) if cut else 200)
+        sampler = make_sampler(k=1, force=False, max_new_tokens=len(ids) if cut else 200)
+        sampler.revise = add_verdicts
         scripted(monkeypatch, sampler.tokenizer, {PENS: [text]})
         [[a]] = analyses_of(sampler, [PENS])
         if sentence is None:
@@ -423,7 +425,7 @@ def test_completed_answers_are_drawn_with_p_yes(make_sampler, monkeypatch):
 
     Odds of a false alarm: below 1e-6 (5 sigma); and the same seed draws the same.
     """
-    sampler = make_sampler(k=600, complete=True)
+    sampler = make_sampler(k=600)
     monkeypatch.setattr(sampler.engine, "read_p_yes", lambda texts: [0.3] * len(texts))
     seeds = [row_seed(0, PENS, k) for k in range(600)]
 

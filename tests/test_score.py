@@ -93,7 +93,7 @@ def stand_in(monkeypatch):
 
         rng = random.Random(0)
 
-        def load(config, k, force, complete=False, direct=False) -> StandIn:
+        def load(config, k, force, direct=False) -> StandIn:
             return StandIn(lambda case: analyses_of(case, k), asked, rng)
         monkeypatch.setattr(score, "load_sampler", load)
         return asked

@@ -37,10 +37,10 @@ def test_rotary_tables_equal_transformers(name, head_dim, theta):
                       max_position_embeddings=64)
     config = parse_config(raw, "config.json")
     reference = Qwen2RotaryEmbedding(AutoConfig.for_model(**raw))
-    frequencies = rope_frequencies(config, torch.device("cpu"))
+    frequencies = rope_frequencies(config)
     assert (frequencies / reference.inv_freq - 1).abs().max() < 1e-6
     positions = torch.arange(8)  # further on, the last bit of a frequency shows in the angle
-    cos, sin = rope_tables(config, frequencies, positions)
+    cos, sin = rope_tables(frequencies, positions, config.rope_attention_factor)
     expected_cos, expected_sin = reference(torch.zeros(1), positions[None])
     half = head_dim // 2
     sign = torch.cat((-torch.ones(half), torch.ones(half)))  # our sines have that of their half

@@ -24,6 +24,7 @@ from compare import small_world_cases
 from conftest import HANG, ROOT, start
 from checkpoint.flags import ServedConfig
 from data import load_sampler
+from formats.samples import add_verdicts
 from formats.verdicts import VERIFICATION
 from plumbing import ranks
 from plumbing.cli import run
@@ -229,9 +230,9 @@ def cases(n: int) -> list[Case]:
     return [Case(f"Problem {i}.", (), f"The sum is {i}.") for i in range(n)]
 
 
-def sampler(it: StandIn, folder: Path, k: int = 4, force: bool = True, complete: bool = False, **changes):
+def sampler(it: StandIn, folder: Path, k: int = 4, force: bool = True, **changes):
     settings = {"model": "judge", "server": it.url, "tokenizer": str(folder), "retries": 3} | changes
-    return load_sampler(ServedConfig(**settings), k, force, complete)
+    return load_sampler(ServedConfig(**settings), k, force)
 
 
 def in_order(answers) -> list[list]:
@@ -391,7 +392,9 @@ def test_cut_off_analyses_are_told(stand_in, tiny_folder):
 
 def test_completed_analyses_end_with_a_verdict(stand_in, tiny_folder):
     stand_in.write = lambda prompt, seed: "no verdict here"
-    [analyses] = found(stand_in, tiny_folder, cases(1), complete=True)
+    it = sampler(stand_in, tiny_folder, force=False)
+    it.revise = add_verdicts
+    [analyses] = in_order(it.analyses(cases(1)))
     for a in analyses:
         assert a.text.startswith(f"no verdict here\n{VERIFICATION} ") and a.forced and a.verdict is not None
 
@@ -399,7 +402,9 @@ def test_completed_analyses_end_with_a_verdict(stand_in, tiny_folder):
 def test_an_analysis_is_not_completed_where_its_answer_is_unknown(stand_in, tiny_folder):
     stand_in.write = lambda prompt, seed: "no verdict here"
     stand_in.top = lambda prefix: {"!": -0.1, "?": -4.0}
-    [analyses] = found(stand_in, tiny_folder, cases(1), complete=True)
+    it = sampler(stand_in, tiny_folder, force=False)
+    it.revise = add_verdicts
+    [analyses] = in_order(it.analyses(cases(1)))
     assert len(analyses) == 4
     for a in analyses:
         assert (a.text, a.verdict, a.p_yes, a.forced) == ("no verdict here", None, None, False)
