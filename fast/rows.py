@@ -33,7 +33,7 @@ class Columns:
 @dataclass
 class Rows(Columns):
     """What is decoded: R rows, each the common beginning of one or more continuations of a prompt."""
-    request_id: torch.Tensor      # (R,) int64, of its request
+    request_id: torch.Tensor  # (R,) int64, of its request
     start: torch.Tensor       # (R,) int64, tokens of its prompt
     length: torch.Tensor      # (R,) int64, tokens behind the prompt
     limit: torch.Tensor       # (R,) int64, the most it may have of them
