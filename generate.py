@@ -6,7 +6,8 @@
         for request_id, continuations in engine.step():
             ...
 
-The engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every
+`add`, `busy` and `step` are a queue's (plumbing/queues.py), which hands `generate` a batch of requests. The
+engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every
 continuation a row with a copy of its prompt's keys and values, and decodes one token a step for all rows
 until the last one ends. fast/engine.py samples the same tokens sooner: finished rows leave its batch, prompts
 are kept once, and rows that agree are computed once.

@@ -88,11 +88,6 @@ class Prompt:
         return [(values[piece], False) if i % 2 else (piece, True) for i, piece in enumerate(self.pieces)]
 
 
-def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
-    """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
-    return Prompt(*read_prompt(prompt_file, travelled, direct))
-
-
 # ---------------------------------------------------------------------------------------------- analyses
 
 @dataclass(frozen=True)
@@ -322,32 +317,6 @@ class Sampler:
         return self.tokenizer.continuation(text or self.prompt_end, line)
 
 
-def load_sampler(
-    config: SamplerConfig, k: int, force: bool, direct: bool = False, batch_size: int = 1
-) -> Sampler:
-    """The sampler of a checkpoint folder, with its tokenizer and its prompt.
-
-    direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
-    """
-    prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
-    sampling = Sampling(
-        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
-    if direct:
-        sampling = without_analysis(sampling)
-    model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
-    if config.adapter:
-        merge_adapter(model, config.adapter)
-    tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
-    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
-    if config.plain:
-        engine_class = Engine
-    else:
-        fast.speed_up(model)
-        engine_class = fast.engine_for(model)
-    tell_conversation(prompt.text, tokenizer)
-    return Sampler(model, tokenizer, prompt, sampling, engine_class)
-
-
 def fingerprint(*values: object) -> int:
     """A 64-bit number from what the values say, the same in every run."""
     content = repr(values).encode("utf-8", "surrogatepass")
@@ -439,6 +408,40 @@ def dpo_loss(
         losses = right_way * (1 - label_smoothing) + wrong_way * label_smoothing
     losses = losses - nll * chosen / chosen_lengths
     return losses, chosen_rewards, rejected_rewards
+
+
+# ---------------------------------------------------------------------------------- from a checkpoint folder
+
+def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = False) -> Prompt:
+    """The prompt of --prompt-file; else the one saved with the checkpoint or the data; else the project's."""
+    return Prompt(*read_prompt(prompt_file, travelled, direct))
+
+
+def load_sampler(
+    config: SamplerConfig, k: int, force: bool, direct: bool = False, batch_size: int = 1
+) -> Sampler:
+    """The sampler of a checkpoint folder, with its tokenizer and its prompt.
+
+    direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
+    """
+    prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
+    sampling = Sampling(
+        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
+    if direct:
+        sampling = without_analysis(sampling)
+    model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
+    if config.adapter:
+        merge_adapter(model, config.adapter)
+    tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
+    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
+    if config.plain:
+        engine_class = Engine
+    else:
+        fast.speed_up(model)
+        fast.pack_weights(model)
+        engine_class = fast.engine_for(model)
+    tell_conversation(prompt.text, tokenizer)
+    return Sampler(model, tokenizer, prompt, sampling, engine_class)
 
 
 # -------------------------------------------------------------------------------------------- one case, shown

@@ -27,7 +27,7 @@ import fast
 from checkpoint import DTYPES, load_for_training, load_tokenizer, read_template_args, results
 from checkpoint.prompt import travelling_prompt
 from data import MicroBatch, deal, pack
-from formats.examples import Examples, reference_table, validation_examples
+from formats.examples import Examples, read_examples, reference_table
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
@@ -71,9 +71,8 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, config.model, config.adapter)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, read_pair, tokenizer, config.micro_tokens, context, prompt)
-    validation = validation_examples(
-        config.validation, read_pair, tokenizer, config.micro_tokens, context, prompt)
+    train, validation = read_examples(
+        config.train, config.validation, read_pair, tokenizer, config.micro_tokens, context, prompt)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
@@ -81,8 +80,7 @@ def main(config: Config) -> None:
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
 
-    conversation = prompt if train.conversation is not None else None
-    flags = (config.context, config.system, config.template_args, conversation)
+    flags = (config.context, config.system, config.template_args)
     table_of = partial(reference_table, model, config.model, config.adapter, config.batch_size, flags)
     reference = reference_logprobs(model, train, config.batch_size, table_of(train))
     if validation:

@@ -20,7 +20,7 @@ import fast
 from checkpoint import DTYPES, load_for_training, load_tokenizer, new_model, read_template_args, results
 from checkpoint.prompt import travelling_prompt
 from data import deal, pack
-from formats.examples import Examples, validation_examples
+from formats.examples import Examples, read_examples
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
@@ -59,9 +59,8 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
     prompt = travelling_prompt(config.prompt_file, config.train, folder, config.adapter)
     context = model.config.max_position_embeddings
-    train = Examples(config.train, read_example, tokenizer, config.micro_tokens, context, prompt)
-    validation = validation_examples(
-        config.validation, read_example, tokenizer, config.micro_tokens, context, prompt)
+    train, validation = read_examples(
+        config.train, config.validation, read_example, tokenizer, config.micro_tokens, context, prompt)
 
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)

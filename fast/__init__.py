@@ -15,11 +15,11 @@ The scripts take these unless they are given --plain, and the tests hold them to
 """
 from fast.engine import Engine
 from fast.graphs import RecordedEngine
-from fast.kernels import speed_up
+from fast.kernels import pack_weights, speed_up
 from fast.memory import keep_freed_memory
 from model import Decoder
 
-__all__ = ["engine_for", "keep_freed_memory", "speed_up"]
+__all__ = ["engine_for", "keep_freed_memory", "pack_weights", "speed_up"]
 
 
 def engine_for(model: Decoder) -> type[Engine]:

@@ -3,7 +3,8 @@
 Plain (model.py): nn.Linear, F.rms_norm, silu(gate) * up. Fast, with the same results up to rounding:
 
 - Products in fp32 on CPU go through oneDNN instead of MKL: 5% of a training step on AMD, nearly twice as fast
-  for the head on few rows.
+  for the head on few rows. For sampling the weights are laid out for it once (`pack_weights`): a step of 10
+  rows of SmolLM2 spends 43 ms on its products instead of 55.
 - RMSNorm has a backward pass of its own, written out below: autograd keeps the normalized x beside x.
 - A product whose input is cheap to make (the output of a norm, or of the activation) keeps what its input was
   made of, and makes it again in its backward pass. So a layer keeps 2 C + (2 H + 2 KV) D + 2 I numbers of a
@@ -27,6 +28,7 @@ from lora import LoRALinear, change
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
 ONEDNN_SIZE = 2 ** 23  # multiply-adds of a product from which oneDNN is worth its call
+PACKED_SIZE = 2 ** 18  # numbers of a weight from which a layout for oneDNN is worth its call
 ROWS = 256             # rows of an activation whose backward pass fits the caches of a CPU
 
 
@@ -44,6 +46,26 @@ def speed_up(model: Decoder) -> Decoder:
             module.forward = MethodType(layer_forward, module)
     model.logits = MethodType(logits, model)
     model.tree_attention = tree_attention
+    return model
+
+
+@torch.inference_mode()
+def pack_weights(model: Decoder) -> Decoder:
+    """Lay a model's weights out in the blocks that oneDNN reads. -> the model, which samples, and cannot be
+    trained or saved any more.
+
+    Otherwise oneDNN lays them out at every product, which is a third of the time of one on few rows.
+    """
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return model
+    if model.embed.weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return model
+    for module in model.modules():
+        if type(module) is not nn.Linear or module.weight.is_mkldnn:
+            continue
+        if module.weight.numel() >= PACKED_SIZE:
+            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, ROWS)
+            module.weight = nn.Parameter(packed, requires_grad=False)
     return model
 
 
@@ -93,6 +115,8 @@ def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
            made: Made | None = None) -> torch.Tensor:
     """F.linear: x (T, I), weight (O, I), bias (O,) or None -> (T, O). `made`: see OneDNNLinear."""
+    if weight.is_mkldnn:
+        return onednn(x, weight, bias)
     if not is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():

@@ -192,15 +192,20 @@ def pieces_of(words: Prompt, message: str) -> list[tuple[str, bool]] | None:
     return [*found, (own[-1], True)]
 
 
-def validation_examples(path: str | None, read: Callable[[dict, str], Turn], tokenizer: ChatTokenizer,
-                        micro_tokens: int, context: int, prompt: str | None = None) -> Examples | None:
-    """The examples of --validation. None without it, and if the file is empty, as it is of few problems."""
-    if path is None:
-        return None
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        print(f"{path}: is empty; training goes on without validation")
-        return None
-    return Examples(path, read, tokenizer, micro_tokens, context, prompt)
+def read_examples(train: str, validation: str | None, read: Callable[[dict, str], Turn],
+                  tokenizer: ChatTokenizer, micro_tokens: int, context: int,
+                  prompt: str | None = None) -> tuple[Examples, Examples | None]:
+    """The examples of --train and of --validation.
+
+    The second are None without it, and if the file is empty, as it is of few problems.
+    """
+    found = Examples(train, read, tokenizer, micro_tokens, context, prompt)
+    if validation is None:
+        return found, None
+    if Path(validation).is_file() and Path(validation).stat().st_size == 0:
+        print(f"{validation}: is empty; training goes on without validation")
+        return found, None
+    return found, Examples(validation, read, tokenizer, micro_tokens, context, prompt)
 
 
 def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size: int,
@@ -211,6 +216,7 @@ def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size
     """
     path = None
     if ranks.rank() == 0:
+        flags = (*flags, pairs.conversation.text if pairs.conversation else None)
         path = reference_path(folder, adapter, pairs, batch_size, model.embed.weight, flags)
     table = StoredTable(path, len(pairs.rows), columns=2)
     is_kept = np.isin(np.arange(len(pairs.rows)), pairs.kept)
