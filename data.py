@@ -84,6 +84,9 @@ def cases(config: CasesConfig) -> None:
                     counts["dropped: the same case again"] += 1
                     continue
                 seen.add(key)
+                otherwise = dataclasses.replace(case, label=not case.label)
+                if fingerprint(0, dataclasses.astuple(otherwise)) in seen:
+                    counts["of these, also labelled the other way"] += 1
                 counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
                 file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
         if not n_solutions:

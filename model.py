@@ -133,6 +133,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
+    hidden_act = "silu"  # what config.json calls the activation; checkpoints with another are refused
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)

@@ -37,7 +37,7 @@ from checkpoint import (
 from checkpoint.flags import SamplerConfig
 from checkpoint.prompt import split_prompt, tell_conversation
 from formats.case_text import print_analysis, print_case, print_reward
-from formats.verdicts import VERIFICATION, before_verdict, find_verdict, has_usual_word, parse_verdict
+from formats.verdicts import VERIFICATION, before_verdict, find_verdict, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, at_least_fp32, head_chunk
 from plumbing.cli import print_config, run
@@ -163,11 +163,11 @@ class Sampler:
     than the context has none: [].
 
     P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
-    takes down while it decodes. Where the verdict was written in other words ("**Yes", "yes",
-    "\\boxed{Yes}"), that pair says nothing at this position. Then P(Yes) is read in a second pass, after the
-    analysis with the verification line in place of its verdict. So one pair of tokens is compared in all
-    analyses, under all tokenizers; a sum over the forms of a word would compare other sets of tokens from
-    analysis to analysis.
+    takes down while it decodes. Where the verdict was written in other tokens ("**Yes", "yes",
+    "\\boxed{Yes}", or a space and "Yes"), that pair says nothing at this position. Then P(Yes) is read in a
+    second pass, after the analysis with the verification line in place of its verdict. So one pair of tokens
+    is compared in all analyses, under all tokenizers; a sum over the forms of a word would compare other sets
+    of tokens from analysis to analysis.
 
     engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell
     what was computed.
@@ -274,18 +274,20 @@ class Sampler:
         elsewhere: dict[int, str] = {}  # index of the analysis -> its text before the verdict
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
-            verdict = parse_verdict(text)
+            verdict = find_verdict(text)
             p_yes = None
             if verdict is None:
                 p_yes = c.p_yes_after_suffix
-            elif has_usual_word(text):
-                verdict_token = tokens_within(c.ids, find_verdict(text).letter, self.tokenizer)
-                p_yes = c.p_yes[verdict_token]
             else:
-                elsewhere[i] = before_verdict(text)
+                at = tokens_within(c.ids, verdict.letter, self.tokenizer)  # the token with the first letter
+                if c.ids[at] in self.engine.yes_no:
+                    p_yes = c.p_yes[at]
+                else:
+                    elsewhere[i] = before_verdict(text)
+            says = None if verdict is None else verdict.yes
             forced = verdict is None and p_yes is not None
             finished = c.finished or self.sampling.max_new_tokens == 0
-            found.append(Analysis(text, verdict, p_yes, len(c.ids), finished, forced))
+            found.append(Analysis(text, says, p_yes, len(c.ids), finished, forced))
         for i, p_yes in zip(elsewhere, self.read_after(prompt, list(elsewhere.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes)
         return found
@@ -393,19 +395,20 @@ def dpo_loss(
     """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
 
     chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen
-    reference. DPO (arXiv 2305.18290, eq. 7; with label smoothing its "conservative" form), IPO (arXiv
-    2310.12036, eq. 17; its log-ratios are means per token in some libraries, sums here), and `nll` times the
-    chosen response's mean NLL.
+    reference. DPO (arXiv 2305.18290, eq. 7) or IPO (arXiv 2310.12036, eq. 17; its log-ratios are means per
+    token in some libraries, sums here). With label smoothing: the expected loss if that share of the pairs is
+    the wrong way round ("conservative" DPO). Plus `nll` times the chosen response's mean NLL.
     """
     chosen_rewards = beta * (chosen - ref_chosen).detach()
     rejected_rewards = beta * (rejected - ref_rejected).detach()
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     if ipo:
-        losses = (margin - 1 / (2 * beta)) ** 2
+        right_way = (margin - 1 / (2 * beta)) ** 2
+        wrong_way = (-margin - 1 / (2 * beta)) ** 2
     else:
         right_way = -F.logsigmoid(beta * margin)
         wrong_way = -F.logsigmoid(-beta * margin)
-        losses = right_way * (1 - label_smoothing) + wrong_way * label_smoothing
+    losses = right_way * (1 - label_smoothing) + wrong_way * label_smoothing
     losses = losses - nll * chosen / chosen_lengths
     return losses, chosen_rewards, rejected_rewards
 
@@ -482,7 +485,8 @@ def main(config: Config) -> None:
         from formats.case_page import write_case_page, written  # here, as nothing else needs them
         ids = sampler.prompt_ids(case)
         tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, ids, analyses)
-        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step, tokens)
+        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step, tokens,
+                        reward(analyses))
         print(f"page:   {config.html}")
     n = sampler.engine.new_tokens
     print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")

@@ -7,7 +7,7 @@ import torch
 
 from checkpoint.folder import find_folder
 from checkpoint.rope import stretched_frequencies
-from model import ModelConfig
+from model import MLP, ModelConfig
 from plumbing.errors import BadInput
 from plumbing.files import expect, get_field, read_json
 
@@ -201,7 +201,7 @@ def refuse_unimplemented(raw: dict, config: ModelConfig, where: str) -> None:
     window_is_wide = isinstance(window, int) and window >= config.max_position_embeddings
     asks_for = {
         "architectures": asks_for_another_head(raw, where),
-        "hidden_act": raw.get("hidden_act", "silu") != "silu",
+        "hidden_act": raw.get("hidden_act", "silu") != MLP.hidden_act,
         "attention_bias": bool(raw.get("attention_bias")) and config.model_type != "qwen2",
         "mlp_bias": bool(raw.get("mlp_bias")),
         "sliding_window": has_window and not window_is_wide,
@@ -244,7 +244,7 @@ def config_to_json(config: ModelConfig, dtype: torch.dtype, eos_ids: list[int]) 
     raw = {"architectures": [ARCHITECTURES[config.model_type]]}
     for name in SAVED_FIELDS:
         raw[name] = getattr(config, name)
-    raw["hidden_act"] = "silu"
+    raw["hidden_act"] = MLP.hidden_act
     raw["eos_token_id"] = eos_ids
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     if config.model_type == "mistral":

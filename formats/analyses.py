@@ -52,7 +52,7 @@ def numbers_of(line: dict, k: int) -> dict[str, int]:
     return {
         "solutions": 1,
         "steps": len(steps),
-        "null_rewards": sum(all(analysis["p_yes"] is None for analysis in step) for step in steps),
+        "null_rewards": rewards_of(line, k).count(None),
         "analyses": len(analyses),
         "unparsed": sum(analysis["verdict"] is None for analysis in analyses),
         "truncated": sum(not analysis["finished"] for analysis in analyses),

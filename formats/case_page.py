@@ -1,7 +1,7 @@
 """One HTML page of the K analyses of a case, as the tree in which they branch: the trie of their tokens.
 
     first = Written([" 3", "+", "4"], [0.9, 0.5, 1.0], [0.4, 0.5, 0.9], verdict=True, p_yes_at_verdict=0.9)
-    write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [first, ...])
+    write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [first, ...], 0.9)
 
 `written` makes these of a sampler's analyses: python rprm.py --html case.html.
 
@@ -55,13 +55,17 @@ def write_case_page(
     previous_steps: Sequence[str],
     now_step: str,
     continuations: Sequence[Written | tuple],
+    reward: float | None,
 ) -> None:
-    """Write the page; the analyses are numbered in the order in which they are given."""
+    """Write the page; the analyses are numbered in the order in which they are given.
+
+    reward: the step's; None if no analysis has a P(Yes)
+    """
     analyses = [Written(*continuation) for continuation in continuations]
     root = grow(analyses, list(range(len(analyses))), 0)
     body = [
         show_case(problem, previous_steps, now_step),
-        show_reward(analyses),
+        show_reward(analyses, reward),
         show_sizes(analyses, root),
         show_legend(analyses),
         '<ul class="tree">\n',
@@ -142,22 +146,21 @@ def show_case(problem: str, previous_steps: Sequence[str], now_step: str) -> str
     return f'<p class="problem">{escape(problem)}</p>\n<ol class="steps">{steps}{now}</ol>\n'
 
 
-def show_reward(analyses: list[Written]) -> str:
-    """The mean as a sum, and the P(Yes) as dots on a line from 0 to 1."""
+def show_reward(analyses: list[Written], reward: float | None) -> str:
+    """The reward, the P(Yes) that it is made of, and both on a line from 0 to 1."""
     known = [analysis.p_yes_at_verdict for analysis in analyses if analysis.p_yes_at_verdict is not None]
-    if not known:
+    if reward is None:
         return "<h2>Reward: null</h2>\n<p>No analysis has a P(Yes).</p>\n"
-    reward = sum(known) / len(known)
-    terms = " + ".join(f"{value:.3f}" for value in known)
+    values = ", ".join(f"{value:.3f}" for value in known)
     return (
         f"<h2>Reward: {reward:.4f}</h2>\n"
-        f"<p>The mean of P(Yes) at the verdicts: ({terms}) / {len(known)}</p>\n"
+        f"<p>P(Yes) at the verdicts: {values}</p>\n"
         + show_dots(analyses, reward)
     )
 
 
 def show_dots(analyses: list[Written], reward: float) -> str:
-    """P(Yes) as dots on a line from 0 to 1, piled up where they would hide each other; a tick at the mean."""
+    """P(Yes) as dots on a line from 0 to 1, piled up where they would hide each other, and the reward."""
     width = 400
     left = 14
     piles: dict[int, list[tuple[float, str]]] = {}
@@ -176,11 +179,11 @@ def show_dots(analyses: list[Written], reward: float) -> str:
         for height, (x, rest) in enumerate(pile):
             circles.append(f'<circle cx="{x:.1f}" cy="{bottom - 7 - rise * height:.1f}" {rest}')
     half = left + width / 2
-    mean = left + reward * width
+    x = left + reward * width
     lines = (
         f'<line class="half" x1="{half}" x2="{half}" y1="0" y2="{bottom:.1f}"/>'
         f'<line class="axis" x1="{left}" x2="{left + width}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>'
-        f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{bottom:.1f}" y2="{bottom + 8:.1f}"/>'
+        f'<line class="reward" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 8:.1f}"/>'
     )
     ticks = "".join(
         f'<text x="{left + value * width}" y="{bottom + 20:.1f}" text-anchor="middle">{text}</text>'
@@ -188,7 +191,7 @@ def show_dots(analyses: list[Written], reward: float) -> str:
     )
     return (
         f'<svg class="dots" viewBox="0 0 {width + 2 * left} {bottom + 24:.1f}" role="img" '
-        f'aria-label="P(Yes) of the analyses on a line from 0 to 1; their mean is {reward:.4f}">'
+        f'aria-label="P(Yes) of the analyses on a line from 0 to 1; the reward is {reward:.4f}">'
         f"{lines}{''.join(circles)}{ticks}</svg>\n"
     )
 

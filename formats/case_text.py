@@ -31,11 +31,11 @@ def heading(number: int, analysis, cut_off: str) -> str:
 
 
 def print_reward(analyses: list, reward: float | None) -> None:
-    """The sum, term by term."""
+    """The reward, and the P(Yes) that it is made of."""
     forced = sum(a.forced for a in analyses)
     print(f"\nforced: {forced} of {len(analyses)} analyses had no verdict and were read after an added line")
     if reward is None:
         print("reward: null (no analysis has a verdict; raise --max-new-tokens or leave out --no-force)")
         return
-    terms = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
-    print(f"reward: ({' + '.join(terms)}) / {len(terms)} = {reward:.4f}")
+    p_yes = [f"{a.p_yes:.3f}" for a in analyses if a.p_yes is not None]
+    print(f"reward: {reward:.4f}, of P(Yes) {', '.join(p_yes)}")

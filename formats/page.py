@@ -34,6 +34,7 @@ from formats.rows import Solution
 from formats.score_lines import ScoreLine, read_score_lines
 from plumbing.errors import BadInput
 from plumbing.files import writing
+from rprm import reward
 
 STYLES = ("look.css", "page.css")
 SCRIPTS = ("page_numbers.js", "page_charts.js", "page_figures.js", "page_list.js", "page.js")
@@ -163,6 +164,7 @@ class Judge:
     judged   int32, a number for each line: its judged steps
     samples  int32, a number for each judged step: its analyses
     p_yes    float32 or float64, a number for each analysis; nan = unknown
+    rewards  float64, a number for each analysis: its step's reward over those up to it; nan = null
     tokens   int32, a number for each analysis
     flags    uint8, a number for each analysis: YES or NO, CUT_OFF, FORCED
     """
@@ -172,6 +174,7 @@ class Judge:
         self.lines: dict[int, int] = {}  # solution -> judged steps
         self.samples = array("i")
         self.p_yes = array("d")
+        self.rewards = array("d")
         self.tokens = array("i")
         self.flags = array("B")
 
@@ -179,8 +182,9 @@ class Judge:
         self.lines[solution] = len(line.analyses)
         for step in line.analyses:
             self.samples.append(len(step))
-            for analysis in step:
-                self.p_yes.append(float("nan") if analysis.p_yes is None else analysis.p_yes)
+            for k, analysis in enumerate(step, 1):
+                self.p_yes.append(number_or_nan(analysis.p_yes))
+                self.rewards.append(number_or_nan(reward(step[:k])))
                 self.tokens.append(analysis.n_tokens)
                 self.flags.append(flags_of(analysis))
 
@@ -202,8 +206,13 @@ class Judge:
         yield "judged", np.fromiter(self.lines.values(), dtype="<i4")
         yield "samples", np.asarray(self.samples).astype("<i4")
         yield "p_yes", np.asarray(self.p_yes).astype("<f4" if self.fits_float32() else "<f8")
+        yield "rewards", np.asarray(self.rewards).astype("<f8")
         yield "tokens", np.asarray(self.tokens).astype("<i4")
         yield "flags", np.asarray(self.flags)
+
+
+def number_or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def flags_of(analysis: Any) -> int:

@@ -239,7 +239,8 @@ function dotLine(judge, number, t, isOpened) {
   const samples = samplesOf(judge, number, t);
   if (!samples) return "";
   const known = samples.filter(sample => sample.counted && !Number.isNaN(sample.pYes));
-  const reward = known.length ? sum(known.map(sample => sample.pYes)) / known.length : NaN;
+  const step = judge.firstStep[judge.lineOf[number]] + t;
+  const reward = rewardsOf(judge, kOf(judge))[step];
   const piles = new Map();
   const dots = known.map(sample => {
     const pile = Math.round(sample.pYes * 60);
@@ -253,8 +254,9 @@ function dotLine(judge, number, t, isOpened) {
     });
   });
   const tallest = Math.max(1, ...piles.values());
-  const mean = known.length ? [element("span", {class: "mean", "--p": reward})] : [];
-  const text = known.length ? `reward ${reward.toFixed(3)}` : "reward null";
+  const isNull = Number.isNaN(reward);
+  const mark = isNull ? [] : [element("span", {class: "reward-tick", "--p": reward})];
+  const text = isNull ? "reward null" : `reward ${reward.toFixed(3)}`;
   const spoken = `${judge.name}: ${text}; P(Yes) ${known.map(sample => sample.pYes.toFixed(3)).join(", ")}`;
   return element(
     "div",
@@ -270,7 +272,7 @@ function dotLine(judge, number, t, isOpened) {
         "--rise": `${Math.min(5, 50 / tallest)}px`,
       },
       element("span", {class: "threshold-tick"}),
-      ...mean,
+      ...mark,
       ...dots,
     ),
     element("span", {class: "dot-reward"}, text),

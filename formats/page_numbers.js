@@ -9,6 +9,7 @@
 //   firstStep      line -> its first step; firstStep[line + 1] is one past its last
 //   firstAnalysis  step -> its first analysis, likewise
 //   pYes, tokens, flags    of each analysis; a P(Yes) that is not known is NaN
+//   rewards        of each analysis: its step's reward over the analyses up to this one (rprm.reward); null is NaN
 //
 // A solution is {source, id, problem, steps, label, wrong}. `wrong` has all wrong steps in the rows of PRMBench,
 // and is null in others. PRMBench's rows are in no accuracy of ProcessBench's kind.
@@ -49,6 +50,7 @@ async function unpackJudge(number, header, solutionCount) {
     firstStep: startsOf(judged),
     firstAnalysis: startsOf(samples),
     pYes: new FloatArray(await block("p_yes")),
+    rewards: new Float64Array(await block("rewards")),
     tokens: new Int32Array(await block("tokens")),
     flags: new Uint8Array(await block("flags")),
     memory: new Map(), // what has been computed of it (`remembered`)
@@ -66,12 +68,15 @@ function startsOf(lengths) {
 
 // -------------------------------------------------------------------------------- rewards and predictions
 
-/** The mean P(Yes) of each step over those of its first K analyses that have one; NaN where none has one. */
+/** The reward of each step over its first K analyses; NaN where it has none. */
 function rewardsOf(judge, k) {
   return remembered(judge, `rewards ${k}`, () => {
     const stepCount = judge.firstAnalysis.length - 1;
     const rewards = new Float64Array(stepCount);
-    for (let step = 0; step < stepCount; step++) rewards[step] = meanPYes(judge, step, k);
+    for (let step = 0; step < stepCount; step++) {
+      const [first, end] = analysesOf(judge, step, k);
+      rewards[step] = first < end ? judge.rewards[end - 1] : NaN;
+    }
     return rewards;
   });
 }
@@ -80,18 +85,6 @@ function rewardsOf(judge, k) {
 function remembered(judge, key, compute) {
   if (!judge.memory.has(key)) judge.memory.set(key, compute());
   return judge.memory.get(key);
-}
-
-function meanPYes(judge, step, k) {
-  const [first, end] = analysesOf(judge, step, k);
-  let sum = 0;
-  let count = 0;
-  for (let i = first; i < end; i++) {
-    if (Number.isNaN(judge.pYes[i])) continue;
-    sum += judge.pYes[i];
-    count++;
-  }
-  return count ? sum / count : NaN;
 }
 
 /** [first, end) of the first K analyses of a step. */

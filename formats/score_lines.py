@@ -36,7 +36,7 @@ def read_score_lines(path: str | Path) -> Iterator[tuple[str, ScoreLine]]:
 
 
 def read_score_line(row: dict, where: str) -> ScoreLine:
-    """Raises BadInput unless the reward of each judged step is the mean of its analyses' P(Yes)."""
+    """Raises BadInput unless the reward of each judged step is that of its analyses (`rprm.reward`)."""
     solution = read_solution(row, where)
     samples = get_field(row, "samples", list, where)
     if not 1 <= len(samples) <= len(solution.steps):
@@ -54,7 +54,7 @@ def read_score_line(row: dict, where: str) -> ScoreLine:
 
 
 def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[float | None]:
-    """The means of P(Yes), which the file must agree with: a page shows no other numbers than its file."""
+    """The rewards, made of the samples again. The file must agree, so that all tables say the same of it."""
     claimed = get_field(row, "rewards", list, where)
     if len(claimed) != len(analyses):
         raise BadInput(
@@ -64,15 +64,15 @@ def read_rewards(row: dict, analyses: list[list[Analysis]], where: str) -> list[
     rewards = []
     for number, (value, step) in enumerate(zip(claimed, analyses, strict=True), 1):
         here = f"{where}: field 'rewards', step {number}"
-        mean = reward(step)
-        agrees = value is None and mean is None
-        if value is not None and mean is not None:
-            agrees = math.isclose(expect(value, float, here), mean, abs_tol=REWARD_TOLERANCE)
+        own = reward(step)
+        agrees = value is None and own is None
+        if value is not None and own is not None:
+            agrees = math.isclose(expect(value, float, here), own, abs_tol=REWARD_TOLERANCE)
         if not agrees:
             raise BadInput(
-                f"{here}: {str(value)[:40]} is not the mean of the samples' P(Yes), {mean}; judge it again"
+                f"{here}: {str(value)[:40]} is not the reward of the samples, {own}; judge it again"
             )
-        rewards.append(mean)
+        rewards.append(own)
     return rewards
 
 

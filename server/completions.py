@@ -131,6 +131,10 @@ class YesNo:
         self.unknown = 0  # how often both were missing
         self.lock = Lock()  # of the counters
 
+    def has(self, token: Token) -> bool:
+        """Is a token, by its id or its text, one of the two words?"""
+        return token in self.yes or token in self.no
+
     def p_yes(self, top: TopLogprobs) -> float | None:
         """P(Yes) / (P(Yes) + P(No))."""
         yes = _find(self.yes, top)

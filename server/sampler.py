@@ -120,10 +120,10 @@ class ServerSampler(Sampler):
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
-                if at is None:
-                    unread[i] = prompt + self.answer(choice.text[:letter].rstrip(" "))
-                else:
+                if at is not None and self.engine.yes_no.has(tokens[at]):
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
+                else:
+                    unread[i] = prompt + self.answer(choice.text[:letter].rstrip(" "))
             elif self.sampling.force:
                 unread[i] = prompt + self._ids(tokens, choice.text) + self.verification(choice.text)
             found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))

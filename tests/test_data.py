@@ -122,6 +122,7 @@ def test_cases(tmp_path, capsys):
         ("x-0", True), ("x-1", False), ("y-0", True), ("y-1", True), ("y-2", True), ("9-0", False), ("9-0", True)]
     assert table(capsys.readouterr().out) == {"kept: correct step": 5, "kept: incorrect step": 2,
                                               "dropped: step after the first wrong one": 1,
+                                              "of these, also labelled the other way": 1,
                                               "dropped: the same case again": 1}
     assert names(tmp_path) == ["a.json", "b.jsonl", "cases.jsonl"]
 

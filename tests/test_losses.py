@@ -140,6 +140,11 @@ def test_ipo_by_hand():
     assert pair(-10, -14, -12, -12, beta=0.5, ipo=True)[0] == pytest.approx(9.0)
 
 
+def test_ipo_label_smoothing_by_hand():
+    """0.9 · (4 - 1)² + 0.1 · (-4 - 1)² = 8.1 + 2.5."""
+    assert pair(-10, -14, -12, -12, beta=0.5, ipo=True, label_smoothing=0.1)[0] == pytest.approx(10.6)
+
+
 def test_nll_term_by_hand():
     """... + 0.2 · 10 / 4."""
     assert pair(-10, -14, -12, -12, beta=0.5, nll=0.2)[0] == pytest.approx(0.126928 + 0.5, abs=1e-6)

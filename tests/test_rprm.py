@@ -340,6 +340,19 @@ def test_p_yes_of_other_words_is_read_after_the_normal_line(make_sampler, monkey
         assert a.verdict is ("yes" in tail.lower()) and a.text == before + heading + VERIFICATION + tail
 
 
+def test_p_yes_of_a_word_in_other_tokens_is_read_after_the_normal_line(make_sampler, monkeypatch):
+    """A space and then "Yes" say what " Yes" says, but at neither of them is it compared with " No"."""
+    sampler = make_sampler(k=1, max_new_tokens=400)
+    question = sampler.tokenizer.encode(f"Right.\n{VERIFICATION}")
+    apart = sampler.tokenizer.encode(" ") + sampler.tokenizer.encode("Yes")
+    assert len(apart) > 1 and not set(apart) & set(sampler.engine.yes_no)
+    monkeypatch.setattr(sampler.tokenizer, "response", lambda ids: [*ids, *sampler.tokenizer.eos_ids[:1]])
+    scripted(monkeypatch, sampler.tokenizer, {PENS: [question + apart]})
+    [[a]] = analyses_of(sampler, [PENS])
+    assert (a.text, a.verdict, a.forced) == (f"Right.\n{VERIFICATION} Yes", True, False)
+    assert a.p_yes == pytest.approx(p_yes_after(sampler, sampler.prompt_ids(PENS) + question), abs=1e-5)
+
+
 def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
     """The model may write " Yes" as several tokens: what counts is the one with the first letter."""
     tokenizer = make_sampler().tokenizer
@@ -552,9 +565,10 @@ def check_shown(out: str, k: int) -> float:
     """
     shown = re.findall(r"^--- analysis (\d+): verdict (Yes|No|missing), P\(Yes\) ([\d.]+|unknown)( \(forced\))?, \d+ tokens", out, re.M)
     assert [int(n) for n, *_ in shown] == list(range(1, k + 1))
-    terms, count, value = re.search(r"^reward: \((.*)\) / (\d+) = ([\d.]+)$", out, re.M).groups()
-    assert terms.split(" + ") == [p for _, _, p, _ in shown if p != "unknown"] and len(terms.split(" + ")) == int(count)
-    assert float(value) == pytest.approx(sum(map(float, terms.split(" + "))) / int(count), abs=1e-3)
+    value, listed = re.search(r"^reward: ([\d.]+), of P\(Yes\) (.*)$", out, re.M).groups()
+    p_yes = listed.split(", ")
+    assert p_yes == [p for _, _, p, _ in shown if p != "unknown"]
+    assert float(value) == pytest.approx(sum(map(float, p_yes)) / len(p_yes), abs=1e-3)
     assert f"forced: {sum(bool(f) for *_, f in shown)} of {k} " in out
     return float(value)
 

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint import weights
 from checkpoint import PROMPT_FILE, load_config, load_model, load_tokenizer, save_checkpoint
-from checkpoint.config import parse_config
+from checkpoint.config import config_to_json, parse_config
+from model import MLP
 from plumbing.errors import BadInput
 from conftest import CHATML, END_OF_TEXT, FAMILIES, IM_END, IM_START, ROOT, SPECIAL, make_config, tensor_shapes, write_json
 
@@ -421,6 +422,17 @@ def test_what_is_not_implemented_is_refused_by_its_field(field, family, changes)
     with pytest.raises(BadInput) as error:
         parse_config(raw, "somewhere/config.json")
     says(error, "somewhere/config.json: ", f"field '{field}'")
+
+
+def test_the_name_of_the_activation_is_that_of_the_decoder(monkeypatch):
+    """Whoever changes MLP.activate renames it there: then config.json says so, and other checkpoints are refused."""
+    config = parse_config(make_config("llama", True), "config.json")
+    monkeypatch.setattr(MLP, "hidden_act", "gelu_pytorch_tanh")
+    saved = config_to_json(config, torch.float32, [0])
+    assert saved["hidden_act"] == "gelu_pytorch_tanh"
+    parse_config(saved, "config.json")
+    with pytest.raises(BadInput, match="field 'hidden_act': \"silu\" is not implemented"):
+        parse_config(make_config("llama", True), "config.json")
 
 
 @pytest.mark.parametrize("family, changes", [

@@ -69,12 +69,12 @@ ANALYSES = [
 
 
 def test_the_page_shows_the_case_the_reward_and_the_tree(tmp_path, open_page):
-    write_case_page(tmp_path / "case.html", *CASE, ANALYSES)
+    write_case_page(tmp_path / "case.html", *CASE, ANALYSES, 0.35)
     tab = open_page(tmp_path / "case.html")
     assert tab.locator(".problem").text_content() == CASE[0]
     assert tab.locator(".steps li").all_text_contents() == ["He has 3.", "3+4=8 (the step to judge)"]
     assert tab.locator("h2").first.text_content() == "Reward: 0.3500"
-    assert "(0.100 + 0.800 + 0.100 + 0.400) / 4" in tab.locator("h2 + p").first.text_content()
+    assert "P(Yes) at the verdicts: 0.100, 0.800, 0.100, 0.400" in tab.locator("h2 + p").first.text_content()
     assert (
         "5 analyses of 14 tokens in all make a tree of 7 tokens" in tab.locator("h2 + p").last.text_content()
     )
@@ -107,7 +107,7 @@ def test_the_page_shows_the_case_the_reward_and_the_tree(tmp_path, open_page):
 
 
 def test_without_probabilities_nothing_is_shaded(tmp_path):
-    write_case_page(tmp_path / "case.html", *CASE, [(["a", "b"], None, [0.5, 0.9], None, None)])
+    write_case_page(tmp_path / "case.html", *CASE, [(["a", "b"], None, [0.5, 0.9], None, None)], None)
     page = (tmp_path / "case.html").read_text(encoding="utf-8")
     assert "The probabilities of the tokens are not known." in page
     assert 'class="likely' not in page
@@ -133,6 +133,7 @@ def test_hostile_text_stays_text(tmp_path, open_page):
         [HOSTILE],
         HOSTILE,
         [([HOSTILE, "x"], [0.5, 0.1], [0.5, 0.5], True, 0.5)],
+        0.5,
     )
     tags = Tags((tmp_path / "case.html").read_text(encoding="utf-8")).found
     assert "script" not in tags
@@ -148,7 +149,7 @@ def test_it_is_written_aside(tmp_path: Path):
     """An analysis that cannot be shown leaves what stood there before."""
     (tmp_path / "case.html").write_text("before", encoding="utf-8")
     with pytest.raises(IndexError):
-        write_case_page(tmp_path / "case.html", *CASE, [(["a", "b"], [0.5], [0.5, 0.5], True, 0.5)])
+        write_case_page(tmp_path / "case.html", *CASE, [(["a", "b"], [0.5], [0.5, 0.5], True, 0.5)], 0.5)
     assert (tmp_path / "case.html").read_text(encoding="utf-8") == "before"
 
 

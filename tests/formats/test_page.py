@@ -2,10 +2,12 @@
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+import rprm
 from conftest import watched_tab
 from formats.page import TEXT_BYTES, judge_names, write_page
 from formats.processbench import ProcessBench
@@ -222,6 +224,25 @@ def test_odd_files_give_the_rows_of_score_py(odd_tab, odd_files, number, name):
         headline["error_accuracy"]
         == {"digits": None, "unlabelled": None, "thrice": pytest.approx(100 / 3)}[name]
     )
+
+
+def test_the_rewards_are_those_of_rprm(tmp_path, open_page, monkeypatch):
+    """Whoever changes `rprm.reward`, to the largest P(Yes) say, changes it in the page too."""
+    def largest(analyses):
+        return max((a.p_yes for a in analyses if a.p_yes is not None), default=None)
+
+    users = [module for module in sys.modules.values() if getattr(module, "reward", None) is rprm.reward]
+    for module in users:
+        monkeypatch.setattr(module, "reward", largest)
+    lines = [simple_line(0, 0, [[0.1, None, 0.7, 0.3], [None] * 4])]
+    write_page([write_scores(tmp_path / "s.jsonl", lines)], tmp_path / "p.html")
+    tab = ready(open_page(tmp_path / "p.html"))
+    assert [tab.evaluate(f"rewardsOf(judges[0], {k})[0]") for k in (1, 2, 3, 4)] == [0.1, 0.1, 0.7, 0.7]
+    assert tab.evaluate("Number.isNaN(rewardsOf(judges[0], 4)[1])")
+    tab.locator(".step").first.click()
+    tab.locator(".analyses").wait_for()
+    assert tab.locator(".dot-reward").all_inner_texts() == ["reward 0.700"]
+    assert tab.locator(".reward-tick").count() == 1
 
 
 def test_figures_by_hand(tmp_path, open_page):
@@ -585,9 +606,9 @@ def test_all_wrong_steps_of_prmbench_are_marked(tmp_path, open_page):
         ("{", "not valid JSON"),
         ({"samples": None}, "field 'samples'"),
         ({"samples": []}, "has 0 steps where the solution has 1"),
-        ({"samples": [[]]}, "field 'rewards', step 1: 0.9 is not the mean of the samples' P(Yes), None"),
+        ({"samples": [[]]}, "field 'rewards', step 1: 0.9 is not the reward of the samples, None"),
         ({"samples": [[{"text": "", "p_yes": 2, "n_tokens": 1, "finished": True}]]}, "is no probability"),
-        ({"rewards": [0.4]}, "field 'rewards', step 1: 0.4 is not the mean of the samples' P(Yes), 0.9"),
+        ({"rewards": [0.4]}, "field 'rewards', step 1: 0.4 is not the reward of the samples, 0.9"),
         ({"rewards": [None]}, "field 'rewards', step 1"),
         ({"rewards": []}, "has 0 of them for 1 judged steps"),
         ({"label": 1}, "field 'label': 1 is out of range"),

@@ -22,7 +22,7 @@ import torch
 from checkpoint.flags import ServedConfig
 from data import load_sampler
 from formats.readers import read_solutions
-from formats.verdicts import before_verdict, find_verdict, has_usual_word
+from formats.verdicts import before_verdict, find_verdict
 from generate import Request, last_tokens
 from model import Tree
 from plumbing.cli import print_config, run
@@ -153,14 +153,16 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
     """The analyses with P(Yes) read here: at the verdict, or after the verification line in its place."""
     sequences = []
     for analysis, own in zip(analyses, ids):
-        if analysis.verdict is None:
-            own = own + here.verification(analysis.text)
-        elif has_usual_word(analysis.text):
-            own = own[:tokens_within(own, find_verdict(analysis.text).letter, here.tokenizer)]
+        verdict = find_verdict(analysis.text)
+        if verdict is None:
+            sequences.append(prompt + own + here.verification(analysis.text))
+            continue
+        at = tokens_within(own, verdict.letter, here.tokenizer)
+        if own[at] in here.engine.yes_no:
+            sequences.append(prompt + own[:at])
         else:
             before = before_verdict(analysis.text)
-            own = here.answer(before) + here.verification(before)
-        sequences.append(prompt + own)
+            sequences.append(prompt + here.answer(before) + here.verification(before))
     return [replace(analysis, p_yes=p_yes)
             for analysis, p_yes in zip(analyses, here.engine.read_p_yes(sequences), strict=True)]
 

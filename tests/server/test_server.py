@@ -69,7 +69,7 @@ class StandIn:
         self.plan = []  # what the next answers to POST do wrong; None: nothing
         self.requests = []  # what was asked
         self.headers = []
-        # (the prompt's text, seed) -> the analysis
+        # (the prompt's text, seed) -> the analysis, or its tokens' ids
         self.write = lambda prompt, seed: GOOD if seed % 2 else BAD
         # the text before a token -> log-probabilities by the token's text
         self.top = lambda prefix: {" Yes": odds(prefix) - 3, " No": -3.0, "\n": -0.5, "!": -6.0}
@@ -108,7 +108,8 @@ class StandIn:
         elif "1 + 1" in prompt:
             ids = self.tokenizer.encode(f"{seed} is a number, and there are others.")
         else:
-            ids = self.tokenizer.encode(self.write(prompt, seed))
+            written = self.write(prompt, seed)
+            ids = self.tokenizer.encode(written) if isinstance(written, str) else written
         cut = len(ids) >= body["max_tokens"]
         ids = ids[:body["max_tokens"]] + ([] if cut else [self.tokenizer.eos_ids[0]])
         text = self.tokenizer.decode(ids if cut else ids[:-1])
@@ -383,6 +384,19 @@ def test_verdicts_in_other_words(stand_in, tiny_folder, dialect, before, words, 
     expected = pytest.approx(p_yes(stand_in.tokenizer.decode(it.prompt_ids(cases(1)[0])) + read))
     verdict = "yes" in after.lower()
     assert [(a.verdict, a.forced, a.p_yes) for a in analyses] == [(verdict, False, expected)] * 2
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_a_verdict_in_other_tokens_is_read_again(stand_in, tiny_folder, dialect):
+    """A space and then "Yes": at neither token is " Yes" compared with " No"."""
+    encode = stand_in.tokenizer.encode
+    stand_in.dialect = dialect
+    stand_in.write = lambda prompt, seed: encode(f"Right.\n{VERIFICATION}") + encode(" ") + encode("Yes")
+    it = sampler(stand_in, tiny_folder, temperature=0.0, k=1)
+    [(_, [a])] = it.analyses(cases(1))
+    assert (a.text, a.verdict, a.forced) == (f"Right.\n{VERIFICATION} Yes", True, False)
+    before = stand_in.tokenizer.decode(it.prompt_ids(cases(1)[0])) + f"Right.\n{VERIFICATION}"
+    assert a.p_yes == pytest.approx(p_yes(before))
 
 
 def test_cut_off_analyses_are_told(stand_in, tiny_folder):
