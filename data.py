@@ -45,8 +45,7 @@ from plumbing.errors import BadInput
 from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.journal import Journal
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_prompt
-from rprm import load_sampler as load_local_sampler
+from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_local_sampler, load_prompt
 
 # ---------------------------------------------------------------------------------------------- cases
 
@@ -346,6 +345,7 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
                 size = alone[i]
         return trees
 
+    # A higher limit never needs more trees, so the lowest that needs no more can be bisected.
     fewest = len(fill(micro_tokens))
     limits = range(largest, micro_tokens)
     lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)

@@ -18,7 +18,7 @@ uniform(seed, t).
 Shapes: R rows, T tokens, V vocabulary, KV key/value heads, L positions of the cache, D head size.
 """
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,8 @@ from model import Decoder, Tree, at_least_fp32
 from plumbing.errors import BadInput
 from plumbing.queues import Queue
 
-PREFILL_TOKENS = 4096  # `read_p_yes` passes sequences of about so many tokens at once
-LOOK_EVERY = 32        # steps between two looks at whether all rows are done, since a look waits for the GPU
-CACHE_STEP = 64        # positions by which the cache grows
+LOOK_EVERY = 32  # steps between two looks at whether all rows are done, since a look waits for the GPU
+CACHE_STEP = 64  # positions by which the cache grows
 
 
 class Request(NamedTuple):
@@ -42,8 +41,7 @@ class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
     p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
     end: int | None     # the end-of-text token; None: it was cut off at max_new_tokens
-    # P(Yes) behind the suffix of `Engine.suffix_of`, None where there was none
-    p_yes_after_suffix: float | None = None
+    p_yes_after_suffix: float | None = None  # read by the fast engine alone (its `suffix_of`)
 
     @property
     def finished(self) -> bool:
@@ -105,8 +103,6 @@ class Engine(Queue):
     yes_no    the two token ids whose probabilities are compared
     max_rows  how many continuations are decoded side by side, which bounds a batch of the queue
     reserve   positions of the model's context that sampling leaves free
-    suffix_of a function from a continuation's tokens to those of a suffix that is put behind it and where
-              P(Yes) is read: at most `reserve` - 1 of them, or none
 
     The counters say what was computed.
     """
@@ -121,7 +117,6 @@ class Engine(Queue):
         self.max_rows = max_rows
         self.context = model.config.max_position_embeddings - reserve
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
-        self.suffix_of: Callable[[list[int]], list[int]] = lambda ids: []
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
         # Sampled tokens are counted on the device, so that no step waits for the sum.
@@ -135,16 +130,12 @@ class Engine(Queue):
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> list[list[Continuation]]:
-        """The K continuations of each request. With max_new_tokens = 0 they have no tokens."""
-        if self.max_new_tokens:
-            found = self.sample_rows(requests)
-        else:
-            found = [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
-        self.read_after_suffixes(requests, found)
-        return found
+        """The K continuations of each request: prefill, then one token a step for all rows.
 
-    def sample_rows(self, requests: list[Request]) -> list[list[Continuation]]:
-        """Prefill, then one token a step for all rows. -> the continuations of each request."""
+        With max_new_tokens = 0 they have no tokens.
+        """
+        if self.max_new_tokens == 0:
+            return [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
         device = self.model.device
         # (R,): row -> request
         owner = torch.tensor([i for i, request in enumerate(requests) for _ in request.seeds], device=device)
@@ -205,14 +196,16 @@ class Engine(Queue):
             index[i, :len(path)] = torch.from_numpy(path)
         index = index.to(self.model.device)
         attend_in_tree = self.model.tree_attention(tree.end)
-        cache = []
+        keys_values = []  # of each layer, (2, T, KV, D)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            of_prompts = torch.stack((k, v))[:, index]  # (2, prompts, L, KV, D)
-            of_rows = of_prompts[:, owner]              # (2, R, L, KV, D)
-            cache.append(of_rows.transpose(2, 3).contiguous())
+            keys_values.append(torch.stack((k, v)))
             return attend_in_tree(layer, q, k, v)
         hidden = self.model(tree.ids, tree.positions, attend)  # (T, C)
+        cache = []
+        for of_tree in keys_values:
+            of_rows = of_tree[:, index[owner]]  # (2, R, L, KV, D)
+            cache.append(of_rows.transpose(2, 3).contiguous())
         logits = self.model.logits(hidden[last_tokens(tree)])  # (prompts, V)
         return logits[owner], cache
 
@@ -234,27 +227,14 @@ class Engine(Queue):
             return y[:, :, 0]
         return self.model.logits(self.model(token, position, attend))
 
-    def read_after_suffixes(self, requests: list[Request], found: list[list[Continuation]]) -> None:
-        """Put its suffix, if it has one, behind each continuation, and read P(Yes) there."""
-        with_suffix = []
-        sequences = []
-        for request, continuations in zip(requests, found, strict=True):
-            for continuation in continuations:
-                suffix = self.suffix_of(continuation.ids)
-                if suffix:
-                    with_suffix.append(continuation)
-                    sequences.append(request.ids + continuation.ids + suffix)
-        for continuation, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
-            continuation.p_yes_after_suffix = p_yes
-
     @torch.inference_mode()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
-        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in passes of about PREFILL_TOKENS."""
+        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence."""
         found = []
-        for group in groups_of(sequences, PREFILL_TOKENS):
-            tree = Tree(group).to(self.model.device)
-            hidden = self.model(tree.ids, tree.positions, self.model.tree_attention(tree.end))
-            logits = at_least_fp32(self.model.logits(hidden[last_tokens(tree)]))
+        for ids in sequences:
+            tree = Tree([ids]).to(self.model.device)
+            hidden = self.model(tree.ids, tree.positions, self.model.tree_attention(tree.end))  # (T, C)
+            logits = at_least_fp32(self.model.logits(hidden[-1:]))  # (1, V)
             check_finite(logits)
             found += yes_against_no(logits, self.yes_no).tolist()
         return found
@@ -270,18 +250,3 @@ def grown(cache: list[torch.Tensor], length: int) -> list[torch.Tensor]:
     if cache[0].shape[3] >= length:
         return cache
     return [F.pad(layer, (0, 0, 0, CACHE_STEP)) for layer in cache]
-
-
-def groups_of(sequences: list[list[int]], tokens: int) -> Iterator[list[list[int]]]:
-    """The sequences in order, in groups that reach `tokens` tokens."""
-    group = []
-    size = 0
-    for ids in sequences:
-        group.append(ids)
-        size += len(ids)
-        if size >= tokens:
-            yield group
-            group = []
-            size = 0
-    if group:
-        yield group

@@ -21,8 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# (layer, q, k, v) -> (T, H, D)
+# attend(layer, q, k, v) -> (T, H, D), and the same within a layer: attend(q, k, v)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AttendInLayer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
+    ) -> torch.Tensor:
         return self.out(self.mix(self.qkv(x), cos, sin, attend))
 
-    def mix(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def mix(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
+    ) -> torch.Tensor:
         """What lies between the two products: qkv (T, (H + 2 KV) D) -> (T, H D)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
         # (T, H, D), (T, KV, D), (T, KV, D)
@@ -158,7 +163,9 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
+    ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -191,7 +191,7 @@ class Sampler:
             sampling.batch_size * sampling.k,
             self.reserve,
         )
-        self.engine.suffix_of = self.missing_line
+        self.engine.suffix_of = self.missing_line  # saves the fast engine a pass over prompt and analysis
         self.revise: Revise = lambda analyses, seeds, read_p_yes: analyses
         # The last token of every prompt (one, as a list), which an answer's first token may depend on
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
@@ -269,35 +269,35 @@ class Sampler:
         return self.revise(found, seeds, partial(self.read_after, prompt))
 
     def read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses: P(Yes) at the verdict, or after the added line."""
+        """The continuations as analyses: P(Yes) at the verdict, or after a verification line."""
         found = []
-        elsewhere: dict[int, str] = {}  # index of the analysis -> its text before the verdict
+        unread: dict[int, list[int]] = {}  # index of the analysis -> the tokens after which P(Yes) is read
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
             verdict = find_verdict(text)
-            p_yes = None
-            if verdict is None:
-                p_yes = c.p_yes_after_suffix
-            else:
+            p_yes = c.p_yes_after_suffix
+            if verdict is not None:
                 at = tokens_within(c.ids, verdict.letter, self.tokenizer)  # the token with the first letter
                 if c.ids[at] in self.engine.yes_no:
                     p_yes = c.p_yes[at]
                 else:
-                    elsewhere[i] = before_verdict(text)
+                    unread[i] = self.with_line(prompt, before_verdict(text))
+            elif p_yes is None and self.sampling.force:
+                unread[i] = prompt + c.ids + self.verification(text)
             says = None if verdict is None else verdict.yes
-            forced = verdict is None and p_yes is not None
             finished = c.finished or self.sampling.max_new_tokens == 0
-            found.append(Analysis(text, says, p_yes, len(c.ids), finished, forced))
-        for i, p_yes in zip(elsewhere, self.read_after(prompt, list(elsewhere.values())), strict=True):
+            found.append(Analysis(text, says, p_yes, len(c.ids), finished))
+        for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes)
-        return found
+        return [replace(a, forced=a.verdict is None and a.p_yes is not None) for a in found]
 
     def read_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
         """P(Yes) after the prompt, each text and the verification line. None: a server may not know it."""
-        sequences = []
-        for text in texts:
-            sequences.append(prompt + self.answer(text) + self.verification(text))
-        return self.engine.read_p_yes(sequences)
+        return self.engine.read_p_yes([self.with_line(prompt, text) for text in texts])
+
+    def with_line(self, prompt: list[int], text: str) -> list[int]:
+        """The ids of the prompt, a text behind it and the verification line."""
+        return prompt + self.answer(text) + self.verification(text)
 
     def answer(self, text: str) -> list[int]:
         """The ids of an analysis's text behind the prompt."""
@@ -420,7 +420,7 @@ def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = 
     return Prompt(*read_prompt(prompt_file, travelled, direct))
 
 
-def load_sampler(
+def load_local_sampler(
     config: SamplerConfig, k: int, force: bool, direct: bool = False, batch_size: int = 1
 ) -> Sampler:
     """The sampler of a checkpoint folder, with its tokenizer and its prompt.
@@ -471,7 +471,7 @@ def main(config: Config) -> None:
     case = given_case(config.problem, config.step)
     if not config.plain:
         fast.keep_freed_memory()
-    sampler = load_sampler(config, config.k, config.force)
+    sampler = load_local_sampler(config, config.k, config.force)
     sampler.prompt_ids(case)  # says so, if it is longer than the context
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])
@@ -482,11 +482,8 @@ def main(config: Config) -> None:
         print_analysis(i, analysis)
     print_reward(analyses, reward(analyses))
     if config.html:
-        from formats.case_page import write_case_page, written  # here, as nothing else needs them
-        ids = sampler.prompt_ids(case)
-        tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, ids, analyses)
-        write_case_page(Path(config.html), case.problem, case.previous_steps, case.now_step, tokens,
-                        reward(analyses))
+        from formats.case_page import write_sampled_case  # here, as nothing else needs it
+        write_sampled_case(Path(config.html), sampler, case, analyses, reward(analyses))
         print(f"page:   {config.html}")
     n = sampler.engine.new_tokens
     print(f"time:   {seconds:.2f} s, {n} tokens sampled, {n / seconds:.0f} tokens/s")

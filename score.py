@@ -17,7 +17,7 @@ prediction (--all-steps goes on).
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -83,8 +83,10 @@ class JudgeConfig(ServedConfig):
 def judge(config: JudgeConfig) -> None:
     """solutions -> scores.jsonl: a reward for each step, and the benchmarks' tables (the default command)."""
     ranks.join(config.device, config.rank_timeout)
-    print_config(config)
     check_flags(config)
+    if config.direct:
+        config = replace(config, k=(1,))
+    print_config(config)
     if not config.plain:
         fast.keep_freed_memory()
     if config.step:
@@ -108,6 +110,8 @@ def check_flags(config: JudgeConfig) -> None:
     if config.best and (len(set(config.k)) > 1 or config.direct):
         raise BadInput("--best leaves candidates by their rewards at one --k, and not with --direct; "
                        "give one --k")
+    if config.direct and config.k not in ((1,), JudgeConfig.k):
+        raise BadInput("--direct reads P(Yes) once, with no analysis to take several of; leave --k out")
     if ranks.count() > 1 and not config.out:
         raise BadInput("several ranks need --out, where their scores are merged")
     if ranks.count() > 1 and one_is_given:
@@ -209,17 +213,12 @@ def extent_of(config: JudgeConfig) -> Extent:
 
 @dataclass
 class Judging:
-    """A solution that is being judged.
-
-    steps:   the analyses of its first steps, as far as they are wanted and have come
-    by_step: those of all steps that have come, in any order
-    """
+    """A solution that is being judged, and the analyses of its steps that have come."""
 
     source: str
     solution: Solution
     extent: Extent
-    steps: list[list[Analysis]] = field(default_factory=list)
-    by_step: dict[int, list[Analysis]] = field(default_factory=dict)
+    analyses: dict[int, list[Analysis]] = field(default_factory=dict)  # of each step
 
     @property
     def all_steps(self) -> bool:
@@ -230,21 +229,25 @@ class Judging:
         """Do the steps not wait for each other?"""
         return self.extent.at_once or (self.all_steps and self.extent.leave_by is None)
 
-    def take(self, t: int, analyses: list[Analysis]) -> None:
-        """Take the analyses of step t in."""
-        self.by_step[t] = analyses
-        while len(self.steps) in self.by_step and not self.is_complete():
-            self.steps.append(self.by_step[len(self.steps)])
+    @property
+    def steps(self) -> list[list[Analysis]]:
+        return [self.analyses[t] for t in sorted(self.analyses)]
+
+    def n_wanted(self) -> int:
+        """How many steps are wanted: all, or those up to the first that is predicted wrong at every K."""
+        predictions = [predict(self.steps, k, self.extent.threshold) for k in self.extent.ks]
+        if self.all_steps or min(predictions) == -1:
+            return len(self.solution.steps)
+        return max(predictions) + 1
 
     def is_complete(self) -> bool:
-        """Is there nothing more to judge: all steps are judged, or at every K one is predicted wrong?"""
-        if len(self.steps) == len(self.solution.steps):
-            return True
-        threshold = self.extent.threshold
-        return not self.all_steps and all(predict(self.steps, k, threshold) >= 0 for k in self.extent.ks)
+        if self.at_once:
+            return len(self.analyses) == len(self.solution.steps)
+        return len(self.analyses) == self.n_wanted()
 
     def line(self) -> dict:
-        return score_line(self.source, self.solution, self.steps, self.extent.ks, self.extent.threshold)
+        steps = self.steps[:self.n_wanted()]
+        return score_line(self.source, self.solution, steps, self.extent.ks, self.extent.threshold)
 
 
 def judge_all(
@@ -257,9 +260,9 @@ def judge_all(
     any of them. A step whose prompt is longer than the context has no analyses.
     """
     coming = enumerate(solutions)
+    judgings: dict[int, Judging] = {}  # by index of the solution
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
-    judgings: dict[int, Judging] = {}  # by index of the solution
     race = best_of_n.Race(extent.leave_by)
     sampler.restart()
     while True:
@@ -272,18 +275,15 @@ def judge_all(
             if not waiting:
                 break
             i, t = waiting.popleft()
-            if i in judgings:
-                request_id = sampler.add(case_of_step(judgings[i].solution, t))
-                asked[request_id] = i, t
+            request_id = sampler.add(case_of_step(judgings[i].solution, t))
+            asked[request_id] = i, t
         if not sampler.busy:
             return
         for request_id, analyses in sampler.step():
             ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
             i, t = asked.pop(request_id)
-            if i not in judgings:
-                continue  # the steps before made it complete
             one = judgings[i]
-            one.take(t, analyses)
+            one.analyses[t] = analyses
             if one.is_complete():
                 race.finish(i, one.solution, one.steps)
                 yield i, one.line()

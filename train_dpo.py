@@ -44,10 +44,6 @@ class Config(TrainConfig):
     model: Annotated[str, "the SFT model, where the policy starts and which is the reference: "
                           "a Hugging Face folder", INPUT]
     train: Annotated[str, "pairs.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
-    validation: Annotated[str | None, "pairs for the validation loss; the lowest decides which model is kept",
-                          INPUT, DATA] = None
-    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
-                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-7
     beta: Annotated[float, "strength of the pull towards the reference", (1e-6, None)] = 0.1
     label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)",
@@ -160,18 +156,17 @@ def reference_logprobs(model: Decoder, pairs: Examples, batch_size: int, table: 
     model: the policy before its first update, which is the reference. New adapters change nothing (B = 0)
     table: keeps the numbers beside the pairs, so that a sweep over beta computes them once
     """
+    found = np.zeros(table.rows.shape, dtype=np.float32)  # by this rank
     n_batches = math.ceil(len(pairs.kept) / batch_size)
     for numbers in tqdm(pairs.in_file_order(batch_size), desc="reference", total=n_batches, unit="batch",
                         disable=ranks.rank() > 0):
         if not np.isnan(table.rows[numbers]).any():
             continue
-        found = np.zeros((len(numbers), 2), dtype=np.float32)
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             with precision(model.device):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
-            rows = np.searchsorted(numbers, batch.examples)  # `numbers` are in order
-            found[rows] = logprobs.view(-1, 2)[:len(rows)].cpu().numpy()
-        table.rows[numbers] = np.reshape(ranks.total(*found.ravel()), found.shape)
+            found[batch.examples] = logprobs.view(-1, 2)[:len(batch.examples)].cpu().numpy()
+        table.rows[numbers] = np.reshape(ranks.total(*found[numbers].ravel()), (len(numbers), 2))
     return table.finish()
 
 

@@ -38,10 +38,6 @@ class Config(TrainConfig):
     from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; "
                                         "the weights are random", INPUT] = None
     train: Annotated[str, "sft.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
-    validation: Annotated[str | None, "examples for the validation loss; the lowest decides which model "
-                                      "is kept", INPUT, DATA] = None
-    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
-                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-6
 
 

@@ -11,15 +11,16 @@ continuation. Fast:
   of the tokens that it samples.
 - Prompts are prefilled as a tree below the prefix that all of them share, and the prefix is computed once
   (fast/cache.py).
-- The suffixes of continuations that end together pass the model together, behind their rows, whose keys and
-  values are there already.
+- P(Yes) after a missing verdict is read behind a continuation while its keys and values are there: it ends
+  with a suffix (`suffix_of`), and suffixes of continuations that end together pass the model together.
+- Where P(Yes) is read after other sequences, they pass as trees.
 
 Why it samples what the plain one does: a token depends on its row's logits and on uniform(seed, t), neither
 of which knows the batch. Gain: 10 times Transformers' `generate` on 2 cores (bench/README.md); suffixes
 35% of the reward's time without it.
 """
 from collections import deque
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -47,7 +48,13 @@ class PrefilledPrompt(NamedTuple):
 
 
 class Engine(generate.Engine):
-    """generate.Engine with continuous batching; what `max_rows` bounds is the continuations side by side."""
+    """generate.Engine with continuous batching; what `max_rows` bounds is the continuations side by side.
+
+    suffix_of: a function from a continuation's tokens to those of a suffix, after which P(Yes) is read: at
+    most `reserve` - 1 of them, or none
+    """
+
+    suffix_of: Callable[[list[int]], list[int]] = staticmethod(lambda ids: [])
 
     def restart(self) -> None:
         super().restart()
@@ -85,8 +92,7 @@ class Engine(generate.Engine):
     def step(self) -> list[tuple[int, list[Continuation]]]:
         """Fill a slot, let finished rows leave, or give every row a token. -> requests that are answered."""
         if self.max_new_tokens == 0 and self.waiting:
-            self.waiting_tokens = 0
-            return super().step()
+            return self.read_waiting()
         if not self.ready and self.waiting:
             self.prefill_waiting()
         if self.ready and self.fits(self.ready[0].request):
@@ -327,6 +333,32 @@ class Engine(generate.Engine):
             for continuation, p_yes in zip(continuations, found.tolist(), strict=True):
                 continuation.p_yes_after_suffix = p_yes
 
+    def read_waiting(self) -> list[tuple[int, list[Continuation]]]:
+        """Answer the waiting requests with continuations of no tokens, and P(Yes) after their suffixes."""
+        suffix = self.suffix_of([])
+        request_ids, requests = zip(*self.waiting, strict=True)
+        self.waiting.clear()
+        self.waiting_tokens = 0
+        found = self.generate(list(requests))
+        if suffix:
+            p_yes = self.read_p_yes([request.ids + suffix for request in requests])
+            for continuations, value in zip(found, p_yes, strict=True):
+                for continuation in continuations:
+                    continuation.p_yes_after_suffix = value
+        return list(zip(request_ids, found, strict=True))
+
+    @torch.inference_mode()
+    def read_p_yes(self, sequences: list[list[int]]) -> list[float]:
+        """P(Yes) / (P(Yes) + P(No)) for the token after each sequence, in trees of about PREFILL_TOKENS."""
+        found = []
+        for group in groups_of(sequences, PREFILL_TOKENS):
+            tree = Tree(group).to(self.model.device)
+            hidden = self.model(tree.ids, tree.positions, self.model.tree_attention(tree.end))
+            logits = at_least_fp32(self.model.logits(hidden[last_tokens(tree)]))
+            check_finite(logits)
+            found += yes_against_no(logits, self.yes_no).tolist()
+        return found
+
     def pass_suffixes(self, rows: Sequence[int], before: Sequence[list[int]],
                       suffixes: Sequence[list[int]]) -> torch.Tensor:
         """P(Yes) after each suffix (R,), which stands in its row behind the ids `before`.
@@ -375,3 +407,18 @@ class Engine(generate.Engine):
         self.cache.move_rows(source, target)
         self.rows = self.rows.select(order)
         self.longest = int(self.rows.length.max()) if keep else 0
+
+
+def groups_of(sequences: list[list[int]], tokens: int) -> Iterator[list[list[int]]]:
+    """The sequences in order, in groups that reach `tokens` tokens."""
+    group = []
+    size = 0
+    for ids in sequences:
+        group.append(ids)
+        size += len(ids)
+        if size >= tokens:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group

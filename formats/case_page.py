@@ -3,7 +3,7 @@
     first = Written([" 3", "+", "4"], [0.9, 0.5, 1.0], [0.4, 0.5, 0.9], verdict=True, p_yes_at_verdict=0.9)
     write_case_page(Path("case.html"), case.problem, case.previous_steps, case.now_step, [first, ...], 0.9)
 
-`written` makes these of a sampler's analyses: python rprm.py --html case.html.
+`write_sampled_case` makes these of a sampler's analyses: python rprm.py --html case.html.
 
 What several analyses have in common stands once, as it is computed once. Each token is shaded by its
 probability, and each analysis ends in its verdict and P(Yes). The page has no script; <details> fold a
@@ -12,7 +12,7 @@ branch. All text is escaped.
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 
@@ -75,6 +75,13 @@ def write_case_page(
     head, tail = template("case_page.html", STYLES).split("<!-- case -->")
     with writing(out) as file:
         file.write(head + "".join(body) + tail)
+
+
+def write_sampled_case(out: Path, sampler: Any, case: Any, analyses: Sequence, reward: float | None) -> None:
+    """Write the page of a case that a sampler has analysed, all of them those of rprm.py."""
+    ids = sampler.prompt_ids(case)
+    tokens = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, ids, analyses)
+    write_case_page(out, case.problem, case.previous_steps, case.now_step, tokens, reward)
 
 
 @torch.no_grad()

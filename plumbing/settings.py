@@ -29,6 +29,10 @@ DATA = Mark("a file, or a folder of files, whose content a resumed run must find
 class TrainConfig:
     """The settings that SFT and DPO share; the scripts add their own and set the paper's learning rates."""
     out: Annotated[str, "folder of the run to write"]
+    validation: Annotated[str | None, "file like --train, for the validation loss; the lowest decides which "
+                                      "model is kept", INPUT, DATA] = None
+    prompt_file: Annotated[str | None, "the words around the case, which go with the trained model (default: "
+                                       "those beside --train, else the model's own)", INPUT, DATA] = None
     lr: Annotated[float, "peak learning rate", (0, None)]
     batch_size: Annotated[int, "examples (or pairs) per optimizer step, over all ranks", (1, None)] = 128
     micro_tokens: Annotated[int, "tokens per forward pass of a rank: lower it if memory runs out; "

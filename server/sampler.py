@@ -115,8 +115,7 @@ class ServerSampler(Sampler):
             verdict = parse_verdict(choice.text)
             p_yes = None
             if verdict is not None and not has_usual_word(choice.text):
-                before = before_verdict(choice.text)
-                unread[i] = prompt + self.answer(before) + self.verification(before)
+                unread[i] = self.with_line(prompt, before_verdict(choice.text))
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None

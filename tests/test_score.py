@@ -23,7 +23,7 @@ from conftest import ROOT, kill_and_resume
 from formats.processbench import ProcessBench
 from model import Tree, tree_attention
 from formats.verdicts import VERIFICATION
-from rprm import Analysis, Case, load_prompt, load_sampler, reward
+from rprm import Analysis, Case, load_local_sampler, load_prompt, reward
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 
@@ -300,7 +300,7 @@ def test_a_step_is_judged_with_the_steps_before_it(tmp_path, tiny, tiny_folder):
     rows = [row("a", -1), row("b", 1)]
     score_py(*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl", "--all-steps")
     config = score.JudgeConfig(model=str(tiny_folder), device="cpu", prompt_file=str(tmp_path / "short.txt"), max_new_tokens=8)
-    sampler = load_sampler(config, 2, force=True)
+    sampler = load_local_sampler(config, 2, force=True)
     for r, line in zip(rows, read(tmp_path / "s.jsonl")):
         for t, step in enumerate(line["samples"]):
             [(_, found)] = sampler.analyses([Case(r["problem"], tuple(r["steps"][:t]), r["steps"][t])])
@@ -349,7 +349,8 @@ def test_a_killed_run_of_a_model_resumes_to_the_same_bytes(tmp_path, tiny, monke
     monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     rows = [row(f"r{i}", [-1, 0, 1][i % 3]) for i in range(7)]
     out = tmp_path / "s.jsonl"
-    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", out, *flags_too]
+    k = 1 if flags_too == ["--direct"] else 2
+    flags = [*tiny, "--input", write(tmp_path / "b.json", rows), "--k", k, "--out", out, *flags_too]
     score_py(*flags)
     whole = out.read_bytes()
     for part in (whole[:len(whole) // 2], whole[:-1]):
@@ -418,6 +419,16 @@ def test_answers_to_all_steps_at_once_may_come_in_any_order(tmp_path, stand_in, 
     out = tmp_path / "s.jsonl"
     score_py("--input", write(tmp_path / "b.json", rows), "--out", out, "--direct", "--k", 1)
     assert [(line["id"], line["prediction"], len(line["samples"])) for line in read(out)] == [(r["id"], wrong, wrong + 1) for r in rows]
+
+
+def test_direct_has_one_p_yes_a_step(tmp_path, tiny, stand_in, capsys):
+    """The default K is that of analyses: a direct PRM's table says 1, and several are refused."""
+    rows = [row("a", -1, 2)]
+    stand_in(rows, [[0.9, 0.8]])
+    bench = write(tmp_path / "b.json", rows)
+    score_py("--input", bench, "--out", tmp_path / "s.jsonl", "--direct")
+    assert read(tmp_path / "s.jsonl")[0]["predictions"] == {"1": -1}
+    assert "leave --k out" in refused(capsys, *tiny, "--input", bench, "--direct", "--k", 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -676,17 +687,18 @@ def test_a_step_longer_than_the_context_has_a_null_reward(tmp_path, tiny, capsys
     middle["steps"][1] = LONG
     rows = [*others[:2], row("long", 1) | {"problem": LONG}, middle, *others[2:]]
     out = tmp_path / "s.jsonl"
-    flags = [*tiny, "--k", 1, 2, "--threshold", 0.01, *flags]
+    ks = [1] if "--direct" in flags else [1, 2]
+    flags = [*tiny, "--k", *ks, "--threshold", 0.01, *flags]
     score_py(*flags, "--input", write(tmp_path / "b.json", rows), "--out", out)
     printed = capsys.readouterr().out
     lines = {line["id"]: line for line in read(out)}
     assert list(lines) == [r["id"] for r in rows]
     assert (lines["long"]["rewards"], lines["long"]["samples"]) == ([None] * 3, [[]] * 3)
-    assert lines["long"]["predictions"] == {"1": -1, "2": -1}
+    assert lines["long"]["predictions"] == {str(k): -1 for k in ks}
     assert [value is None for value in lines["middle"]["rewards"]] == [False, True, True]
     assert ("not judged, as the prompt is longer than the model's context: b long step 1, b long step 2, b long step 3, "
             "b middle step 2, b middle step 3\n") in printed
-    assert [r["null_rewards"] for r in summary(out)] == [5, 5]
+    assert [r["null_rewards"] for r in summary(out)] == [5] * len(ks)
 
     score_py(*flags, "--input", write(tmp_path / "others.json", others), "--out", tmp_path / "others.jsonl")
     assert rewards_close(read(tmp_path / "others.jsonl")) == [lines[r["id"]] | {"source": "others"} for r in others]

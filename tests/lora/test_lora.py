@@ -40,7 +40,7 @@ from checkpoint.flags import SamplerConfig, ServedConfig
 from model import Decoder, Tree
 from plumbing.errors import BadInput
 from rprm import response_logprobs, sft_loss
-from rprm import load_sampler as load_local_sampler
+from rprm import load_local_sampler
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
