@@ -1,4 +1,4 @@
-"""Everything that is a file: solutions, cases, samples, SFT examples and preference pairs; and their packing
+"""From labelled cases to training examples: samples, SFT examples and preference pairs; and their packing
 into trees.
 
     python data.py cases  --input gsm8k.json --out cases.jsonl
@@ -8,7 +8,8 @@ into trees.
     python data.py pairs  --samples samples2.jsonl --out pairs.jsonl
 
 Asking a model for analyses of cases is one operation (`sample`); seed data and preferences are filters over
-its file. Each command prints what it kept and what it dropped, and why.
+its file. `cases` reads the public formats (formats/cases.py). Each command prints what it kept and what it
+dropped, and why.
 """
 import dataclasses
 import math
@@ -17,7 +18,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Annotated
 
 import numpy as np
@@ -26,8 +27,9 @@ from tqdm import tqdm
 import fast
 from checkpoint.flags import ServedConfig
 from checkpoint.prompt import own_prompt, write_prompt
+from formats.cases import CasesConfig, cases
 from formats.examples import Unit
-from formats.readers import read_case, read_labelled_steps
+from formats.readers import read_case
 from formats.samples import (
     CaseFile,
     add_verdicts,
@@ -41,60 +43,10 @@ from formats.write_split import Example, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
 from plumbing.cli import print_config, print_table, run
-from plumbing.errors import BadInput
-from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
+from plumbing.files import get_field, read_jsonl
 from plumbing.journal import Journal
 from plumbing.rounds import in_order, round_size, rounds
 from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_local_sampler, load_prompt
-
-# ---------------------------------------------------------------------------------------------- cases
-
-@dataclass(frozen=True)
-class CasesConfig:
-    input: Annotated[
-        tuple[str, ...],
-        "files, folders of shards, or - (standard input) with rows of public formats, "
-        "which their fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, "
-        "OpenR, TRL's stepwise rows, R-PRM's seed and evaluation rows",
-    ]
-    out: Annotated[str, "cases.jsonl to write"]
-    limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None
-    strict: Annotated[bool, "end at the first row with a defect, instead of dropping and counting it"] = False
-    overwrite: Annotated[bool, "replace an existing output"] = False
-
-
-def cases(config: CasesConfig) -> None:
-    """solutions -> cases.jsonl: one line per labelled step."""
-    print_config(config)
-    refuse_existing(config.out, config.overwrite)
-    counts = Counter()
-    firsts: dict[str, str] = {}  # reason for which rows are dropped -> the first of them
-    seen = set()                 # fingerprints of the cases so far
-    n_solutions = 0
-    rows = chain.from_iterable(
-        read_labelled_steps(path, counts, config.strict, firsts) for path in config.input
-    )
-    with writing(config.out) as file:
-        for row_id, steps in tqdm(islice(rows, config.limit), desc="cases", unit=" solutions"):
-            n_solutions += 1
-            for step, case in steps:
-                key = fingerprint(0, dataclasses.astuple(case))
-                if key in seen:
-                    counts["dropped: the same case again"] += 1
-                    continue
-                seen.add(key)
-                otherwise = dataclasses.replace(case, label=not case.label)
-                if fingerprint(0, dataclasses.astuple(otherwise)) in seen:
-                    counts["of these, also labelled the other way"] += 1
-                counts["kept: correct step" if case.label else "kept: incorrect step"] += 1
-                file.write(json_line({"id": f"{row_id}-{step}"} | dataclasses.asdict(case)))
-        if not n_solutions:
-            raise BadInput(f"{' '.join(config.input)}: has no solutions; check the file")
-    print_table(f"cases from {n_solutions} solutions", counts)
-    for reason, first in sorted(firsts.items()):
-        line = f"  the first {reason}: {first}"
-        print("".join(c if c.isprintable() else " " for c in line))
-
 
 # ---------------------------------------------------------------------------------------------- samples
 
