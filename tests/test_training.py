@@ -459,6 +459,7 @@ def test_eight_examples_are_overfitted(tmp_path, tiny_folder):
     assert metrics(tmp_path / "out")[-1]["loss"] < 0.05
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_metrics_jsonl_has(tmp_path, tiny_folder):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), tensorboard=True))

@@ -203,6 +203,7 @@ def test_the_device_chooses_the_attention(flex_on_cpu, tiny_folder, monkeypatch)
             torch.testing.assert_close(found[name], expected[name], atol=1e-9, rtol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 def test_flex_attention_under_autocast(flex_on_cpu, tiny_folder):
     """bf16 products over fp32 weights, as training on CUDA has them."""
     model, tree = load_model(tiny_folder), Tree(family_tree())

@@ -62,6 +62,7 @@ def test_auroc_counts_pairs():
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.slow
 def test_figures_are_those_of_scikit_learn(seed):
     metrics = pytest.importorskip("sklearn.metrics")
     calibration = pytest.importorskip("sklearn.calibration")

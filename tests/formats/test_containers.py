@@ -208,6 +208,7 @@ def write_parquet():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.slow
 def test_parquet(tmp_path, stdin, write_parquet, packed):
     """Nested values, several row groups, any order; from standard input too."""
     path = write_parquet(tmp_path / "x.parquet", ROWS * 3, row_group_size=4)

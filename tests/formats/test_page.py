@@ -502,6 +502,7 @@ def test_scripts_that_are_not_the_pages_own_do_not_run(tmp_path, browser):
         assert any(directive in text for text in refused), refused
 
 
+@pytest.mark.slow
 def test_400_solutions_take_less_than_3_MB(tmp_path):
     """Texts that cannot be packed well: the page says how many it leaves out."""
     rng = random.Random(0)

@@ -271,6 +271,7 @@ def test_k_takes_the_first_analyses(tmp_path, capsys):
     assert "has 2 analyses of a step, fewer than --k 3" in refused(capsys, "--scores", path, "--k", 3)
 
 
+@pytest.mark.slow
 def test_the_plots_are_drawn(tmp_path, files):
     pytest.importorskip("matplotlib")
     threshold_py("--scores", files[0], "--out", tmp_path / "t.json")

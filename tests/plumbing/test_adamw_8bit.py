@@ -145,6 +145,7 @@ def test_training_learns_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path, ti
     assert train(tmp_path, tiny_folder, "full", adamw_8bit=False) != whole
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_moments_that_it_was_begun_with(tmp_path, tiny_folder, capsys):
     train(tmp_path, tiny_folder, "out")
     flags = ["--model", str(tiny_folder), "--train", str(tmp_path / "sft.jsonl"), "--out", str(tmp_path / "out"),
