@@ -67,6 +67,7 @@ def solutions_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("script, side, sizes", SIDES)
+@pytest.mark.slow
 def test_our_sides_of_the_benchmarks_run_in_miniature(script, side, sizes, tmp_path, monkeypatch):
     data = solutions_file(tmp_path)
     for module, name in ((train_sft, "Run"), (train_dpo, "Run"), (train_dpo, "reference_logprobs")):

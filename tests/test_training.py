@@ -277,6 +277,7 @@ def test_rows_train_the_same_whatever_they_are_kept_in(tmp_path, tiny_folder, sc
         assert same_run(runs["plain"], runs[name]) == [], name
 
 
+@pytest.mark.slow
 def test_other_shards_in_a_folder_are_not_resumed(tmp_path, tiny_folder):
     (tmp_path / "shards").mkdir()
     write(tmp_path / "shards/0.jsonl", sft_rows(4))
@@ -506,6 +507,7 @@ def transformers_sums(folder, rows, fields):
     return found
 
 
+@pytest.mark.slow
 def test_the_first_losses_equal_transformers_on_the_same_texts(tmp_path, tiny_folder):
     """From the file's line to the logged number: template, prompt mask, end of turn, mean over tokens or pairs."""
     rows = [row | {"response": row["response"] + " apples" * n} for n, row in enumerate(sft_rows(6))]

@@ -184,6 +184,7 @@ def test_saving_replaces_the_whole_of_an_old_folder(tiny_folder, make_folder, tm
     assert os.listdir(tmp_path) == ["saved"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_saved_over_the_folder_it_came_from(folder, tiny_folder):
     save_checkpoint(folder, load_model(folder), folder)
     assert torch.equal(reference_logits(folder), reference_logits(tiny_folder))
@@ -705,6 +706,7 @@ def put_template(folder: Path, source, where: str) -> None:
 @pytest.mark.parametrize("message", MESSAGES, ids=["plain", "lines", "not ASCII"])
 @pytest.mark.parametrize("where", ["file", "field", "named"])
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.slow
 def test_chat_tokens_equal_transformers(folder, name, where, message):
     put_template(folder, TEMPLATES[name], where)
     assert load_tokenizer(folder).chat(message) == reference_chat(folder, message)
