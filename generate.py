@@ -84,7 +84,7 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: flo
 def yes_against_no(logits: torch.Tensor, yes_no: tuple[int, int]) -> torch.Tensor:
     """A softmax over the logits of Yes and No alone: (R, V) -> P(Yes), fp32 (R,)."""
     yes, no = yes_no
-    return torch.sigmoid(logits[:, yes] - logits[:, no]).float()
+    return torch.sigmoid(at_least_fp32(logits[:, yes]) - at_least_fp32(logits[:, no])).float()
 
 
 def check_finite(logits: torch.Tensor) -> None:
@@ -234,7 +234,7 @@ class Engine(Queue):
         for ids in sequences:
             tree = Tree([ids]).to(self.model.device)
             hidden = self.model(tree.ids, tree.positions, self.model.tree_attention(tree.end))  # (T, C)
-            logits = at_least_fp32(self.model.logits(hidden[-1:]))  # (1, V)
+            logits = self.model.logits(hidden[-1:])  # (1, V)
             check_finite(logits)
             found += yes_against_no(logits, self.yes_no).tolist()
         return found

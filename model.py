@@ -116,23 +116,21 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
     ) -> torch.Tensor:
-        return self.out(self.mix(self.qkv(x), cos, sin, attend))
+        q, k, v = self.heads(self.qkv(x), cos, sin)
+        return self.out(attend(q, k, v).flatten(1))  # (T, H, D) -> (T, H D)
 
-    def mix(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
-    ) -> torch.Tensor:
-        """What lies between the two products: qkv (T, (H + 2 KV) D) -> (T, H D)."""
+    def heads(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T, (H + 2 KV) D) -> q (T, H, D) and k (T, KV, D), turned to their positions, and v (T, KV, D)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
-        # (T, H, D), (T, KV, D), (T, KV, D)
         q, k, v = heads.split((self.n_query, self.n_key, self.n_key), dim=1)
         if self.qk_norm:
             q = self.q_norm(q)
             k = self.k_norm(k)
         q = apply_rope(q, cos, sin)
         k = apply_rope(k, cos, sin)
-        v = v.contiguous()  # a view would keep all of qkv for the backward pass
-        y = attend(q, k, v)
-        return y.reshape(len(y), -1)  # (T, H, D) -> (T, H D)
+        return q, k, v.contiguous()  # a view of v would keep all of qkv for the backward pass
 
 
 class MLP(nn.Module):
@@ -187,7 +185,9 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
-        self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
+        # fast.speed_up puts faster ones in their places
+        self.tree_attention = tree_attention
+        self.logprobs_of = logprobs_of
         self.frequencies = rope_frequencies(config)  # (D/2,)
 
     @property
@@ -298,6 +298,13 @@ def tree_attention(end: torch.Tensor) -> Attend:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return y[0].transpose(0, 1)  # (T, H, D)
     return attend
+
+
+def logprobs_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """log p(target) at each position: logits (N, V), target (N,) -> (N,) at least fp32."""
+    logits = at_least_fp32(logits)
+    of_target = logits.gather(1, target[:, None])[:, 0]
+    return of_target - logits.logsumexp(dim=-1)  # F.cross_entropy is less exact on CPU (bench/LOG.md)
 
 
 def head_chunk(device: torch.device | str, n_tokens: int) -> int:

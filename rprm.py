@@ -39,7 +39,7 @@ from checkpoint.prompt import split_prompt, tell_conversation
 from formats.case_text import print_analysis, print_case, print_reward
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, parse_verdict
 from generate import Continuation, Engine, Request
-from model import Decoder, Tree, at_least_fp32, head_chunk
+from model import Decoder, Tree, head_chunk
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.queues import answers_of
@@ -368,9 +368,7 @@ def response_logprobs(
 
 def token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """log p(target) at each position: hidden (N, C), target (N,) -> (N,) at least fp32."""
-    logits = at_least_fp32(model.logits(hidden))  # (N, V)
-    of_target = logits.gather(1, target[:, None])[:, 0]
-    return of_target - logits.logsumexp(dim=-1)  # F.cross_entropy is less exact on CPU (bench/LOG.md)
+    return model.logprobs_of(model.logits(hidden), target)
 
 
 def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:

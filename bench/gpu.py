@@ -1,12 +1,15 @@
 """On a GPU: what share of it training, sampling and prefill use, at the shapes of real models, with random weights.
 
     python bench/gpu.py --shape 7b --out 7b.json     # one 141 GB card: fp32 weights, gradients and moments of 7B take 122 GB
-    python bench/gpu.py --shape 0.5b --what sft dpo attention sample peer reward
+    python bench/gpu.py --shape 7b --what lora --micro-tokens 4096
+    python bench/gpu.py --shape 0.5b --what sft dpo attention sample plain peer reward
     python bench/gpu.py --shape tiny --device cpu    # the same lines in miniature
 
 Prompts have 700 tokens, of which 500 are the same instructions, and responses 600. FLOPs count every token of a tree once,
 response tokens alone at the head, and no recomputation; FLOP/s and bandwidth of the card are measured in the same run.
-Times are medians after a run to warm up. The peer is Transformers' `generate`, in batches as large as fit.
+Weights are random, but scaled so that the next token is about as uncertain as a trained model's: top-p looks at a few tokens.
+Times are medians after a run to warm up. The peer is Transformers' `generate`; it and the plain engine have one batch, as large
+as fits.
 """
 import gc
 import statistics
@@ -23,11 +26,13 @@ import torch
 from bench.common import Clock, seconds_of, surroundings
 from plumbing.cli import LOWER_IF_MEMORY_RUNS_OUT, print_config, run
 from plumbing.files import write_json
+from plumbing.memory import memory
 import fast
 from checkpoint.scratch import init_weights
-from fast.attention import TreeAttention
-from fast.flex import FlexTreeAttention
+from fast.flex import FlexTreeAttention, MaskedTreeAttention
+import generate
 from generate import Engine, Request
+from lora import LoRA, add_adapters, initialize
 from model import Decoder, ModelConfig, Tree
 from rprm import dpo_loss, response_logprobs, sft_loss
 from plumbing.run import precision
@@ -45,7 +50,9 @@ SHAPES = {
 }
 INSTRUCTIONS, PROMPT, RESPONSE = 500, 700, 600  # tokens; the prompt has the instructions in it
 STEPS = 5  # of a solution
-WORK = ("sft", "dpo", "attention", "sample", "peer", "reward")
+SPREAD = 8.0  # standard deviation of the logits: the likeliest of 150,000 tokens has about half of the probability
+LORA = LoRA(rank=16, alpha=32)
+WORK = ("sft", "dpo", "lora", "attention", "sample", "plain", "peer", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,8 @@ def main(config: Config) -> None:
         if is_cuda(config):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        measure = {"sft": train, "dpo": train, "attention": attention, "sample": sample, "peer": peer, "reward": reward_in_bulk}[what]
+        measure = {"sft": train, "dpo": train, "lora": train, "attention": attention, "sample": sample, "plain": plain, "peer": peer,
+                   "reward": reward_in_bulk}[what]
         rows.append({"work": what, "shape": config.shape} | measure(config, what, peak) | {"peak memory, GB": peak_gb(config)})
         shown = {name: format(value, ".4g") if isinstance(value, float) else value for name, value in rows[-1].items()}
         print("\n" + "\n".join(f"{name:<40} {value}" for name, value in shown.items()))
@@ -132,8 +140,10 @@ def random_model(config: Config, dtype: torch.dtype) -> Decoder:
         model = Decoder(SHAPES[config.shape]).to(dtype)
     model.to_empty(device=config.device)
     init_weights(model, torch.Generator(config.device).manual_seed(0))
+    with torch.no_grad():
+        model.norm.weight.fill_(SPREAD / (model.config.initializer_range * model.config.hidden_size ** 0.5))
     model.checkpoint_activations = config.checkpoint_activations
-    return fast.speed_up(model)
+    return model
 
 
 def lengths(config: Config) -> tuple[int, int, int]:
@@ -164,10 +174,15 @@ def random_trees(config: Config, responses: int) -> list[tuple[Tree, list[int]]]
 
 
 def train(config: Config, what: str, peak: dict) -> dict:
-    """Utilisation of an optimizer step of SFT or DPO; the reference's pass is part of DPO's work, and of its FLOPs."""
-    model = random_model(config, torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    trees = random_trees(config, 1 if what == "sft" else 2)
+    """Utilisation of an optimizer step of SFT, full or of adapters, or of DPO; the reference's pass is part of DPO's work, and of its FLOPs.
+    """
+    model = random_model(config, torch.bfloat16 if what == "lora" and is_cuda(config) else torch.float32)
+    if what == "lora":
+        add_adapters(model, LORA)
+        initialize(model, seed=0)
+    fast.speed_up(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    trees = random_trees(config, 2 if what == "dpo" else 1)
     responses = [sum(len(path) - start for path, start in zip(tree.paths, starts)) for tree, starts in trees]  # tokens of each tree
     work = sum(flops_of_forward(model.config, tree, n) for (tree, _), n in zip(trees, responses))
     trees = [(tree.to(config.device), starts) for tree, starts in trees]
@@ -179,30 +194,32 @@ def train(config: Config, what: str, peak: dict) -> dict:
                     reference = response_logprobs(model, tree, starts).view(-1, 2)
             with precision(config.device):
                 logprobs = response_logprobs(model, tree, starts)
-            if what == "sft":
-                loss = sft_loss(logprobs, sum(responses))
-            else:
+            if what == "dpo":
                 chosen, rejected = logprobs.view(-1, 2).unbind(1)
                 loss = dpo_loss(chosen, rejected, *reference.unbind(1), torch.ones_like(chosen), 0.1)[0].mean()
+            else:
+                loss = sft_loss(logprobs, sum(responses))
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     took = seconds(config, step, config.steps)
-    flops = work * (3 if what == "sft" else 4)
+    passes = {"sft": 3, "dpo": 4, "lora": 2}[what]  # a pass back through frozen weights has one product, and not two
     tokens = sum(len(tree) for tree, _ in trees)
+    table = memory(model.config, config.micro_tokens, config.checkpoint_activations, config.device, 1, LORA if what == "lora" else None)
     return {"seconds per optimizer step": took, "tokens in trees": tokens, "tokens/s": tokens / took,
-            "model FLOP utilisation": flops / took / peak["flops"]}
+            "model FLOP utilisation": passes * work / took / peak["flops"],
+            "peak memory as the scripts foretell it, GB": sum(table.values()) / 1e9}
 
 
 def attention(config: Config, _: str, peak: dict) -> dict:
-    """The attention of one layer over one tree, with its backward pass (on a GPU), through flex_attention and through SDPA in blocks."""
+    """The attention of one layer over one tree, with its backward pass (on a GPU), through flex_attention and through SDPA with the whole mask."""
     [tree, _], *_ = random_trees(config, 1)
     shape, dtype = SHAPES[config.shape], torch.bfloat16 if is_cuda(config) else torch.float32
     q, k, v = (torch.randn(len(tree), heads, shape.head_dim, dtype=dtype, device=config.device, requires_grad=is_cuda(config))
                for heads in (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads))
     flops = 4 * float((tree.positions + 1).sum()) * shape.num_attention_heads * shape.head_dim * (3 if is_cuda(config) else 1)
     row = {}
-    for name, kind in (("flex_attention", FlexTreeAttention), ("SDPA in blocks", TreeAttention)):
+    for name, kind in (("flex_attention", FlexTreeAttention), ("SDPA, the whole mask", MaskedTreeAttention)):
         attend = kind(tree.end.to(config.device))
 
         def work():
@@ -248,7 +265,7 @@ def timed_run(config: Config, model: Decoder, requests: list[Request]) -> tuple[
 
 def sample(config: Config, _: str, peak: dict) -> dict:
     """Prefill FLOP/s, and decoding against its roofline."""
-    model, requests = random_model(config, torch.bfloat16), random_requests(config)
+    model, requests = fast.speed_up(random_model(config, torch.bfloat16)), random_requests(config)
     response, shape, rows = lengths(config)[2], model.config, config.prompts * config.k
     list(answers_of(engine_of(config, model, 2), requests))  # warm up
     before, took, engines = zip(*(timed_run(config, model, requests) for _ in range(config.repeats)))
@@ -269,26 +286,47 @@ def roofline(config: Config, weights: int, peak: dict) -> float:
                for t in range(1, response))
 
 
+def plain(config: Config, _: str, peak: dict) -> dict:
+    """The plain engine on a part of the same work."""
+    model = random_model(config, torch.bfloat16)
+
+    def sample_batch(prompts: list[list[int]], new_tokens: int) -> None:
+        engine = generate.Engine(model, [], (1, 2), 0.95, 0.95, new_tokens, len(prompts) * config.k)
+        engine.generate([Request(ids, list(range(i * config.k, (i + 1) * config.k))) for i, ids in enumerate(prompts)])
+    return one_batch(config, sample_batch)
+
+
 def peer(config: Config, _: str, peak: dict) -> dict:
-    """Transformers' `generate` on a part of the same work: one batch, of as many of the prompts as fit into memory."""
+    """Transformers' `generate` on a part of the same work."""
     from transformers import AutoModelForCausalLM, Qwen2Config
     from bench.peer import generate
-    shape, response = SHAPES[config.shape], lengths(config)[2]
+    shape = SHAPES[config.shape]
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "rms_norm_eps", "rope_theta", "tie_word_embeddings", "max_position_embeddings")
     with torch.device(config.device):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**{name: getattr(shape, name) for name in names}), dtype=torch.bfloat16,
                                                  attn_implementation="sdpa").eval()
-    prompts = [request.ids for request in random_requests(config)]
+    return one_batch(config, lambda prompts, new_tokens: generate(model, prompts, config.k, new_tokens, [], 0.95, 0.95))
+
+
+def one_batch(config: Config, sample_batch: Callable) -> dict:
+    """What samples in batches, with as many of the prompts as fit into memory, or halves of them. One run of each length."""
+    prompts, response = [request.ids for request in random_requests(config)], lengths(config)[2]
 
     def took(new_tokens: int) -> float:
-        return seconds(config, lambda: generate(model, prompts, config.k, new_tokens, [], 0.95, 0.95), 1)
+        synchronize(config)
+        start = time.perf_counter()
+        sample_batch(prompts, new_tokens)
+        synchronize(config)
+        return time.perf_counter() - start
     while True:
         try:
-            whole, first = took(response), took(1)
+            took(2)  # warm up
+            first, whole = took(1), took(response)
             break
         except torch.OutOfMemoryError:
             prompts = prompts[:len(prompts) // 2]  # with none left, the next try fails
+        gc.collect()
         torch.cuda.empty_cache()
     rows = len(prompts) * config.k
     return {"rows": rows, "tokens/s": rows * response / whole, "decode tokens/s": rows * (response - 1) / (whole - first)}
@@ -296,7 +334,7 @@ def peer(config: Config, _: str, peak: dict) -> dict:
 
 def reward_in_bulk(config: Config, _: str, peak: dict) -> dict:
     """The reward of all steps of --solutions solutions: a step's prompt has the problem and the steps before it, 700 tokens on average."""
-    model = random_model(config, torch.bfloat16)
+    model = fast.speed_up(random_model(config, torch.bfloat16))
     instructions, prompt, response = lengths(config)
     rng, vocab, own = np.random.default_rng(2), model.config.vocab_size, prompt - instructions
     step = max(1, own // (STEPS + 1))  # tokens of a step; the problem has about half of the prompt's own

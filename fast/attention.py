@@ -24,23 +24,14 @@ Gain: DPO's trees need 5.25M query-key pairs where blocks of 256 wherever they f
 22M; a layer of DPO's first tree 342 -> 272 ms forward and backward with the shared keys apart (bench/LOG.md).
 """
 from itertools import pairwise
-from typing import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from fast.flex import FlexTreeAttention, after_past
+from fast.flex import after_past
 from model import at_least_fp32
 
 Past = tuple[torch.Tensor, torch.Tensor]  # keys and values before the tree, (KV, past, D) each
-
-
-def tree_attention(end: torch.Tensor, past: int = 0) -> Callable:
-    """The fast attention within a tree, by the device that it lies on. end (T,): the rule of model.Tree."""
-    if end.device.type == "cuda":
-        return FlexTreeAttention(end, past)
-    return TreeAttention(end, past)
 
 
 class TreeAttention:
@@ -63,7 +54,7 @@ class TreeAttention:
         self.shared = 0
         self.first = T
         self.splits = 1
-        if end.device.type == "cpu" and past + branch:
+        if past + branch:
             self.shared = past + branch
             self.splits = torch.get_num_threads()
             self.first = T - (T - branch) // self.splits * self.splits
@@ -95,14 +86,7 @@ class TreeAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: Past | None = None
     ) -> torch.Tensor:
         k, v = after_past(past, k, v)
-        if q.device.type == "cpu":
-            return BlockAttention.apply(q, k, v, self)
-        out = []
-        for start, stop, seen, mask in self.blocks:
-            block = as_heads(q[start:stop], k.index_select(0, seen), v.index_select(0, seen))
-            # (1, H, queries, D)
-            out.append(F.scaled_dot_product_attention(*block, attn_mask=mask.to(q.dtype), enable_gqa=True))
-        return torch.cat(out, dim=2)[0].transpose(0, 1)  # (T, H, D)
+        return BlockAttention.apply(q, k, v, self)
 
     def late_queries(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """What meets the shared keys, in splits: (T, H, ...) -> (splits, H, n, ...) each."""

@@ -58,12 +58,15 @@ class Bucket:
             self.keys_values[:, :, index] = self.keys_values[:, :, len(self.slots)]
             self.slots[index] = last
 
+    def lengths(self) -> torch.Tensor:
+        """(P,) int64, of the slots."""
+        return torch.tensor([slot.length for slot in self.slots], device=self.keys_values.device)
+
     def mask(self) -> torch.Tensor:
         """(P, 1, 1, L): 0 where a slot has a key, -inf behind its end."""
-        device = self.keys_values.device
-        lengths = torch.tensor([slot.length for slot in self.slots], device=device)
-        padding = torch.arange(self.keys_values.shape[4], device=device) >= lengths[:, None]
-        mask = torch.zeros(padding.shape, dtype=self.keys_values.dtype, device=device)
+        keys = torch.arange(self.keys_values.shape[4], device=self.keys_values.device)
+        padding = keys >= self.lengths()[:, None]
+        mask = torch.zeros(padding.shape, dtype=self.keys_values.dtype, device=self.keys_values.device)
         return mask.masked_fill_(padding, -torch.inf)[:, None, None]
 
 
@@ -144,23 +147,30 @@ class Cache:
         slot_of = {slot.request_id: i for i, slot in enumerate(slots)}
         slot_of_row = [slot_of[request_id] for request_id in request_ids.tolist()]
         self.slot = torch.tensor(slot_of_row, device=request_ids.device)  # (R,)
-        order = self.slot.argsort(stable=True)
-        counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
-        before = counts.cumsum(0) - counts
-        self.index_in_slot = torch.empty_like(order)  # (R,), of a row among those of its slot
-        self.index_in_slot[order] = torch.arange(len(order), device=order.device) - before[self.slot[order]]
-        self.by_slot = self.rows.new_zeros(len(slots), self.KV, int(counts.max()), self.G, self.D)
+        self.order = self.slot.argsort(stable=True)  # (R,), the rows by slot
+        self.counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
+        self.before = self.counts.cumsum(0) - self.counts  # where in `order` each slot's rows begin
+        self.most = int(self.counts.max())
+        self.index_in_slot = torch.empty_like(self.order)  # (R,), of a row among those of its slot
+        index = torch.arange(len(self.order), device=self.order.device)
+        self.index_in_slot[self.order] = index - self.before[self.slot[self.order]]
+        self.by_slot = self.rows.new_zeros(len(slots), self.KV, self.most, self.G, self.D)
 
-    def attend(self, layer: int, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The rows' queries over all three sets of keys: q (R, H, D) -> (R, H, D).
+    def begin_step(self, last: torch.Tensor, width: int) -> None:
+        """Before `attend`: row r's query stands at last[r] in its row, and sees the keys up to there.
 
-        mask (R, 1, 1, width), of the rows' own keys
+        last (R,) int64; width: no row has more keys
         """
+        behind = torch.arange(width, device=last.device) > last[:, None]  # (R, width)
+        self.mask = torch.where(behind, -torch.inf, 0.0)[:, None, None]
+
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """The rows' queries over all three sets of keys: q (R, H, D) -> (R, H, D)."""
         R = len(q)
-        width = mask.shape[3]
+        width = self.mask.shape[3]
         q = (q * self.D ** -0.5).view(R, self.KV, self.G, self.D)
         keys, values = self.rows[:, layer, :R, :, :width]
-        return self.attend_before(layer, q, attend_few(q, keys, values, mask))
+        return self.attend_before(layer, q, attend_few(q, keys, values, self.mask))
 
     def attend_suffixes(
         self, layer: int, q: torch.Tensor, row: torch.Tensor, mask: torch.Tensor

@@ -30,11 +30,10 @@ from fast.cache import Cache
 from fast.nucleus import sample
 from fast.rows import Draws, Rows
 from generate import Continuation, Request, check_finite, last_tokens, uniform, yes_against_no
-from model import Tree, at_least_fp32, common_prefix
+from model import Tree, common_prefix
 
 PREFILL_TOKENS = 4096  # prompts are prefilled in groups of about so many tokens, shared ones counted once
 WINDOW = 64            # tokens that the rows have room for at first
-SHARE = 16             # rows are taken out when a sixteenth of them are done
 SUFFIX_ROWS = 32       # suffixes that pass together at most, since their rows' keys are copied for it
 
 
@@ -55,6 +54,7 @@ class Engine(generate.Engine):
     """
 
     suffix_of: Callable[[list[int]], list[int]] = staticmethod(lambda ids: [])
+    done_share = 1 / 16  # rows are taken out when so many of them are done
 
     def restart(self) -> None:
         super().restart()
@@ -62,7 +62,7 @@ class Engine(generate.Engine):
         self.ready: deque[PrefilledPrompt] = deque()
         self.prefix_ids: np.ndarray | None = None
         self.waiting_tokens = 0  # tokens of the waiting prompts that are not computed yet
-        self.cache = Cache(self.model)
+        self.cache = self.new_cache()
         self.rows = Rows.new(0, 0, 0, n=0, width=0, device=device)
         self.draws = Draws(*(torch.zeros(0, dtype=torch.int64, device=device) for _ in range(3)))
         # request id -> its K continuations, None = not ended yet
@@ -70,6 +70,9 @@ class Engine(generate.Engine):
         self.longest = 0        # tokens of the longest row
         self.arranged = False   # is the cache arranged for these rows and prompts?
         self.decoded_width = 0  # tokens of each row that a step reads
+
+    def new_cache(self) -> Cache:
+        return Cache(self.model)
 
     def add(self, request: Request) -> int:
         before = self.waiting[-1][1].ids if self.waiting else self.prefix_ids
@@ -219,13 +222,12 @@ class Engine(generate.Engine):
         device = self.model.device
         row = torch.arange(len(self.rows), device=device)
         last = self.rows.length - 1
-        behind = torch.arange(self.decoded_width, device=device) > last[:, None]  # (R, width)
-        mask = torch.where(behind, -torch.inf, 0.0)[:, None, None]
+        self.cache.begin_step(last, self.decoded_width)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             self.cache.rows[0, layer, row, :, last] = k
             self.cache.rows[1, layer, row, :, last] = v
-            return self.cache.attend(layer, q, mask)
+            return self.cache.attend(layer, q)
         hidden = self.model(self.rows.tokens[row, last], self.rows.start + last, attend)
         return self.model.logits(hidden)
 
@@ -235,7 +237,6 @@ class Engine(generate.Engine):
         It is written down with P(Yes) at its position. A row that is done stays as it is: what is drawn for
         it stands behind its end.
         """
-        logits = at_least_fp32(logits)
         device = logits.device
         self.rows.widen(self.longest)
         position = self.rows.length[rows]
@@ -284,7 +285,7 @@ class Engine(generate.Engine):
 
     def many_are_done(self) -> bool:
         """Is it time to take out rows? Suffixes are read sooner together."""
-        return int(self.rows.done.sum()) >= max(1, len(self.rows) // SHARE)
+        return int(self.rows.done.sum()) >= max(1, int(len(self.rows) * self.done_share))
 
     def retire(self) -> list[tuple[int, list[Continuation]]]:
         """Take finished rows out. -> the requests that are answered with them."""
@@ -354,7 +355,7 @@ class Engine(generate.Engine):
         for group in groups_of(sequences, PREFILL_TOKENS):
             tree = Tree(group).to(self.model.device)
             hidden = self.model(tree.ids, tree.positions, self.model.tree_attention(tree.end))
-            logits = at_least_fp32(self.model.logits(hidden[last_tokens(tree)]))
+            logits = self.model.logits(hidden[last_tokens(tree)])
             check_finite(logits)
             found += yes_against_no(logits, self.yes_no).tolist()
         return found
@@ -389,7 +390,7 @@ class Engine(generate.Engine):
         positions = self.rows.start[row][:, None] + position
         hidden = self.model(ids.flatten(), positions.flatten(), attend).view(R, S, -1)
         logits = self.model.logits(hidden[torch.arange(R, device=device), last])  # (R, V)
-        return yes_against_no(at_least_fp32(logits), self.yes_no)
+        return yes_against_no(logits, self.yes_no)
 
     def drop_done_rows(self) -> None:
         """The last rows that go on overwrite the first ones that are done."""

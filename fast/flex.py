@@ -3,8 +3,10 @@
 Plain (model.tree_attention): SDPA with a (T, T) mask. Fast: one kernel for all queries, which passes over the
 blocks of 128 × 128 that nobody sees. Key j is seen by the queries begin[j] .. end[j]-1, with begin[j] = j. As
 that is an interval, the least and greatest beginning and end in a block of keys tell which pairs of blocks
-need no look (nothing is seen) and which no mask (all is). Gain: the share of the mask that is empty; to be
-measured on a card (bench/gpu.py).
+need no look (nothing is seen) and which no mask (all is).
+
+Each length is compiled for, which takes some ten seconds. Prefill, whose lengths differ from call to call,
+does not wait for that: there SDPA takes the whole mask.
 """
 import math
 from functools import cache
@@ -26,6 +28,32 @@ def after_past(
     return torch.cat((past_k.transpose(0, 1), k)), torch.cat((past_v.transpose(0, 1), v))
 
 
+def tree_attention(end: torch.Tensor, past: int = 0) -> "FlexTreeAttention | MaskedTreeAttention":
+    """The attention for a tree on a GPU: for prefill, which runs in inference mode, or for training."""
+    if torch.is_inference_mode_enabled():
+        return MaskedTreeAttention(end, past)
+    return FlexTreeAttention(end, past)
+
+
+class MaskedTreeAttention:
+    """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
+
+    def __init__(self, end: torch.Tensor, past: int = 0):
+        index = torch.arange(len(end), device=end.device)
+        query = index[:, None]
+        mask = (index <= query) & (query < end)  # (T, T)
+        self.mask = F.pad(mask, (past, 0), value=True)  # (T, past + T)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        k, v = after_past(past, k, v)
+        q = as_padded_heads(q, len(q))
+        k = as_padded_heads(for_each_query_head(k, q), len(k))
+        v = as_padded_heads(for_each_query_head(v, q), len(v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)  # (1, H, T, D)
+        return out[0].transpose(0, 1)
+
+
 class FlexTreeAttention:
     """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
 
@@ -37,11 +65,19 @@ class FlexTreeAttention:
         k, v = after_past(past, k, v)
         queries, keys = self.mask.shape[-2:]
         padded_q = as_padded_heads(q, queries)
-        padded_k = as_padded_heads(k, keys)
-        padded_v = as_padded_heads(v, keys)
-        # (1, H, queries, D)
-        out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask, enable_gqa=True)
-        return out[0, :, :len(q)].transpose(0, 1)  # (T, H, D)
+        padded_k = as_padded_heads(for_each_query_head(k, padded_q), keys)
+        padded_v = as_padded_heads(for_each_query_head(v, padded_q), keys)
+        out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask)
+        return out[0, :, :len(q)].transpose(0, 1)  # (1, H, queries, D) -> (T, H, D)
+
+
+def for_each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """k or v (n, KV, D) -> (n, H, D), for q (1, H, queries, D).
+
+    The backward pass goes over a block of keys with all queries that see it. The instructions' keys are seen
+    by all: with a copy for each query head that work is spread over H / KV times as many blocks.
+    """
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:

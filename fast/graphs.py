@@ -6,17 +6,20 @@ addresses: whatever changes from step to step is changed in place, in tensors, a
 what differs from the engine that this one extends:
 
 - each continuation is a row of its own from the start, and rows never branch;
-- rows' keys are read in widths of WINDOW tokens, with a new recording when one is outgrown;
-- whether rows have finished is looked at every few steps, since taking them out means a new recording.
+- rows have room for WINDOW more tokens at a time, with a new recording when it is used up;
+- whether rows have finished is looked at every few steps, since a look waits for the GPU; and they are taken
+  out when a quarter of them are done, since that means a new recording, which takes as long as some steps;
+- the attention is a kernel of its own (fast/triton_cache.py).
 """
 from typing import Callable
 
 import torch
 
+from fast.cache import Cache
 from fast.engine import Engine
 
-WINDOW = 64       # tokens by which the width of the rows' keys grows
-LOOK_EVERY = 8    # steps between two looks at what is done, since a look waits for the GPU
+WINDOW = 256      # tokens
+LOOK_EVERY = 8    # steps
 
 
 class CudaGraph:
@@ -44,6 +47,14 @@ class CudaGraph:
 
 class RecordedEngine(Engine):
     """The engine whose steps are replayed. It samples what the other one does."""
+
+    done_share = 1 / 4
+
+    def new_cache(self) -> Cache:
+        if self.model.device.type != "cuda":
+            return super().new_cache()
+        from fast.triton_cache import TritonCache  # here, as Triton comes with PyTorch for GPUs alone
+        return TritonCache(self.model)
 
     def rows_of(self, k: int) -> int:
         return k

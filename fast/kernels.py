@@ -23,7 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fast.attention import tree_attention
+from fast.attention import TreeAttention
+from fast.fused import fuse
 from lora import LoRALinear, change
 from model import Decoder, Layer, RMSNorm, at_least_fp32
 
@@ -34,7 +35,12 @@ ROWS = 256             # rows of an activation whose backward pass fits the cach
 
 def speed_up(model: Decoder) -> Decoder:
     """Replace the forward functions of a decoder, and its attention over trees, by fast ones. -> the model.
+
+    It must be where it will run: a GPU has other ones (fast/fused.py).
     """
+    if model.device.type == "cuda":
+        fuse(model)
+        return model
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.forward = MethodType(lora_forward, module)
@@ -45,7 +51,7 @@ def speed_up(model: Decoder) -> Decoder:
         elif isinstance(module, Layer):
             module.forward = MethodType(layer_forward, module)
     model.logits = MethodType(logits, model)
-    model.tree_attention = tree_attention
+    model.tree_attention = TreeAttention
     return model
 
 
@@ -83,7 +89,7 @@ def lora_forward(self: LoRALinear, x: torch.Tensor, made: Made | None = None) ->
 
 
 def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type != "cpu" or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
         return RMSNorm.forward(self, x)
     return LeanRMSNorm.apply(at_least_fp32(x), at_least_fp32(self.weight), self.eps).to(x.dtype)
 
@@ -99,8 +105,8 @@ def layer_forward(
     if torch.is_inference_mode_enabled():
         return Layer.forward(self, x, cos, sin, attend)
     qkv = linear_of(self.attention_norm, x, self.attention.qkv)
-    mixed = self.attention.mix(qkv, cos, sin, attend)
-    x = x + self.attention.out(mixed)
+    q, k, v = self.attention.heads(qkv, cos, sin)
+    x = x + self.attention.out(attend(q, k, v).flatten(1))
     gate_up = linear_of(self.mlp_norm, x, self.mlp.gate_up)
     return x + linear_of(partial(Remade.apply, self.mlp.activate), gate_up, self.mlp.down)
 
@@ -125,13 +131,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def linear_of(make: Callable, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
-    """module(make(x)). On CPU, x is kept for the backward pass of the product, and not make(x)."""
+    """module(make(x)). x is kept for the backward pass of the product, and not make(x)."""
     return module.forward(make(x), (make, x))
 
 
 def is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return on_cpu and len(x) * weight.numel() >= ONEDNN_SIZE and torch.backends.mkldnn.is_available()
+    is_fp32 = x.dtype == weight.dtype == torch.float32
+    return is_fp32 and len(x) * weight.numel() >= ONEDNN_SIZE and torch.backends.mkldnn.is_available()
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -227,7 +233,7 @@ class LeanRMSNorm(torch.autograd.Function):
 class Remade(torch.autograd.Function):
     """f(x), for an f that takes each row by itself. Only x is kept: the backward pass makes f(x) again.
 
-    On CPU it goes back over as many rows at a time as the caches hold.
+    It goes back over as many rows at a time as the caches of a CPU hold.
     """
 
     @staticmethod
@@ -240,9 +246,8 @@ class Remade(torch.autograd.Function):
     def backward(ctx, grad):
         x, = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        step = ROWS if x.device.type == "cpu" else max(1, len(x))
-        for first in range(0, len(x), step):
-            rows = slice(first, first + step)
+        for first in range(0, len(x), ROWS):
+            rows = slice(first, first + ROWS)
             with torch.enable_grad():
                 some = x[rows].detach().requires_grad_()
                 grad_x[rows], = torch.autograd.grad(ctx.f(some), some, grad[rows])

@@ -9,7 +9,11 @@ bound falls on the same token, that token is the answer. Rows still undecided lo
 """
 import torch
 
+from fast.fused import fused
+from model import at_least_fp32
+
 CANDIDATES = (64, 1024)  # so many tokens first, then so many, then all
+BLOCK = 128              # tokens of the vocabulary that have one maximum (most_likely)
 
 
 def sample(
@@ -21,13 +25,17 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)[row]
-    # In place: fresh memory costs more than the sums
-    p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)
+    if logits.device.type == "cpu":
+        logits = at_least_fp32(logits)
+        # In place: fresh memory costs more than the sums
+        p = torch.softmax(logits.div_(temperature), dim=-1, out=logits)
+    else:
+        p = fused(probabilities)(logits, temperature)
     token = torch.empty_like(row)
     draws = torch.arange(len(row), device=row.device)  # those still without a token
     for width in (*CANDIDATES, p.shape[1]):
         whole = width >= p.shape[1]
-        top, ids = p.topk(min(width, p.shape[1]), dim=-1)  # (R, width), most likely first
+        top, ids = most_likely(p, min(width, p.shape[1]))  # (R, width)
         index, sure = invert(top, row, u, top_p, whole)
         token[draws] = ids[row, index]
         unsure = torch.nonzero(~sure)[:, 0]
@@ -38,6 +46,31 @@ def sample(
         rows, row = row[unsure].unique(return_inverse=True)
         p = p[rows]
     return token
+
+
+def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.softmax(at_least_fp32(logits) / temperature, dim=-1)
+
+
+def most_likely(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The n largest numbers of each row and where they stand: p (R, V) -> (R, n) each, largest first."""
+    V = p.shape[1]
+    if p.device.type == "cpu" or V % BLOCK or n * BLOCK >= V:
+        return p.topk(n, dim=-1)
+    return most_likely_by_blocks(p, n)
+
+
+def most_likely_by_blocks(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on a GPU, where topk passes over a row many times.
+
+    The n largest numbers lie in the n blocks with the largest maxima. So a row is read once for the maxima,
+    and topk has the numbers of n blocks to pass over.
+    """
+    blocks = p.view(len(p), -1, BLOCK)
+    block = blocks.amax(dim=-1).topk(n, dim=-1).indices  # (R, n)
+    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).flatten(1)  # (R, n * BLOCK)
+    largest, index = chosen.topk(n, dim=-1)
+    return largest, block.gather(1, index // BLOCK) * BLOCK + index % BLOCK
 
 
 def invert(

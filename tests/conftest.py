@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 1200  # seconds after which a process is taken to hang: none comes near them, on however busy a machine
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run in Triton's interpreter; read when Triton is imported
 torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and on a busy machine two wait for each other
 
 IM_START, IM_END, END_OF_TEXT = SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

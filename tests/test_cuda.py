@@ -1,6 +1,6 @@
-"""What the other files hold on the CPU, on a GPU: both engines, both kinds of attention, training, adapters and scores.
+"""On a GPU: both engines, both kinds of attention, training, adapters and scores, against those of the CPU.
 
-Skipped where PyTorch finds no GPU. fp32 there is fp32 (no TF32), so tokens and gradients are compared with those of the CPU.
+Skipped where PyTorch finds no GPU. fp32 is fp32 there (no TF32), so tokens and gradients are compared.
 """
 import contextlib
 import copy
@@ -11,6 +11,8 @@ import signal
 
 import pytest
 import torch
+from test_generate import EOS, YES_NO, assert_same, random_ids, requests_of, run, shared_prompts
+from test_training import metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, own_signals is a fixture
 
 import fast
 import generate
@@ -18,15 +20,11 @@ import score
 import train_dpo
 import train_sft
 from checkpoint import load_model
-from fast.attention import TreeAttention
-from fast.flex import FlexTreeAttention
+from fast.flex import FlexTreeAttention, MaskedTreeAttention
 from model import Tree
 from plumbing import cli
 from plumbing.run import Run, precision
 from rprm import response_logprobs
-from test_generate import EOS, YES_NO, assert_same, random_ids, requests_of, run, shared_prompts
-from test_training import metrics, pair_rows, sft_rows, write
-
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
 
@@ -55,7 +53,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def random_tree(seed: int, n: int = 40) -> tuple[Tree, list[int]]:
     """Prompts below the same tokens, two responses each; and where the responses begin."""
     prompts = shared_prompts(n)
-    sequences = [ids + random_ids(5 + (seed + i + j) % 40, 1000 * seed + 2 * i + j) for i, ids in enumerate(prompts) for j in (0, 1)]
+    sequences = []
+    for i, ids in enumerate(prompts):
+        sequences += [ids + random_ids(5 + (seed + i + j) % 40, 1000 * seed + 2 * i + j) for j in (0, 1)]
     return Tree(sequences), [len(ids) for ids in prompts for _ in (0, 1)]
 
 
@@ -89,13 +89,13 @@ def test_bf16_products_are_close(on_cpu, fast_on_gpu):
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("past", [0, 100])
-@pytest.mark.parametrize("kind", [TreeAttention, FlexTreeAttention])
+@pytest.mark.parametrize("kind", [MaskedTreeAttention, FlexTreeAttention])
 def test_attention_within_a_tree(kind, past, dtype, close):
     """Against SDPA with the whole mask in fp64, with gradients."""
     tree, _ = random_tree(1)
     T, end = len(tree), tree.end.to("cuda")
-    sizes = {"q": (T, 4), "k": (past + T, 2), "v": (past + T, 2)}
-    inputs = [torch.randn(*size, 32, device="cuda", dtype=dtype, requires_grad=True) for size in sizes.values()]
+    sizes = [(T, 4), (past + T, 2), (past + T, 2)]  # of q, k and v
+    inputs = [torch.randn(*size, 32, device="cuda", dtype=dtype, requires_grad=True) for size in sizes]
     grad = torch.randn(T, 4, 32, device="cuda", dtype=dtype)
     q, k, v = inputs
     before = (k[:past].transpose(0, 1), v[:past].transpose(0, 1)) if past else None
@@ -127,10 +127,10 @@ def test_both_engines_sample_what_the_cpu_does(on_cpu, on_gpu, fast_on_gpu, temp
     expected = run(engine(generate.Engine, on_cpu), requests)
     for kind, model in ((generate.Engine, on_gpu), (fast.engine_for(fast_on_gpu), fast_on_gpu)):
         found = run(engine(kind, model), requests)
-        equal = [a for a, b in zip(sum(found, []), sum(expected, []), strict=True) if a.ids == b.ids]
+        pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
+        equal = [pair for pair in pairs if pair[0].ids == pair[1].ids]
         assert len(equal) >= 40  # of 42: rounding alone moves one token in some thousands
-        same = [[c for c in row if c in equal] for row in found]
-        assert_same(same, [[e for c, e in zip(*rows, strict=True) if c in equal] for rows in zip(found, expected, strict=True)])
+        assert_same(*([[c] for c in side] for side in zip(*equal, strict=True)))
     assert max(len(c.ids) for row in expected for c in row) > 70
 
 
@@ -147,6 +147,10 @@ def test_suffixes_are_read_behind_their_rows(on_cpu, fast_on_gpu):
 
 # ---------------------------------------------------------------------------------------------- the scripts
 
+SFT = (train_sft.Config, train_sft.main)
+DPO = (train_dpo.Config, train_dpo.main)
+
+
 def call(command: tuple, *arguments) -> None:
     """A script's command, (Config, function), with its command line, within this process."""
     cli.run(command, argv=[str(a) for a in arguments])
@@ -154,7 +158,7 @@ def call(command: tuple, *arguments) -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--plain"], ["--checkpoint-activations"], ["--lora-rank", "4"]])
 def test_training_is_that_of_the_cpu_in_bf16(tmp_path, tiny_folder, flags):
-    """Twelve steps of SFT, then of DPO from where they led: the losses of each step beside those of the CPU."""
+    """Twelve steps of SFT, then of DPO from where they led: the loss of each step is that of the CPU."""
     sft = write(tmp_path / "sft.jsonl", sft_rows(24))
     pairs = write(tmp_path / "pairs.jsonl", pair_rows(24))
     losses = []
@@ -163,8 +167,8 @@ def test_training_is_that_of_the_cpu_in_bf16(tmp_path, tiny_folder, flags):
         common = ["--device", device, "--batch-size", "8", "--epochs", "4", "--lr", lr, *flags]
         first, second = tmp_path / f"sft-{i}", tmp_path / f"dpo-{i}"
         merge = ["--merge"] if "--lora-rank" in flags else []
-        call((train_sft.Config, train_sft.main), "--model", tiny_folder, "--train", sft, "--out", first, *common, *merge)
-        call((train_dpo.Config, train_dpo.main), "--model", first / "model", "--train", pairs, "--out", second, *common)
+        call(SFT, "--model", tiny_folder, "--train", sft, "--out", first, *common, *merge)
+        call(DPO, "--model", first / "model", "--train", pairs, "--out", second, *common)
         losses.append([[row["loss"] for row in metrics(out)] for out in (first, second)])
     for cpu, cuda in zip(*losses, strict=True):
         assert len(cpu) == 12 and min(cpu) < 0.95 * cpu[0]
@@ -172,10 +176,11 @@ def test_training_is_that_of_the_cpu_in_bf16(tmp_path, tiny_folder, flags):
 
 
 def test_a_stopped_run_goes_on(tmp_path, tiny_folder, monkeypatch):
-    """Stopped by a signal in its seventh of twelve steps and resumed, a run's losses are those of one that was not."""
+    """Stopped by a signal in its seventh of twelve steps and resumed: the losses are those of a whole run."""
     sft = write(tmp_path / "sft.jsonl", sft_rows(24))
-    common = ["--model", tiny_folder, "--train", sft, "--device", "cuda", "--batch-size", "8", "--epochs", "4", "--lr", "1e-3"]
-    call((train_sft.Config, train_sft.main), *common, "--out", tmp_path / "whole")
+    common = ["--model", tiny_folder, "--train", sft, "--device", "cuda", "--batch-size", "8",
+              "--epochs", "4", "--lr", "1e-3"]
+    call(SFT, *common, "--out", tmp_path / "whole")
 
     def stop(self, *_):
         if self.step == 6:
@@ -183,9 +188,9 @@ def test_a_stopped_run_goes_on(tmp_path, tiny_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "check_finite", stop)
         with pytest.raises(SystemExit):
-            call((train_sft.Config, train_sft.main), *common, "--out", tmp_path / "parts")
+            call(SFT, *common, "--out", tmp_path / "parts")
     assert len(metrics(tmp_path / "parts")) == 7
-    call((train_sft.Config, train_sft.main), *common, "--out", tmp_path / "parts", "--resume")
+    call(SFT, *common, "--out", tmp_path / "parts", "--resume")
     whole, parts = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, rel=1e-3)
 
@@ -193,12 +198,14 @@ def test_a_stopped_run_goes_on(tmp_path, tiny_folder, monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--plain"], ["--dtype", "bfloat16"]])
 def test_rewards_are_those_of_the_cpu(flags):
     """The model that comes with the project judges a solution of two steps, one right, one wrong."""
-    solution = ["--problem", "At first Mia has 34 shells. Then Tom gives 27 to Mia. How many shells does Mia have now?",
-                "--step", "After Tom: 34+27=61.", "After Tom: 34+27=62.", "--all-steps"]
+    problem = "At first Mia has 34 shells. Then Tom gives 27 to Mia. How many shells does Mia have now?"
+    line = ["--problem", problem, "--step", "After Tom: 34+27=61.", "After Tom: 34+27=62.", "--all-steps",
+            "--k", "8", "--max-new-tokens", "200"]
     rewards = {}
     for device in ("cpu", "cuda"):
+        own_flags = flags if device == "cuda" else []
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            call((score.JudgeConfig, score.judge), *solution, "--k", "8", "--max-new-tokens", "200", "--device", device, *(flags if device == "cuda" else []))
+            call((score.JudgeConfig, score.judge), *line, "--device", device, *own_flags)
         rewards[device] = [float(number) for number in re.findall(r"reward (\S+)", printed.getvalue())]
     assert len(rewards["cpu"]) >= 2
     assert rewards["cuda"] == pytest.approx(rewards["cpu"], abs=0.1 if "bfloat16" in flags else 1e-3)

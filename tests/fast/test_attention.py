@@ -1,7 +1,6 @@
 """The fast attention within a tree, in blocks and through flex_attention, against the plain one."""
 import random
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch.nn.attention.flex_attention as flex
 import model as plain
 from checkpoint import load_model
 from fast import flex as flex_module
-from fast.attention import TreeAttention, tree_attention
-from fast.flex import FlexTreeAttention, compiled_flex_attention, flex_mask
+from fast.attention import TreeAttention
+from fast.flex import FlexTreeAttention, MaskedTreeAttention, compiled_flex_attention, flex_mask
 from model import Decoder, Tree
 from test_model import family_tree, gradients, logits_of, random_ids
 
@@ -39,7 +38,7 @@ def test_the_fast_attention_is_the_plain_one(seed):
     H = KV * rng.choice([1, 3])
     leaves = [torch.randn(len(tree), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (H, KV, KV)]
     grad = torch.randn(len(tree), H, 8, dtype=torch.float64)
-    found, expected = (attention(tree.end)(0, *leaves) for attention in (tree_attention, plain.tree_attention))
+    found, expected = (attention(tree.end)(0, *leaves) for attention in (TreeAttention, plain.tree_attention))
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
     for ours, theirs in zip(*(torch.autograd.grad(out, leaves, grad) for out in (found, expected))):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
@@ -188,19 +187,32 @@ def test_trees_of_like_lengths_share_what_is_compiled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_device_chooses_the_attention(flex_on_cpu, tiny_folder, monkeypatch):
-    """The whole decoder through flex_attention, with and without checkpointing: the gradients are those of the other path."""
-    model, tree, kinds = load_model(tiny_folder, torch.float64), Tree(family_tree()), []
-    cuda_end = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(flex_module, "flex_mask", lambda end, past: kinds.append((end, past)))
-    assert type(tree_attention(tree.end)) is TreeAttention and type(tree_attention(cuda_end, 3)) is FlexTreeAttention
-    assert kinds == [(cuda_end, 3)]
-    monkeypatch.setattr(flex_module, "flex_mask", flex_mask)
+def test_the_decoder_through_flex_attention(flex_on_cpu, tiny_folder):
+    """With and without checkpointing: the gradients are those of the other path."""
+    model, tree = load_model(tiny_folder, torch.float64), Tree(family_tree())
     expected = gradients(model, logits_of(model, tree).pow(2).sum())
     for model.checkpoint_activations in (False, True):
         found = gradients(model, model.logits(model(tree.ids, tree.positions, FlexTreeAttention(tree.end))).pow(2).sum())
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], atol=1e-9, rtol=1e-9, msg=name)
+
+
+def test_what_runs_chooses_the_attention_on_a_gpu():
+    """Prefill, in inference mode, takes the whole mask; training, and what must round as training does, takes flex_attention."""
+    end = long_tree(0, 120).end
+    with torch.inference_mode():
+        assert type(flex_module.tree_attention(end, 3)) is MaskedTreeAttention
+    with torch.no_grad():
+        assert type(flex_module.tree_attention(end, 3)) is FlexTreeAttention
+
+
+@pytest.mark.parametrize("seed, past", [(0, 0), (3, 1), (4, 129)])
+def test_the_whole_mask_gives_what_blocks_give(seed, past):
+    tree = long_tree(seed, 120)
+    q, k, v = (torch.randn(len(tree), heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    before = tuple(torch.randn(2, past, 16, dtype=torch.float64) for _ in range(2)) if past else None
+    found, expected = (kind(tree.end, past)(0, q, k, v, past=before) for kind in (MaskedTreeAttention, TreeAttention))
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.slow

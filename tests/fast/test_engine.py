@@ -125,7 +125,7 @@ def test_recorded_steps_sample_what_plain_ones_do(model, recording, monkeypatch,
     plain, recorded = (make_engine(kind, model, max_rows, temperature, top_p, 40) for kind in ("fast", "recorded"))
     assert_same(run(recorded, requests), run(plain, requests))
     assert recorded.new_tokens == plain.new_tokens
-    assert sum(graph.replays for graph in FakeGraph.made) > 2 * len(FakeGraph.made) > 2
+    assert sum(graph.replays for graph in FakeGraph.made) > 2 * len(FakeGraph.made) > 0
 
 
 def test_recorded_steps_go_on_when_the_prefix_shrinks(model, recording, monkeypatch):
@@ -139,11 +139,11 @@ def test_recorded_steps_go_on_when_the_prefix_shrinks(model, recording, monkeypa
 
 @pytest.mark.slow
 def test_few_recordings_are_made(model, recording, monkeypatch):
-    """Rows that end one by one do not each cost a recording: they wait until a sixteenth of the rows have."""
+    """Rows that end one by one do not each cost a recording: they wait until a quarter of the rows have."""
     requests, taken = requests_of(shared_prompts(40), 4), []
     recorded = make_engine("recorded", model, 160, 0.9, 0.95, 150, EOS[:2])
     drop = recorded.drop_done_rows
     monkeypatch.setattr(recorded, "drop_done_rows", lambda: (taken.append((int(recorded.rows.done.sum()), len(recorded.rows))), drop()))
     run(recorded, requests)
-    assert all(rows // 16 <= n for n, rows in taken) and sum(n <= rows // 8 for n, rows in taken) > len(taken) / 2
-    assert len(FakeGraph.made) <= len(taken) + 3 < 160 / 8  # and two windows are outgrown
+    assert all(rows // 4 <= n for n, rows in taken) and any(n <= rows // 2 for n, rows in taken)
+    assert len(FakeGraph.made) <= len(taken) + 3 < 160 / 8

@@ -121,7 +121,7 @@ def test_the_fast_model_takes_another_activation(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_weights_give_the_same_logits(make_folder, monkeypatch, family, dtype, atol):
-    """Every product of a layer, with and without bias, on few rows and on many."""
+    """Every product of a layer, with and without bias, on few rows and on many; bf16 stays as it is on processors without it."""
     monkeypatch.setattr(kernels, "PACKED_SIZE", 0)
     model = fast.speed_up(load_model(make_folder(family, True), dtype))
     trees = [Tree([random_ids(3, 0)]), Tree([random_ids(90, i) for i in range(4)])]
@@ -130,6 +130,7 @@ def test_packed_weights_give_the_same_logits(make_folder, monkeypatch, family, d
         with torch.inference_mode():
             found.append([model.logits(model(t.ids, t.positions, model.tree_attention(t.end))) for t in trees])
         fast.pack_weights(model)
-    assert all(module.weight.is_mkldnn for module in model.modules() if isinstance(module, torch.nn.Linear))
+    supported = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert all(module.weight.is_mkldnn == supported for module in model.modules() if isinstance(module, torch.nn.Linear))
     for before, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, before, atol=atol, rtol=0)

@@ -1,0 +1,44 @@
+"""The decoder's small operations on a GPU, each made into one kernel by torch.compile.
+
+Plain (model.py): a norm, RoPE, the activation and the log-probabilities are some operations each, and each of
+them reads its tensors from the GPU's memory and writes its result there. Fast: torch.compile makes one kernel
+of such a function, and one of its backward pass, which reads its inputs once and writes its outputs once. The
+operations are the same, in the same precision. Matrix products and attention stay outside.
+
+A function is compiled when it is first called, in seconds, for any number of tokens.
+"""
+from functools import cache
+from types import MethodType
+from typing import Callable
+
+import torch
+
+import model as plain
+from fast.flex import tree_attention
+from model import MLP, Attention, Decoder, RMSNorm
+
+
+def fuse(model: Decoder) -> None:
+    """Compile what lies between the products of a decoder that is on a GPU."""
+    norms = [model.norm]
+    for layer in model.layers:
+        norms += [layer.attention_norm, layer.mlp_norm]  # norms of queries and keys are a part of `heads`
+        layer.attention.heads = MethodType(fused(Attention.heads), layer.attention)
+        layer.mlp.activate = fused(MLP.activate)
+    for norm in norms:
+        norm.forward = MethodType(fused(RMSNorm.forward), norm)
+    model.logprobs_of = fused(plain.logprobs_of)
+    model.tree_attention = tree_attention
+
+
+@cache
+def fused(function: Callable) -> Callable:
+    """A function of tensors, compiled at its first call. The first dimension of its tensors may change."""
+    compiled = torch.compile(function)
+
+    def call(*args):
+        for x in args:
+            if torch.is_tensor(x):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled(*args)
+    return call
