@@ -1,15 +1,21 @@
 """The same numbers, sooner. Each file says what the plain thing is, why the fast one equals it, and what it
 gains.
 
-    attention.py   training and prefill on CPU: blocks of queries, shared keys met once
-    flex.py        the same on a GPU, through flex_attention
-    kernels.py     products, norms and SwiGLU; `speed_up(model)` puts all three into a model
-    nucleus.py     top-p without sorting the vocabulary
-    cache.py       decoding's keys and values: a shared prefix, one copy a prompt, one a row
-    rows.py        the batch's columns
-    engine.py      decoding with continuous batching; continuations that agree are one row
-    graphs.py      the engine's step recorded as a CUDA graph
-    memory.py      the C library's allocator
+    engine.py        decoding with continuous batching; continuations that agree are one row
+    rows.py          the batch's columns
+    cache.py         decoding's keys and values: a shared prefix, one copy a prompt, one a row
+    nucleus.py       top-p without sorting the vocabulary
+
+    on CPU
+    kernels.py       products, norms and SwiGLU; `speed_up(model)` puts all three into a model
+    attention.py     training and prefill: blocks of queries, shared keys met once
+    memory.py        the C library's allocator
+
+    on a GPU
+    fused.py         small operations, each function compiled into one kernel
+    flex.py          training through flex_attention, prefill with a mask
+    triton_cache.py  decoding's attention as a kernel in Triton
+    graphs.py        the engine's step recorded as a CUDA graph
 
 The scripts take these unless they are given --plain, and the tests hold them to the plain ones.
 """

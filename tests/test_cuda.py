@@ -12,7 +12,7 @@ import signal
 import pytest
 import torch
 from test_generate import EOS, YES_NO, assert_same, random_ids, requests_of, run, shared_prompts
-from test_training import metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, own_signals is a fixture
+from test_training import metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, its fixture
 
 import fast
 import generate
