@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
 
-    flags = (config.context, config.system, config.template_args)
+    flags = (config.context, config.system, config.template_args, config.plain)
     table_of = partial(reference_table, model, config.model, config.adapter, config.batch_size, flags)
     reference = reference_logprobs(model, train, config.batch_size, table_of(train))
     if validation:

@@ -29,7 +29,8 @@ from plumbing.files import write_json
 from plumbing.memory import memory
 import fast
 from checkpoint.scratch import init_weights
-from fast.flex import FlexTreeAttention, MaskedTreeAttention
+from fast.flex import FlexTreeAttention, MaskedTreeAttention, compiled_flex_attention
+from fast.fused import fused
 import generate
 from generate import Engine, Request
 from lora import LoRA, add_adapters, initialize
@@ -78,7 +79,10 @@ def main(config: Config) -> None:
     print(f"measured: {peak['flops'] / 1e12:.3g} TFLOP/s (bf16 product), {peak['bandwidth'] / 1e9:.4g} GB/s (copy)")
     rows = []
     for what in config.what:
-        gc.collect()  # the model of the work before is part of cycles
+        compiled_flex_attention.cache_clear()
+        fused.cache_clear()  # what was compiled for the work before
+        torch._dynamo.reset()
+        gc.collect()  # its model is part of cycles
         if is_cuda(config):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

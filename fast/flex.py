@@ -89,9 +89,16 @@ def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
 def compiled_flex_attention() -> Callable:
     """Compiled for each length that it meets; and not on import, since that alone would take seconds."""
     from torch.nn.attention.flex_attention import flex_attention
-    # Of lengths, with and without gradients; beyond it, all scores would be written down
-    torch._dynamo.config.recompile_limit = 64
+    allow_variants()
     return torch.compile(flex_attention, dynamic=False)
+
+
+def allow_variants() -> None:
+    """How often a function may be compiled anew: for other lengths, types, with and without gradients.
+
+    Beyond PyTorch's 8 it would not be compiled, and flex_attention would write down all scores.
+    """
+    torch._dynamo.config.recompile_limit = 64
 
 
 def flex_mask(end: torch.Tensor, past: int):

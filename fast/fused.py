@@ -3,9 +3,11 @@
 Plain (model.py): a norm, RoPE, the activation and the log-probabilities are some operations each, and each of
 them reads its tensors from the GPU's memory and writes its result there. Fast: torch.compile makes one kernel
 of such a function, and one of its backward pass, which reads its inputs once and writes its outputs once. The
-operations are the same, in the same precision. Matrix products and attention stay outside.
+operations are the same; in bf16 there are fewer roundings, as what lies between them stays in fp32. Matrix
+products and attention stay outside.
 
-A function is compiled when it is first called, in seconds, for any number of tokens.
+A function is compiled, in seconds, when it is first called, and again for another type, for passes without
+gradients, and for a single token; but not for each number of tokens.
 """
 from functools import cache
 from types import MethodType
@@ -14,7 +16,7 @@ from typing import Callable
 import torch
 
 import model as plain
-from fast.flex import tree_attention
+from fast.flex import allow_variants, tree_attention
 from model import MLP, Attention, Decoder, RMSNorm
 
 
@@ -34,6 +36,7 @@ def fuse(model: Decoder) -> None:
 @cache
 def fused(function: Callable) -> Callable:
     """A function of tensors, compiled at its first call. The first dimension of its tensors may change."""
+    allow_variants()
     compiled = torch.compile(function)
 
     def call(*args):

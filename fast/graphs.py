@@ -7,8 +7,8 @@ what differs from the engine that this one extends:
 
 - each continuation is a row of its own from the start, and rows never branch;
 - rows have room for WINDOW more tokens at a time, with a new recording when it is used up;
-- whether rows have finished is looked at every few steps, since a look waits for the GPU; and they are taken
-  out when a quarter of them are done, since that means a new recording, which takes as long as some steps;
+- rows are taken out when a quarter of them are done, since that means a new recording, which takes as long as
+  some steps;
 - the attention is a kernel of its own (fast/triton_cache.py).
 """
 from typing import Callable
@@ -18,8 +18,7 @@ import torch
 from fast.cache import Cache
 from fast.engine import Engine
 
-WINDOW = 256      # tokens
-LOOK_EVERY = 8    # steps
+WINDOW = 256  # tokens
 
 
 class CudaGraph:
@@ -63,10 +62,8 @@ class RecordedEngine(Engine):
         return self.draws.row[draws]
 
     def width(self) -> int:
-        return -(-self.longest // WINDOW) * WINDOW
+        windows = -(-self.longest // WINDOW)
+        return min(windows * WINDOW, self.max_new_tokens)
 
     def decode_function(self) -> Callable[[], torch.Tensor]:
         return CudaGraph(self.decode)
-
-    def many_are_done(self) -> bool:
-        return self.longest % LOOK_EVERY == 0 and super().many_are_done()

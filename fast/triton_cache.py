@@ -1,9 +1,11 @@
 """Decoding's attention on a GPU, in a kernel written in Triton.
 
 Plain (fast/cache.py): the three sets of keys that a row sees, prefix, prompt and own, have a softmax each, of
-some ten operations, and the results are merged. A step of 28 layers starts a thousand kernels for it. Fast:
-three kernels a layer. A softmax can be taken up where another one ended, since all that it needs to know of
-the keys before is their result and their log-sum-exp. With highest = L, total = 1 and sum = out at first,
+some ten operations, and the results are merged. A step of 28 layers starts a thousand kernels for it.
+
+Fast: one kernel for each set (for the prompts one for each bucket of lengths). A softmax can be taken up
+where another one ended, since all that it needs to know of the keys before is their result and their
+log-sum-exp. With highest = L, total = 1 and sum = out at first,
 
     highest' = max(highest, scores)
     total'   = total * exp(highest - highest') + sum of exp(scores - highest')
@@ -21,7 +23,8 @@ import triton.language as tl
 
 from fast.cache import Cache
 
-KEYS = 64  # keys that a program looks at together
+BLOCK = 64             # queries, and keys, that a program looks at together, at most
+BLOCK_BYTES = 2 ** 14  # and of each at most so many bytes, to fit the shared memory of a card of 24 GB
 
 
 class Groups(NamedTuple):
@@ -85,23 +88,37 @@ def attend_groups(q: torch.Tensor, keys_values: torch.Tensor, groups: Groups, be
     keys, values = keys_values
     KV = keys.shape[1]
     G = H // KV
-    queries = min(64, max(16, triton.next_power_of_2(G * groups.most)))
-    grid = (len(groups.first), KV, triton.cdiv(G * groups.most, queries))
+    options = options_for(D, q.dtype, G * groups.most)
+    grid = (len(groups.first), KV, triton.cdiv(G * groups.most, options["QUERIES"]))
     attend_kernel[grid](
         q, out if before is None else before, out, lse, keys, values,
         groups.order, groups.first, groups.count, groups.length,
         D ** -0.5, keys.stride(0), keys.stride(1),
-        H, G, D, triton.next_power_of_2(D), queries, KEYS,
-        IS_BEGUN=before is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        H, G, D, before is not None, **options,
     )
+
+
+def options_for(D: int, dtype: torch.dtype, n_queries: int) -> dict:
+    """What the kernel is compiled for: the size of a head, padded; queries and keys at a time; how products
+    are rounded; how many loads are under way.
+    """
+    width = max(16, triton.next_power_of_2(D))
+    most = max(16, min(BLOCK, BLOCK_BYTES // (width * dtype.itemsize)))
+    is_fp32 = dtype == torch.float32
+    return {
+        "WIDTH": width,
+        "QUERIES": max(16, min(most, triton.next_power_of_2(n_queries))),
+        "KEYS": most,
+        "PRECISION": "ieee" if is_fp32 else "tf32",
+        "num_stages": 2 if is_fp32 else 3,
+    }
 
 
 @triton.jit
 def attend_kernel(
     q, before, out, lse, keys, values, order, first, count, length, scale, group_stride, head_stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, IS_BEGUN: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, IS_BEGUN: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """A program has QUERIES of the queries that a group's rows have in the G heads of one KV head."""
     group = tl.program_id(0).to(tl.int64)
@@ -126,7 +143,7 @@ def attend_kernel(
 
     base = group * group_stride + kv_head * head_stride
     n_keys = tl.load(length + group)
-    if n_rows == 0:
+    if tl.program_id(2) * QUERIES >= n_rows * G:  # a program for the rows that a larger group has
         n_keys = n_keys * 0
     for begin in range(0, n_keys, KEYS):
         key = begin + tl.arange(0, KEYS)

@@ -98,8 +98,7 @@ def n_numbers(module: torch.nn.Module) -> int:
 def kept_of_a_token(shape: ModelConfig, on_cuda: bool) -> int:
     """Bytes that a layer keeps of a token for its backward pass.
 
-    On the CPU, norms and SwiGLU are computed again in the backward pass (fast/kernels.py). On a GPU fewer
-    numbers may be kept, as compiled functions choose what they compute again (fast/fused.py).
+    On the CPU, norms and SwiGLU are computed again in the backward pass (fast/kernels.py).
     """
     hidden = shape.hidden_size
     n_heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads  # q and the output; k and v

@@ -15,6 +15,7 @@ from test_generate import EOS, YES_NO, assert_same, random_ids, requests_of, run
 from test_training import metrics, own_signals, pair_rows, sft_rows, write  # noqa: F401, its fixture
 
 import fast
+import fast.graphs
 import generate
 import score
 import train_dpo
@@ -118,8 +119,11 @@ def test_attention_within_a_tree(kind, past, dtype, close):
 # ---------------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("temperature, top_p", [(0.5, 0.95), (0.95, 0.95), (0.0, 0.95), (1.0, 1.0)])
-def test_both_engines_sample_what_the_cpu_does(on_cpu, on_gpu, fast_on_gpu, temperature, top_p):
+def test_both_engines_sample_what_the_cpu_does(
+    on_cpu, on_gpu, fast_on_gpu, temperature, top_p, monkeypatch
+):
     """Many prompts through few rows, with ends, for longer than a recording of the decoding step is wide."""
+    monkeypatch.setattr(fast.graphs, "WINDOW", 32)
     requests = requests_of(shared_prompts(12), 3) + requests_of([random_ids(300, 5), random_ids(4, 6)], 3)
 
     def engine(kind, model):

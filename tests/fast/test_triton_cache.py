@@ -2,6 +2,10 @@
 
 The interpreter multiplies bf16 wrongly, so there is fp16 there.
 """
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ import fast
 import fast.engine
 import generate
 from checkpoint import load_model
+from conftest import ROOT
 from fast.cache import Cache
 from fast.triton_cache import TritonCache
 from test_generate import EOS, YES_NO, assert_same, requests_of, run, shared_prompts
@@ -58,3 +63,40 @@ def test_an_engine_samples_the_same_with_it(make_folder, monkeypatch):
     expected = run(generate.Engine(model, EOS, YES_NO, 0.5, 0.95, 5, 4), requests)
     monkeypatch.setattr(fast.engine.Engine, "new_cache", lambda self: TritonCache(self.model))
     assert_same(run(fast.engine.Engine(model, EOS, YES_NO, 0.5, 0.95, 5, 4), requests), expected)
+
+
+COMPILE = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fast.triton_cache import attend_kernel, options_for
+
+LETTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+for dtype in LETTERS:
+    for D in (8, 128, 256):
+        options = options_for(D, dtype, 1000)
+        stages = options.pop("num_stages")
+        constants = {"H": 28, "G": 7, "D": D, "IS_BEGUN": True} | options
+        types = dict.fromkeys(("q", "out", "keys", "values"), LETTERS[dtype])
+        types |= dict.fromkeys(("before", "lse"), "*fp32")
+        types |= dict.fromkeys(("order", "first", "count", "length"), "*i64")
+        types |= {"scale": "fp32", "group_stride": "i64", "head_stride": "i64"}
+        types |= dict.fromkeys(constants, "constexpr")
+        names = attend_kernel.arg_names
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name] != "constexpr"}
+        source = ASTSource(attend_kernel, {name: types[name] for name in names},
+                           {(names.index(name),): value for name, value in constants.items()}, aligned)
+        kernel = triton.compile(source, target=GPUTarget("cuda", 86, 32), options={"num_stages": stages})
+        print(kernel.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_fits_the_shared_memory_of_a_card_of_24_gb():
+    """Compiled for one as far as it goes without a GPU, in fp32 and bf16, for heads of 8, 128 and 256."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    used = [int(line) for line in done.stdout.split()]
+    assert len(used) == 6 and max(used) <= 101_376, used
