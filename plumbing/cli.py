@@ -42,6 +42,7 @@ EXIT_LOST_RANK = 3
 EXIT_INTERRUPTED = 130
 LONGEST_MESSAGE = 2000  # characters
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_COMPILER = "no C compiler is found, which makes the kernels for a GPU: install gcc, or give --plain"
 Main = Callable[[Any], None]  # what a command does with its config
 
 
@@ -149,6 +150,8 @@ def _last_word(config: Any, error: BaseException) -> tuple[str, int]:
         return _one_line(_lost_rank(error)), EXIT_LOST_RANK
     if _is_out_of_memory(error):
         return _one_line(out_of_memory(config, error)), EXIT_BAD_INPUT
+    if re.search(r"C(\+\+)? compiler", str(error)):  # the words of Triton and of torch.compile
+        return _one_line(NO_COMPILER), EXIT_BAD_INPUT
     raise error
 
 

@@ -238,6 +238,19 @@ def test_out_of_memory_says_what_to_lower(capsys, fail):
         assert stop.value.code == 2 and error.startswith("error: out of memory (") and said in error
 
 
+@pytest.mark.parametrize("words", [
+    "Failed to find C compiler. Please specify via CC environment variable.",
+    "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
+])
+def test_a_machine_without_a_compiler_is_told_of_plain(capsys, words):
+    def main(config):
+        raise RuntimeError(words)
+    with pytest.raises(SystemExit) as stop:
+        cli.run((Other, main), argv=[])
+    [error] = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and error.startswith("error: no C compiler") and error.endswith("give --plain")
+
+
 def test_out_of_memory_without_a_setting_to_lower(capsys):
     """Nor is a flag recommended that was given."""
     def main(config):
