@@ -673,6 +673,13 @@ def test_the_reference_is_computed_anew_for_another_model(tmp_path, tiny_folder,
     assert len(caches(tmp_path)) == 2
 
 
+def test_the_reference_is_computed_anew_for_the_plain_path(tmp_path, tiny_folder):
+    """On a GPU the two paths round bf16 differently, and the reference must round as the policy does."""
+    for plain in (False, True, False):
+        train_dpo.main(dpo_config(tmp_path, tiny_folder, pair_rows(8), plain=plain))
+    assert len(caches(tmp_path)) == 2
+
+
 def test_the_reference_is_computed_anew_for_another_chat_template(tmp_path, tiny_folder):
     """The template's tokens stand before every response, so they are part of what the reference depends on."""
     folder = tmp_path / "model"
