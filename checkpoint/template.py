@@ -33,6 +33,8 @@ from plumbing.errors import BadInput
 from plumbing.files import expect
 
 SECONDS = 1.0  # of processor time; the longest of published templates take a tenth of a second
+STANDSTILL = 30  # so many times that, by the clock, and a child that has not ended is taken to stand still
+TRIES = 3
 MEMORY = 500_000_000  # bytes beyond what this process has already
 LONGEST = 1_000_000  # characters of a text
 TODAY = datetime.date(2024, 7, 26)  # on every day, so that a prompt stays the same; Llama 3.1's default
@@ -145,6 +147,17 @@ def render_each(source: str, given: list[dict[str, Any]]) -> list[str | Template
     """The text, or the error, that a template makes of each of the given; the limits are for all of them."""
     if not hasattr(os, "fork"):
         return [render_here(source, variables) for variables in given]
+    for _ in range(TRIES):
+        answer, status = ask_child(source, given)
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM):
+            break  # else it stood still: at a lock that a thread of its parent held, which it has no copy of
+    if status != 0:  # the child was killed
+        return [TemplateError(f"it takes more than {SECONDS:g} s or {MEMORY // 10 ** 6} MB")] * len(given)
+    return [text if is_text else TemplateError(text) for is_text, text in json.loads(answer)]
+
+
+def ask_child(source: str, given: list[dict[str, Any]]) -> tuple[bytes, int]:
+    """What a child process answers, and its exit status."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -153,9 +166,7 @@ def render_each(source: str, given: list[dict[str, Any]]) -> list[str | Template
     with open(reader, "rb") as pipe:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
-    if status != 0:  # the child was killed
-        return [TemplateError(f"it takes more than {SECONDS:g} s or {MEMORY // 10 ** 6} MB")] * len(given)
-    return [text if is_text else TemplateError(text) for is_text, text in json.loads(answer)]
+    return answer, status
 
 
 def answer_and_exit(writer: int, source: str, given: list[dict[str, Any]]) -> NoReturn:
@@ -177,7 +188,7 @@ def limit_this_process() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # processor time; RLIMIT_CPU counts in whole seconds
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, 100 * SECONDS)  # in case a thread that is not copied held a lock
+    signal.setitimer(signal.ITIMER_REAL, STANDSTILL * SECONDS)
     if sys.platform != "linux":  # macOS does not enforce RLIMIT_AS
         return
     import resource  # here, as Windows has no such module

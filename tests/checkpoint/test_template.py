@@ -117,6 +117,25 @@ def test_time_and_memory_are_the_childs(monkeypatch):
     assert len("a" * 600_000_000) == 600_000_000
 
 
+@pytest.mark.parametrize("standing", [2, 3])
+def test_a_child_that_stands_still_is_replaced(monkeypatch, tmp_path, standing):
+    """As one does that was forked while a thread held a lock: twice, and the third answers; or all three."""
+    render_here = template.render_here
+
+    def stand_still(source, variables):
+        (tmp_path / str(os.getpid())).touch()
+        if len(list(tmp_path.iterdir())) <= standing:
+            os.kill(os.getpid(), signal.SIGALRM)  # the end of its time by the clock
+        return render_here(source, variables)
+    monkeypatch.setattr(template, "render_here", stand_still)
+    if standing == 2:
+        assert render("{{ messages | length }}", **GIVEN) == str(len(GIVEN["messages"]))
+    else:
+        with pytest.raises(TemplateError, match="more than"):
+            render("{{ messages | length }}", **GIVEN)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 @pytest.mark.parametrize("written", [b"", b"+half of the te"])
 def test_a_child_that_dies_gives_no_text(monkeypatch, written):
     """Half of a text is not taken for the whole of it."""
