@@ -285,11 +285,16 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def tree_attention(end: torch.Tensor) -> Attend:
-    """Attention within a tree: end (T,), the rule of `Tree` -> attend(layer, q, k, v)."""
+def tree_mask(end: torch.Tensor) -> torch.Tensor:
+    """The rule of `Tree` as a mask, (T, T) bool: mask[q, j] says that q sees j."""
     index = torch.arange(len(end), device=end.device)
     query = index[:, None]
-    mask = (index <= query) & (query < end)  # (T, T): mask[q, j] says that q sees j
+    return (index <= query) & (query < end)
+
+
+def tree_attention(end: torch.Tensor) -> Attend:
+    """Attention within a tree: end (T,), the rule of `Tree` -> attend(layer, q, k, v)."""
+    mask = tree_mask(end)
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = q.transpose(0, 1)[None]  # (T, H, D) -> (1, H, T, D)

@@ -28,7 +28,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from fast.flex import after_past
 from model import at_least_fp32
 
 Past = tuple[torch.Tensor, torch.Tensor]  # keys and values before the tree, (KV, past, D) each
@@ -95,6 +94,16 @@ class TreeAttention:
     def shared_keys(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The shared keys, the same for each split: (past + T, KV, D) -> (splits, KV, shared, D) each."""
         return [x[:self.shared].transpose(0, 1).expand(self.splits, -1, -1, -1) for x in tensors]
+
+
+def after_past(
+    past: Past | None, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
+    if past is None:
+        return k, v
+    past_k, past_v = past
+    return torch.cat((past_k.transpose(0, 1), k)), torch.cat((past_v.transpose(0, 1), v))
 
 
 class BlockAttention(torch.autograd.Function):

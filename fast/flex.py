@@ -15,17 +15,10 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 
+from fast.attention import Past, after_past, as_heads
+from model import tree_mask
+
 BLOCK = 128  # tokens of a block in flex_attention's mask
-
-
-def after_past(
-    past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
-    if past is None:
-        return k, v
-    past_k, past_v = past
-    return torch.cat((past_k.transpose(0, 1), k)), torch.cat((past_v.transpose(0, 1), v))
 
 
 def tree_attention(end: torch.Tensor, past: int = 0) -> "FlexTreeAttention | MaskedTreeAttention":
@@ -39,18 +32,14 @@ class MaskedTreeAttention:
     """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
 
     def __init__(self, end: torch.Tensor, past: int = 0):
-        index = torch.arange(len(end), device=end.device)
-        query = index[:, None]
-        mask = (index <= query) & (query < end)  # (T, T)
-        self.mask = F.pad(mask, (past, 0), value=True)  # (T, past + T)
+        self.mask = F.pad(tree_mask(end), (past, 0), value=True)  # (T, past + T)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+                 past: Past | None = None) -> torch.Tensor:
         k, v = after_past(past, k, v)
-        q = as_padded_heads(q, len(q))
-        k = as_padded_heads(for_each_query_head(k, q), len(k))
-        v = as_padded_heads(for_each_query_head(v, q), len(v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)  # (1, H, T, D)
+        H = q.shape[1]
+        heads = as_heads(q, for_each_query_head(k, H), for_each_query_head(v, H))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=self.mask)  # (1, H, T, D)
         return out[0].transpose(0, 1)
 
 
@@ -61,23 +50,24 @@ class FlexTreeAttention:
         self.mask = flex_mask(end, past)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                 past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+                 past: Past | None = None) -> torch.Tensor:
         k, v = after_past(past, k, v)
         queries, keys = self.mask.shape[-2:]
+        H = q.shape[1]
         padded_q = as_padded_heads(q, queries)
-        padded_k = as_padded_heads(for_each_query_head(k, padded_q), keys)
-        padded_v = as_padded_heads(for_each_query_head(v, padded_q), keys)
+        padded_k = as_padded_heads(for_each_query_head(k, H), keys)
+        padded_v = as_padded_heads(for_each_query_head(v, H), keys)
         out = compiled_flex_attention()(padded_q, padded_k, padded_v, block_mask=self.mask)
         return out[0, :, :len(q)].transpose(0, 1)  # (1, H, queries, D) -> (T, H, D)
 
 
-def for_each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """k or v (n, KV, D) -> (n, H, D), for q (1, H, queries, D).
+def for_each_query_head(x: torch.Tensor, H: int) -> torch.Tensor:
+    """k or v (n, KV, D) -> (n, H, D).
 
     The backward pass goes over a block of keys with all queries that see it. The instructions' keys are seen
     by all: with a copy for each query head that work is spread over H / KV times as many blocks.
     """
-    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
 def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
