@@ -294,9 +294,8 @@ def plain(config: Config, _: str, peak: dict) -> dict:
     """The plain engine on a part of the same work."""
     model = random_model(config, torch.bfloat16)
 
-    def sample_batch(prompts: list[list[int]], new_tokens: int) -> None:
-        engine = generate.Engine(model, [], (1, 2), 0.95, 0.95, new_tokens, len(prompts) * config.k)
-        engine.generate([Request(ids, list(range(i * config.k, (i + 1) * config.k))) for i, ids in enumerate(prompts)])
+    def sample_batch(requests: list[Request], new_tokens: int) -> None:
+        generate.Engine(model, [], (1, 2), 0.95, 0.95, new_tokens).generate(requests)
     return one_batch(config, sample_batch)
 
 
@@ -310,17 +309,20 @@ def peer(config: Config, _: str, peak: dict) -> dict:
     with torch.device(config.device):
         model = AutoModelForCausalLM.from_config(Qwen2Config(**{name: getattr(shape, name) for name in names}), dtype=torch.bfloat16,
                                                  attn_implementation="sdpa").eval()
-    return one_batch(config, lambda prompts, new_tokens: generate(model, prompts, config.k, new_tokens, [], 0.95, 0.95))
+
+    def sample_batch(requests: list[Request], new_tokens: int) -> None:
+        generate(model, [request.ids for request in requests], config.k, new_tokens, [], 0.95, 0.95)
+    return one_batch(config, sample_batch)
 
 
 def one_batch(config: Config, sample_batch: Callable) -> dict:
     """What samples in batches, with as many of the prompts as fit into memory, or halves of them. One run of each length."""
-    prompts, response = [request.ids for request in random_requests(config)], lengths(config)[2]
+    requests, response = random_requests(config), lengths(config)[2]
 
     def took(new_tokens: int) -> float:
         synchronize(config)
         start = time.perf_counter()
-        sample_batch(prompts, new_tokens)
+        sample_batch(requests, new_tokens)
         synchronize(config)
         return time.perf_counter() - start
     while True:
@@ -329,10 +331,10 @@ def one_batch(config: Config, sample_batch: Callable) -> dict:
             first, whole = took(1), took(response)
             break
         except torch.OutOfMemoryError:
-            prompts = prompts[:len(prompts) // 2]  # with none left, the next try fails
+            requests = requests[:len(requests) // 2]  # with none left, the next try fails
         gc.collect()
         torch.cuda.empty_cache()
-    rows = len(prompts) * config.k
+    rows = len(requests) * config.k
     return {"rows": rows, "tokens/s": rows * response / whole, "decode tokens/s": rows * (response - 1) / (whole - first)}
 
 

@@ -76,6 +76,29 @@ def bucket_length(n: int) -> int:
     return -(-n // step) * step
 
 
+class RowsBySlot(NamedTuple):
+    """Which rows each slot has, for R rows and P slots; all int64.
+
+    Slot p has the rows order[first[p]], ..., count[p] of them; row r is the index[r]-th of slot[r].
+    """
+    slot: torch.Tensor   # (R,)
+    index: torch.Tensor  # (R,)
+    order: torch.Tensor  # (R,)
+    first: torch.Tensor  # (P,)
+    count: torch.Tensor  # (P,)
+    most: int            # rows of the largest slot
+
+    @classmethod
+    def of(cls, slot: torch.Tensor, n_slots: int) -> "RowsBySlot":
+        """slot (R,): that of each row."""
+        order = slot.argsort(stable=True)
+        count = torch.bincount(slot, minlength=n_slots)
+        first = count.cumsum(0) - count
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(order), device=order.device) - first[slot[order]]
+        return cls(slot, index, order, first, count, int(count.max()))
+
+
 class Cache:
     """Keys and values of prefix, prompts and rows, and the attention over them."""
 
@@ -142,19 +165,14 @@ class Cache:
         """Put each slot's rows side by side, after a change of rows or prompts. request_ids (R,) of the rows
         """
         buckets = [bucket for bucket in self.buckets.values() if bucket.slots]
-        self.in_use = [(bucket.keys_values, bucket.mask()) for bucket in buckets]
+        self.in_use = [(bucket, bucket.mask()) for bucket in buckets]
         slots = [slot for bucket in buckets for slot in bucket.slots]
         slot_of = {slot.request_id: i for i, slot in enumerate(slots)}
         slot_of_row = [slot_of[request_id] for request_id in request_ids.tolist()]
-        self.slot = torch.tensor(slot_of_row, device=request_ids.device)  # (R,)
-        self.order = self.slot.argsort(stable=True)  # (R,), the rows by slot
-        self.counts = torch.bincount(self.slot, minlength=len(slots))  # rows of each slot
-        self.before = self.counts.cumsum(0) - self.counts  # where in `order` each slot's rows begin
-        self.most = int(self.counts.max())
-        self.index_in_slot = torch.empty_like(self.order)  # (R,), of a row among those of its slot
-        index = torch.arange(len(self.order), device=self.order.device)
-        self.index_in_slot[self.order] = index - self.before[self.slot[self.order]]
-        self.by_slot = self.rows.new_zeros(len(slots), self.KV, self.most, self.G, self.D)
+        slot = torch.tensor(slot_of_row, device=request_ids.device)
+        self.by_slot = RowsBySlot.of(slot, len(slots))
+        # Room for the queries of each slot's rows (attend_prompts)
+        self.queries = self.rows.new_zeros(len(slots), self.KV, self.by_slot.most, self.G, self.D)
 
     def begin_step(self, last: torch.Tensor, width: int) -> None:
         """Before `attend`: row r's query stands at last[r] in its row, and sees the keys up to there.
@@ -203,22 +221,24 @@ class Cache:
     def attend_prompts(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Each slot's rows over its prompt: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""
         # (P, KV, rows of a slot, G, D); padding holds whatever it held
-        self.by_slot[self.slot, :, self.index_in_slot] = q
-        queries = self.by_slot.flatten(2, 3)
+        slot = self.by_slot.slot
+        index = self.by_slot.index
+        self.queries[slot, :, index] = q
+        queries = self.queries.flatten(2, 3)
         outs = []
         lses = []
         first = 0
-        for keys_values, mask in self.in_use:
+        for bucket, mask in self.in_use:
             n = len(mask)
-            keys, values = keys_values[:, layer, :n]
+            keys, values = bucket.keys_values[:, layer, :n]
             out, lse = attend_many(queries[first:first + n], keys, values, mask)
             outs.append(out)
             lses.append(lse)
             first += n
-        P, KV, most = self.by_slot.shape[:3]
+        P, KV, most = self.queries.shape[:3]
         out = torch.cat(outs).view(P, KV, most, self.G, self.D)
         lse = torch.cat(lses).view(P, KV, most, self.G)
-        return out[self.slot, :, self.index_in_slot], lse[self.slot, :, self.index_in_slot]
+        return out[slot, :, index], lse[slot, :, index]
 
     def attend_prefix(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows at once over the prefix: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""

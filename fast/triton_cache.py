@@ -48,16 +48,16 @@ class TritonCache(Cache):
         device = request_ids.device
         self.row = torch.arange(R, device=device)
         self.one = torch.ones_like(self.row)
-        start = torch.zeros(1, dtype=torch.int64, device=device)
-        self.all_rows = Groups(self.row, start, start + R, start + self.prefix_length, R)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        self.all_rows = Groups(self.row, zero, zero + R, zero + self.prefix_length, R)
         self.by_bucket = []  # (keys and values (2, layers, P, KV, L, D), the groups of its slots)
-        slot = 0
-        for bucket in self.buckets.values():
-            if bucket.slots:
-                mine = slice(slot, slot + len(bucket.slots))
-                groups = Groups(self.order, self.before[mine], self.counts[mine], bucket.lengths(), self.most)
-                self.by_bucket.append((bucket.keys_values, groups))
-                slot = mine.stop
+        rows = self.by_slot
+        start = 0
+        for bucket, _ in self.in_use:
+            mine = slice(start, start + len(bucket.slots))
+            groups = Groups(rows.order, rows.first[mine], rows.count[mine], bucket.lengths(), rows.most)
+            self.by_bucket.append((bucket.keys_values, groups))
+            start = mine.stop
 
     def begin_step(self, last: torch.Tensor, width: int) -> None:
         self.each_row = Groups(self.row, self.row, self.one, last + 1, 1)
