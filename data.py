@@ -11,18 +11,14 @@ Asking a model for analyses of cases is one operation (`sample`); seed data and 
 its file. `cases` reads the public formats (formats/cases.py). Each command prints what it kept and what it
 dropped, and why.
 """
-import dataclasses
 import math
-import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
 import fast
 from checkpoint.flags import ServedConfig
@@ -30,23 +26,18 @@ from checkpoint.prompt import own_prompt, write_prompt
 from formats.cases import CasesConfig, cases
 from formats.examples import Unit
 from formats.readers import read_case
-from formats.samples import (
-    CaseFile,
-    add_verdicts,
-    count_analyses,
-    line_of_case,
-    print_too_long,
-    read_analyses,
-)
+from formats.samples import CaseFile, SampleTally, add_verdicts, line_of_case, read_analyses, sample_line
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
-from formats.write_split import Example, write_split
+from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
-from plumbing.cli import print_config, print_table, run
-from plumbing.files import get_field, read_jsonl
+from plumbing.cli import print_config, run
+from plumbing.files import read_jsonl
 from plumbing.journal import Journal
+from plumbing.packing import fill_evenly
+from plumbing.progress import Progress
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import Analysis, Case, Prompt, Sampler, fingerprint, load_local_sampler, load_prompt
+from rprm import Analysis, Case, Sampler, fingerprint, load_local_sampler, load_prompt
 
 # ---------------------------------------------------------------------------------------------- samples
 
@@ -82,70 +73,30 @@ def sample(config: SampleConfig) -> None:
     case_file = CaseFile(config.cases)
     own = ranks.share(range(min(len(case_file), config.limit or len(case_file))))  # this rank's cases
     size = round_size(config.batch_size, config.device, config.server is not None)
-    counts = Counter()
-    too_long = []  # the ids of the cases that have no analyses
     journal = Journal(config.out, config, size or 1)
-    items = (line_of_case(*case_file[i]) for i in own)
-    for where, line in journal.check(items):  # what a killed run left
-        analyses = read_analyses(line, where)
-        count_analyses(counts, line["case"]["label"], analyses)
-        if not analyses:
-            too_long.append(line["id"])
+    tally = SampleTally()
+    for where, line in journal.check(line_of_case(*case_file[i]) for i in own):  # what a killed run left
+        tally.add(line, where)
 
     sampler = load_sampler(config, config.n, force=False)
     if config.complete:
         sampler.revise = add_verdicts
-    start = time.perf_counter()
-    bar = tqdm(total=len(own), initial=journal.done, desc="sample", unit="case", disable=ranks.rank() > 0)
-    with journal, bar:
+    with journal, Progress("sample", "case", len(own), journal.done, sampler.engine) as progress:
         if ranks.rank() == 0:
             write_prompt(config.out, sampler.prompt.text)
         for numbers in rounds(own, journal.done, size):
             found = sampler.analyses(case_file[i][1] for i in numbers)
             for i, analyses in zip(numbers, in_order(found), strict=True):
-                case_id, case = case_file[i]
-                line = line_of_case(case_id, case) | {"analyses": [dataclasses.asdict(a) for a in analyses]}
+                line = sample_line(*case_file[i], analyses)
                 journal.write(line)
-                count_analyses(counts, case.label, analyses)
-                if not analyses:
-                    too_long.append(case_id)
-                speed = sampler.engine.new_tokens / (time.perf_counter() - start)
-                right = counts["verdict equal to the label"] / max(1, counts["analyses"])
-                bar.update()
-                bar.set_postfix_str(f"{speed:.0f} tokens/s, right {right:.0%}")
-    print_table("analyses", sum(ranks.gather(counts), Counter()))
-    print_too_long([name for names in ranks.gather(too_long) for name in names])
+                tally.add(line, config.out)
+                progress.step(tally.so_far())
+    SampleTally.sum(ranks.gather(tally)).print()
     if config.server:
         print(sampler.engine.tally())
 
 
 # ------------------------------------------------------------------------------------- samples to examples
-
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    """The flags of both filters, `sft` and `pairs`."""
-    samples: Annotated[tuple[str, ...], "samples.jsonl (sft --direct: cases.jsonl will do)"]
-    out: Annotated[str, "file of examples to write; those for validation go beside it, as "
-                        "NAME.validation.jsonl"]
-    max_per_case: Annotated[int, "examples of one case at most", (1, None)] = 4
-    validation: Annotated[float, "share of the problems that go to validation", (0, 0.9)] = 0.05
-    balance: Annotated[bool, "as many examples whose right verdict is Yes as No, by leaving some out at "
-                             "random"] = True
-    prompt_file: Annotated[str | None, "the words around the case (default: those of the samples; "
-                                       "sft --direct: prompts/direct.txt)"] = None
-    seed: Annotated[int, "seed of the split, the balance and the pairing"] = 0
-    overwrite: Annotated[bool, "replace an existing output"] = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SftConfig(FilterConfig):
-    direct: Annotated[bool, "no analysis: the verdict line alone, for a direct PRM"] = False
-
-
-def write(config: FilterConfig, prompt: Prompt, examples: Callable[[Counter], Iterator[Example]]) -> None:
-    write_split(examples, config.samples, config.out, config.overwrite, prompt.text, config.validation,
-                config.balance, config.seed)
-
 
 def sft(config: SftConfig) -> None:
     """samples.jsonl -> sft.jsonl: the analyses with one verdict, at the end, equal to the label."""
@@ -154,49 +105,15 @@ def sft(config: SftConfig) -> None:
     prompt = load_prompt(config.prompt_file, travelled, config.direct)
 
     def examples(counts: Counter) -> Iterator[Example]:
-        for where, row in chain.from_iterable(map(read_jsonl, config.samples)):
-            case = read_case(row.get("case", row), where)
-            if case.label is None:
-                n_analyses = 1 if config.direct else len(row.get("analyses", []))
-                counts["dropped: analysis of a case without a label"] += n_analyses
-                continue
+        for where, row, case in labelled_rows(config.samples, counts, config.direct):
             if config.direct:
                 responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"]
             else:
-                usable = select(read_analyses(row, where), case, counts, {True: "kept"})
-                responses = usable["kept"]
+                responses, _ = select(read_analyses(row, where), case, counts)
             counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
             for response in responses[:config.max_per_case]:
-                yield case, case.label, {"prompt": prompt.fill(case), "response": response}
-    write(config, prompt, examples)
-
-
-def select(
-    analyses: list[Analysis], case: Case, counts: Counter, names: dict[bool, str]
-) -> dict[str, list[str]]:
-    """The texts of a case's usable analyses, in the normal form, by name. What is dropped is counted.
-
-    names: what those whose verdict is the label are called (True), and the others (False): {True: "kept"} has
-    no others, {True: "right", False: "wrong"} has both
-    """
-    found: dict[str, list[str]] = {name: [] for name in names.values()}
-    texts = set()
-    for a in analyses:
-        is_right = parse_verdict(a.text) == case.label
-        if not a.finished:
-            counts["dropped: cut off at --max-new-tokens"] += 1
-        elif not has_one_verdict(a.text):
-            counts["dropped: no verdict at the end, or several"] += 1
-        elif is_right not in names:
-            counts["dropped: verdict not equal to the label"] += 1
-        elif normal_form(a.text) in texts:
-            counts["dropped: the same analysis again"] += 1
-        else:
-            text = normal_form(a.text)
-            texts.add(text)
-            counts["of these, verdict put into the normal form"] += text != a.text
-            found[names[is_right]].append(text)
-    return found
+                yield case, {"prompt": prompt.fill(case), "response": response}
+    write_split(config, prompt.text, examples)
 
 
 def pairs(config: FilterConfig) -> None:
@@ -205,26 +122,60 @@ def pairs(config: FilterConfig) -> None:
     prompt = load_prompt(config.prompt_file, own_prompt(config.samples[0]))
 
     def examples(counts: Counter) -> Iterator[Example]:
-        for where, row in chain.from_iterable(map(read_jsonl, config.samples)):
-            case = read_case(get_field(row, "case", dict, where), where)
-            if case.label is None:
-                counts["dropped: analysis of a case without a label"] += len(row.get("analyses", []))
-                continue
-            usable = select(read_analyses(row, where), case, counts, {True: "right", False: "wrong"})
-            right = usable["right"]
-            wrong = usable["wrong"]
+        for where, row, case in labelled_rows(config.samples, counts):
+            right, wrong = select(read_analyses(row, where), case, counts, wrong_too=True)
             if not (right and wrong):
                 all_are = "right" if right else "wrong" if wrong else "unusable"
                 counts[f"cases without a pair: all {all_are}"] += 1
             chosen = even_pairs(len(right), len(wrong), config.max_per_case, fingerprint(config.seed, case))
             counts["not made: over --max-per-case"] += len(right) * len(wrong) - len(chosen)
             for i, j in chosen:
-                yield (
-                    case,
-                    case.label,
-                    {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]},
-                )
-    write(config, prompt, examples)
+                yield case, {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]}
+    write_split(config, prompt.text, examples)
+
+
+def labelled_rows(
+    paths: Sequence[str], counts: Counter, direct: bool = False
+) -> Iterator[tuple[str, dict, Case]]:
+    """("FILE:LINE", row, case) of the rows whose case has a label. The analyses of the others are counted.
+
+    direct: a row may be a bare case, as in cases.jsonl, and counts as one analysis
+    """
+    for where, row in chain.from_iterable(map(read_jsonl, paths)):
+        case = read_case(row.get("case", row), where)
+        if case.label is None:
+            n_analyses = 1 if direct else len(row.get("analyses", []))
+            counts["dropped: analysis of a case without a label"] += n_analyses
+        else:
+            yield where, row, case
+
+
+def select(
+    analyses: list[Analysis], case: Case, counts: Counter, wrong_too: bool = False
+) -> tuple[list[str], list[str]]:
+    """The texts of a case's usable analyses, in the normal form -> (right ones, wrong ones).
+
+    Right is a verdict that is the label. Wrong ones are kept for pairs alone (wrong_too). What is dropped is
+    counted.
+    """
+    right = []
+    wrong = []
+    for a in analyses:
+        is_right = parse_verdict(a.text) == case.label
+        if not a.finished:
+            counts["dropped: cut off at --max-new-tokens"] += 1
+        elif not has_one_verdict(a.text):
+            counts["dropped: no verdict at the end, or several"] += 1
+        elif not (is_right or wrong_too):
+            counts["dropped: verdict not equal to the label"] += 1
+        elif normal_form(a.text) in right + wrong:
+            counts["dropped: the same analysis again"] += 1
+        else:
+            text = normal_form(a.text)
+            counts["of these, verdict put into the normal form"] += text != a.text
+            responses = right if is_right else wrong
+            responses.append(text)
+    return right, wrong
 
 
 def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, int]]:
@@ -263,45 +214,23 @@ class MicroBatch:
 def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
     """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
 
-    No example alone may be larger (formats/examples.py leaves out those that are).
-    The examples are put in lexicographic order, since neighbours then share the longest prefixes. They fill
-    one tree after the other. The largest tree decides on the memory, so the trees are filled to the lowest
-    limit that needs no more of them. The largest comes first: in the memory that it leaves, the others fit.
-
-    Sixteen examples with 50 tokens in common and 100 of their own, micro_tokens = 1000: nine fit into a tree
-    (950), so two trees are needed. The lowest limit that needs no third is 850: each tree gets eight.
+    The examples are put in lexicographic order, since neighbours then share the longest prefixes, and fill
+    one tree after the other, evenly (plumbing/packing.py), as the largest tree decides how much memory is
+    needed. It comes first, so that the others find room in the memory that it frees.
     """
     order = sorted(units, key=units.__getitem__)
-    alone = {}  # an example's tokens in a tree by itself
-    own = {}    # those of them that it does not share with the example before it
+    alone = []  # each example's tokens in a tree by itself
+    own = []    # those of them that it does not share with the example before it
     before = np.zeros(0, dtype=np.int64)
     for i in order:
         prompt, responses = units[i]
         sequence = np.asarray(prompt + responses[0])
-        alone[i] = len(prompt) + sum(map(len, responses))
-        own[i] = alone[i] - common_prefix(before, sequence)
+        alone.append(len(prompt) + sum(map(len, responses)))
+        own.append(alone[-1] - common_prefix(before, sequence))
         before = sequence
-    largest = max(alone.values(), default=0)
-    assert largest <= micro_tokens, f"an example has {largest} tokens, more than a tree of {micro_tokens}"
-
-    def fill(limit: int) -> list[list[int]]:
-        """The examples of each tree, if an example that would bring a tree over the limit begins the next."""
-        trees = []
-        size = 0
-        for i in order:
-            if trees and size + own[i] <= limit:
-                trees[-1].append(i)
-                size += own[i]
-            else:
-                trees.append([i])
-                size = alone[i]
-        return trees
-
-    # A higher limit never needs more trees, so the lowest that needs no more can be bisected.
-    fewest = len(fill(micro_tokens))
-    limits = range(largest, micro_tokens)
-    lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)
-    batches = [make_micro_batch(units, numbers) for numbers in fill(lowest)]
+    batches = []
+    for group in fill_evenly(alone, own, micro_tokens):
+        batches.append(make_micro_batch(units, [order[place] for place in group]))
     return sorted(batches, key=lambda batch: len(batch.tree), reverse=True)
 
 

@@ -137,9 +137,8 @@ class Engine(Queue):
         if self.max_new_tokens == 0:
             return [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
         device = self.model.device
-        # (R,): row -> request
-        owner = torch.tensor([i for i, request in enumerate(requests) for _ in request.seeds], device=device)
-        seeds = torch.tensor([seed for request in requests for seed in request.seeds], device=device)
+        rows = [(i, seed) for i, request in enumerate(requests) for seed in request.seeds]
+        owner, seeds = torch.tensor(rows, device=device).unbind(dim=1)  # of each row: its request, its seed
         prompt_length = torch.tensor([len(request.ids) for request in requests], device=device)[owner]
         # The most that a row may sample
         limit = (self.context - prompt_length).clamp(max=self.max_new_tokens)

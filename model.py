@@ -185,9 +185,7 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
-        # fast.speed_up puts faster ones in their places
-        self.tree_attention = tree_attention
-        self.logprobs_of = logprobs_of
+        self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
         self.frequencies = rope_frequencies(config)  # (D/2,)
 
     @property
@@ -214,6 +212,10 @@ class Decoder(nn.Module):
         if self.head is None:
             return F.linear(hidden, self.embed.weight)
         return self.head(hidden)
+
+    def logprobs(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """log p(target) after each hidden state: hidden (N, C), target (N,) -> (N,) at least fp32."""
+        return logprobs_of(self.logits(hidden), target)
 
 
 # ------------------------------------------------------------------------------------------ a batch is a tree

@@ -36,13 +36,13 @@ from checkpoint import (
 )
 from checkpoint.flags import SamplerConfig
 from checkpoint.prompt import split_prompt, tell_conversation
-from formats.case_text import print_analysis, print_case, print_reward
+from formats.case_text import print_judged
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, parse_verdict
 from generate import Continuation, Engine, Request
 from model import Decoder, Tree, head_chunk
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
-from plumbing.queues import answers_of
+from plumbing.queues import Relay, answers_of
 from plumbing.threads import choose_threads
 
 HERE = Path(__file__).parent
@@ -118,14 +118,6 @@ def reserved_tokens(tokenizer: ChatTokenizer) -> int:
     return len(tokenizer.encode("\n" + VERIFICATION)) + 1
 
 
-def tokens_within(ids: list[int], length: int, tokenizer: ChatTokenizer) -> int:
-    """How many of the first tokens lie wholly within the first `length` characters of their text."""
-    for n in reversed(range(len(ids) + 1)):
-        if len(tokenizer.decode(ids[:n])) <= length:
-            return n
-    return 0
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How analyses are sampled; the defaults are the paper's (K = 10 in its tables)."""
@@ -143,15 +135,11 @@ def without_analysis(sampling: Sampling) -> Sampling:
     return replace(sampling, k=1, max_new_tokens=0, batch_size=sampling.batch_size * sampling.k, force=True)
 
 
-# (a case's analyses, their seeds, P(Yes) after each of some texts and the verification line) -> its analyses
-Revise = Callable[[list[Analysis], list[int], Callable[[list[str]], list[float | None]]], list[Analysis]]
-
-
 class TooLong(BadInput):
     """The prompt of a case leaves no room in the model's context for an analysis."""
 
 
-class Sampler:
+class Sampler(Relay):
     """K analyses per case: one operation for the teacher, for preferences and for rewards.
 
         sampler.add(case)                               # -> its request id: 0, 1, 2, ...
@@ -174,6 +162,8 @@ class Sampler:
     revise: what is made of a case's analyses before they are given out, as by formats/samples.add_verdicts
     """
 
+    revise: Callable[..., list[Analysis]] | None = None
+
     def __init__(self, model: Decoder, tokenizer: ChatTokenizer, prompt: Prompt, sampling: Sampling,
                  engine_class: type[Engine] = Engine):
         self.model = model
@@ -192,7 +182,6 @@ class Sampler:
             self.reserve,
         )
         self.engine.suffix_of = self.missing_line  # saves the fast engine a pass over prompt and analysis
-        self.revise: Revise = lambda analyses, seeds, read_p_yes: analyses
         # The last token of every prompt (one, as a list), which an answer's first token may depend on
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.restart()
@@ -212,61 +201,24 @@ class Sampler:
             )
         return ids
 
-    # ------------------------------------------------------------------------------ pushed
-
-    def restart(self) -> None:
-        """Forget all cases, and what is cached of them; request ids count from 0 again."""
-        self.engine.restart()
-        self.n_cases = 0
-        self.too_long: list[int] = []  # request ids of cases that will have no analyses
-        # The engine's request id -> the request id, the prompt's token ids and the seeds
-        self.open_cases: dict[int, tuple[int, list[int], list[int]]] = {}
-
-    def add(self, case: Case) -> int:
-        """Take a case in. -> its request id."""
-        request_id = self.n_cases
-        self.n_cases += 1
-        try:
-            ids = self.prompt_ids(case)
-        except TooLong:
-            self.too_long.append(request_id)
-            return request_id
-        seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
-        self.open_cases[self.engine.add(Request(ids, seeds))] = request_id, ids, seeds
-        return request_id
-
-    @property
-    def has_room(self) -> bool:
-        """Would another case be worked on now?"""
-        return self.engine.has_room
-
-    @property
-    def busy(self) -> bool:
-        """Is any case not answered yet?"""
-        return bool(self.open_cases or self.too_long)
-
-    def step(self) -> list[tuple[int, list[Analysis]]]:
-        """Work on. -> (request id, K analyses) of the cases that are complete, mostly none."""
-        if self.too_long:
-            return [(self.too_long.pop(), [])]
-        found = []
-        for engine_id, continuations in self.engine.step():
-            request_id, ids, seeds = self.open_cases.pop(engine_id)
-            found.append((request_id, self.analyses_of(ids, seeds, continuations)))
-        return found
-
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
         """(index of the case, its K analyses), as they are completed. `cases` is read as room is found."""
         return answers_of(self, cases)
 
-    # ------------------------------------------------------------------------------ one case
+    def request_of(self, case: Case) -> Request | None:
+        """What the engine is asked for a case. None: its prompt is longer than the context."""
+        try:
+            ids = self.prompt_ids(case)
+        except TooLong:
+            return None
+        return Request(ids, [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
 
-    def analyses_of(
-        self, prompt: list[int], seeds: list[int], continuations: list[Continuation]
-    ) -> list[Analysis]:
-        """The continuations of a prompt as analyses, with P(Yes)."""
-        found = self.read(prompt, continuations)
-        return self.revise(found, seeds, partial(self.read_after, prompt))
+    def answer_of(self, request: Request, continuations: list[Continuation]) -> list[Analysis]:
+        """The continuations of a case's prompt as its analyses, with P(Yes)."""
+        found = self.read(request.ids, continuations)
+        if self.revise is None:
+            return found
+        return self.revise(found, request.seeds, partial(self.read_after, request.ids))
 
     def read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         """The continuations as analyses: P(Yes) at the verdict, or after a verification line."""
@@ -277,7 +229,7 @@ class Sampler:
             verdict = find_verdict(text)
             p_yes = c.p_yes_after_suffix
             if verdict is not None:
-                at = tokens_within(c.ids, verdict.letter, self.tokenizer)  # the token with the first letter
+                at = self.tokenizer.tokens_within(c.ids, verdict.letter)  # the token with the first letter
                 if c.ids[at] in self.engine.yes_no:
                     p_yes = c.p_yes[at]
                 else:
@@ -305,12 +257,10 @@ class Sampler:
 
     def missing_line(self, ids: list[int]) -> list[int]:
         """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
-        if not self.sampling.force:
-            return []
         text = self.tokenizer.decode(ids)
-        if parse_verdict(text) is not None:
-            return []
-        return self.verification(text)
+        if self.sampling.force and parse_verdict(text) is None:
+            return self.verification(text)
+        return []
 
     def verification(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
@@ -353,7 +303,6 @@ def response_logprobs(
     spans = list(zip(tree.paths, starts, strict=True))
     predictors = np.concatenate([path[start - 1:-1] for path, start in spans])
     responses = np.concatenate([path[start:] for path, start in spans])
-    sequence = np.repeat(np.arange(len(spans)), [len(path) - start for path, start in spans])
 
     hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))  # (T, C)
     hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
@@ -361,14 +310,9 @@ def response_logprobs(
     logprobs = []
     chunk = chunk or head_chunk(device, len(tree))
     for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        logprobs.append(checkpoint(token_logprobs, model, some_hidden, some_target, use_reentrant=False))
-    logprobs = torch.cat(logprobs)  # (N,)
-    return logprobs.new_zeros(len(spans)).index_add(0, torch.from_numpy(sequence).to(device), logprobs)
-
-
-def token_logprobs(model: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position: hidden (N, C), target (N,) -> (N,) at least fp32."""
-    return model.logprobs_of(model.logits(hidden), target)
+        logprobs.append(checkpoint(model.logprobs, some_hidden, some_target, use_reentrant=False))
+    lengths = [len(path) - start for path, start in spans]
+    return torch.stack([tokens.sum() for tokens in torch.cat(logprobs).split(lengths)])
 
 
 def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
@@ -434,14 +378,9 @@ def load_local_sampler(
     if config.adapter:
         merge_adapter(model, config.adapter)
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
-    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
-    if config.plain:
-        engine_class = Engine
-    else:
-        fast.speed_up(model)
-        fast.pack_weights(model)
-        engine_class = fast.engine_for(model)
+    choose_threads(model)
     tell_conversation(prompt.text, tokenizer)
+    engine_class = Engine if config.plain else fast.for_sampling(model)
     return Sampler(model, tokenizer, prompt, sampling, engine_class)
 
 
@@ -475,10 +414,7 @@ def main(config: Config) -> None:
     [(_, analyses)] = sampler.analyses([case])
     seconds = time.perf_counter() - start
     print(f"model:   {config.model}")
-    print_case(case)
-    for i, analysis in enumerate(analyses, 1):
-        print_analysis(i, analysis)
-    print_reward(analyses, reward(analyses))
+    print_judged(case, analyses, reward(analyses))
     if config.html:
         from formats.case_page import write_sampled_case  # here, as nothing else needs it
         write_sampled_case(Path(config.html), sampler, case, analyses, reward(analyses))

@@ -18,10 +18,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
-
-from tqdm import tqdm
 
 import fast
 from checkpoint.flags import ServedConfig
@@ -29,55 +27,22 @@ from data import load_sampler
 from formats import best_of_n
 from formats.commands import BestConfig, ReportConfig, ThresholdConfig, best, report, threshold
 from formats.inputs import Inputs
+from formats.judging import JudgeConfig, check_flags
 from formats.readers import Solution, read_solution
 from formats.samples import print_too_long
 from formats.score_lines import check_line, item_of, predict, score_line, too_long_steps
 from formats.solution_text import print_solution
-from formats.split import SPLITS
 from formats.tables import Tally, print_rows
 from plumbing import ranks
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import write_json
 from plumbing.journal import Journal, NoJournal
+from plumbing.progress import Progress
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import DEFAULT_MODEL, Analysis, Case, Sampler, reward
+from rprm import Analysis, Case, Sampler, reward
 
 # ---------------------------------------------------------------------------------------------- judge
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeConfig(ServedConfig):
-    model: Annotated[str, "checkpoint: a Hugging Face folder; with --server: the model's name there"] = str(
-        DEFAULT_MODEL)
-    problem: Annotated[str | None, "one solution: the problem's text"] = None
-    step: Annotated[tuple[str, ...], "one solution: its steps (--step A --step B, or --step A B)"] = ()
-    input: Annotated[tuple[str, ...],
-                     "files, folders of shards, or - (standard input) with solutions: ProcessBench, "
-                     "PRMBench, Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows, raw "
-                     "text, several candidates for a problem (docs/formats.md)"] = ()
-    split: Annotated[str, "raw text has a step between blank lines, or for each number, line or sentence",
-                     SPLITS] = "blank"
-    out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
-    k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest",
-                 (1, None)] = (10,)
-    threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5
-    thresholds: Annotated[tuple[float, ...], "PRMBench: the table at each of these (the paper's, and that "
-                                             "of the official script)", (0, 1)] = (0.5, 0.61)
-    all_steps: Annotated[bool, "judge the steps after the first one predicted wrong too (PRMBench's rows, "
-                               "and rows with several candidates, always are)"] = False
-    best: Annotated[bool, "candidates for a problem: leave one as soon as it can no longer be the best by "
-                          "--aggregate. The picks are those of judging all steps"] = False
-    aggregate: Annotated[str, "with --best: how the steps' rewards make a candidate's score",
-                         best_of_n.FALLING] = "min"
-    direct: Annotated[bool, "read P(Yes) straight after the prompt, with no analysis (for a direct "
-                            "PRM)"] = False
-    show: Annotated[bool, "print the analyses"] = False
-    limit: Annotated[int | None, "only the first so many solutions of each file", (1, None)] = None
-    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no "
-                           "verdict"] = True
-    resume: Annotated[bool, "go on with a killed run (with --out)"] = False
-    overwrite: Annotated[bool, "replace an existing output"] = False
 
 
 def judge(config: JudgeConfig) -> None:
@@ -101,23 +66,6 @@ def judge(config: JudgeConfig) -> None:
         judge_benchmark(config, inputs)
 
 
-def check_flags(config: JudgeConfig) -> None:
-    one_is_given = bool(config.step)
-    if one_is_given != (config.problem is not None) or one_is_given == bool(config.input):
-        raise BadInput("give either --problem with its --step, or --input FILE")
-    if config.resume and not config.out:
-        raise BadInput("--resume goes on with a file of scores; name it with --out")
-    if config.best and (len(set(config.k)) > 1 or config.direct):
-        raise BadInput("--best leaves candidates by their rewards at one --k, and not with --direct; "
-                       "give one --k")
-    if config.direct and config.k not in ((1,), JudgeConfig.k):
-        raise BadInput("--direct reads P(Yes) once, with no analysis to take several of; leave --k out")
-    if ranks.count() > 1 and not config.out:
-        raise BadInput("several ranks need --out, where their scores are merged")
-    if ranks.count() > 1 and one_is_given:
-        raise BadInput("one solution is judged by one process; leave torchrun out")
-
-
 def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None:
     """Judge one solution and print its steps. With --out its line is written too."""
     journal = Journal(config.out, config) if config.out else NoJournal()
@@ -127,7 +75,7 @@ def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None
     start = time.perf_counter()
     with journal:
         if not lines:
-            lines = list(in_order(judge_all(sampler, [(source, solution)], extent_of(config))))
+            lines = list(in_order(judge_all(sampler, [(source, solution)], config)))
             journal.write(lines[0])
     print_solution(lines[0], config.threshold, config.show)
     print_too_long(too_long_steps(lines[0]))
@@ -145,18 +93,13 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
         tally.add(check_line(line, config.k, where))
 
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
-    start = time.perf_counter()
-    bar = tqdm(total=len(own), initial=journal.done, desc="score", unit="solution", disable=ranks.rank() > 0)
-    with journal, bar:
+    with journal, Progress("score", "solution", len(own), journal.done, sampler.engine) as progress:
         for numbers in rounds(own, journal.done, size):
-            found = judge_all(sampler, map(inputs.__getitem__, numbers), extent_of(config))
+            found = judge_all(sampler, map(inputs.__getitem__, numbers), config)
             for line in in_order(found):
-                tally.add(line)
                 journal.write(line)
-                figure = tally.so_far(line, max(config.k))
-                speed = sampler.engine.new_tokens / (time.perf_counter() - start)
-                bar.update()
-                bar.set_postfix_str(f"{figure}, {speed:.0f} tokens/s")
+                tally.add(line)
+                progress.step(tally.so_far(line, max(config.k)))
         tally = Tally.sum(ranks.gather(tally))
         rows = tally.rows(inputs.sources)
         # Before the scores are complete: a kill between the two would leave no table.
@@ -165,7 +108,7 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     print_rows(rows)
     print_too_long(tally.too_long)
     tally.print_left()
-    print_work(config, sampler, time.perf_counter() - start)
+    print_work(config, sampler, progress.seconds)
 
 
 def item_to_judge(source: str, solution: Solution, best: bool) -> dict:
@@ -189,69 +132,46 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
 # --------------------------------------------------------------------------------------------- judging steps
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How far solutions are judged.
-
-    all_steps: to the last step; else up to the first that is predicted wrong at every K
-    at_once:   all steps are asked for at once, since answers are cheap, even if not all are wanted
-    leave_by:  a candidate is left when it can no longer be the best of its problem by this aggregate; None:
-               none is left
-    """
-
-    ks: tuple[int, ...]
-    threshold: float
-    all_steps: bool
-    at_once: bool
-    leave_by: str | None
-
-
-def extent_of(config: JudgeConfig) -> Extent:
-    leave_by = config.aggregate if config.best else None
-    return Extent(config.k, config.threshold, config.all_steps or config.best, config.direct, leave_by)
-
-
 @dataclass
 class Judging:
     """A solution that is being judged, and the analyses of its steps that have come."""
 
     source: str
     solution: Solution
-    extent: Extent
+    config: JudgeConfig
     analyses: dict[int, list[Analysis]] = field(default_factory=dict)  # of each step
 
     @property
     def all_steps(self) -> bool:
-        return self.extent.all_steps or self.solution.needs_all_steps
+        """Are all steps wanted, or those up to the first that is predicted wrong at every K?"""
+        return self.config.all_steps or self.config.best or self.solution.needs_all_steps
 
     @property
     def at_once(self) -> bool:
-        """Do the steps not wait for each other?"""
-        return self.extent.at_once or (self.all_steps and self.extent.leave_by is None)
+        """Are all steps asked for at once? Not if it may be left before its end, unless answers are cheap."""
+        return self.config.direct or (self.all_steps and not self.config.best)
 
     @property
     def steps(self) -> list[list[Analysis]]:
         return [self.analyses[t] for t in sorted(self.analyses)]
 
     def n_wanted(self) -> int:
-        """How many steps are wanted: all, or those up to the first that is predicted wrong at every K."""
-        predictions = [predict(self.steps, k, self.extent.threshold) for k in self.extent.ks]
+        predictions = [predict(self.steps, k, self.config.threshold) for k in self.config.k]
         if self.all_steps or min(predictions) == -1:
             return len(self.solution.steps)
         return max(predictions) + 1
 
     def is_complete(self) -> bool:
-        if self.at_once:
-            return len(self.analyses) == len(self.solution.steps)
-        return len(self.analyses) == self.n_wanted()
+        wanted = len(self.solution.steps) if self.at_once else self.n_wanted()
+        return len(self.analyses) == wanted
 
     def line(self) -> dict:
         steps = self.steps[:self.n_wanted()]
-        return score_line(self.source, self.solution, steps, self.extent.ks, self.extent.threshold)
+        return score_line(self.source, self.solution, steps, self.config.k, self.config.threshold)
 
 
 def judge_all(
-    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], extent: Extent
+    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], config: JudgeConfig
 ) -> Iterator[tuple[int, dict]]:
     """(index of the solution, its line of scores.jsonl), as the solutions are completed. `solutions` is read
     as room is found.
@@ -263,20 +183,20 @@ def judge_all(
     judgings: dict[int, Judging] = {}  # by index of the solution
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
-    race = best_of_n.Race(extent.leave_by)
+    race = best_of_n.Race(config.aggregate if config.best else None)
     sampler.restart()
     while True:
         while sampler.has_room:
             if not waiting and (new := next(coming, None)):
                 i, (source, solution) = new
-                judgings[i] = Judging(source, solution, extent)
+                judgings[i] = Judging(source, solution, config)
                 first_steps = len(solution.steps) if judgings[i].at_once else 1
                 waiting.extend((i, t) for t in range(first_steps))
             if not waiting:
                 break
             i, t = waiting.popleft()
-            request_id = sampler.add(case_of_step(judgings[i].solution, t))
-            asked[request_id] = i, t
+            solution = judgings[i].solution
+            asked[sampler.add(Case(solution.problem, solution.steps[:t], solution.steps[t]))] = i, t
         if not sampler.busy:
             return
         for request_id, analyses in sampler.step():
@@ -289,14 +209,10 @@ def judge_all(
                 yield i, one.line()
                 del judgings[i]
             elif race.is_lost(i, one.solution, one.steps):
-                yield i, one.line() | {"left": extent.leave_by}
+                yield i, one.line() | {"left": config.aggregate}
                 del judgings[i]
             elif not one.at_once:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
-
-
-def case_of_step(solution: Solution, t: int) -> Case:
-    return Case(solution.problem, solution.steps[:t], solution.steps[t])
 
 
 # -------------------------------------------------------------------------------------- from other programs
@@ -333,12 +249,10 @@ class Judge:
     def rewards_of(self, solutions: Iterable[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
         """The rewards of each (problem, steps), all judged side by side."""
         cases = []
-        ends = []  # ends[i]: where the cases of solution i end
         for problem, steps in solutions:
-            cases += [Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)]
-            ends.append(len(cases))
-        rewards = self.judge(cases)
-        return [rewards[start:end] for start, end in zip([0, *ends], ends)]
+            cases.append([Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)])
+        rewards = iter(self.judge(chain.from_iterable(cases)))
+        return [list(islice(rewards, len(own))) for own in cases]
 
     def judge(self, cases: Iterable[Case]) -> list[float | None]:
         """The reward of each case. The same case is judged once."""

@@ -13,7 +13,6 @@ of other public formats (formats/turns.py).
 Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does
 not state.
 """
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Callable
@@ -21,21 +20,18 @@ from typing import Annotated, Callable
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
-import fast
-from checkpoint import DTYPES, load_for_training, load_tokenizer, read_template_args, results
-from checkpoint.prompt import travelling_prompt
+from checkpoint import load_for_training
 from data import MicroBatch, deal, pack
-from formats.examples import Examples, read_examples, reference_table
+from formats.examples import Examples
+from formats.training import begin, prepare, table_of
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
+from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from plumbing.table import StoredTable
-from plumbing.threads import choose_threads
 from rprm import dpo_loss, response_logprobs
 
 
@@ -53,41 +49,26 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device, config.rank_timeout)
-    settings = check_out(config)
-
-    if not config.plain:
-        fast.keep_freed_memory()
+    settings = begin(config)
     model = load_for_training(config.model, config.device, config.context, lora_settings(config),
                               config.adapter, config.seed)
-    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
-    if not config.plain:
-        fast.speed_up(model)
-    model.checkpoint_activations = config.checkpoint_activations
-    tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
-    prompt = travelling_prompt(config.prompt_file, config.train, config.model, config.adapter)
-    context = model.config.max_position_embeddings
-    train, validation = read_examples(
-        config.train, config.validation, read_pair, tokenizer, config.micro_tokens, context, prompt)
-
+    train, validation, results = prepare(config, model, config.model, read_pair)
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
 
-    flags = (config.context, config.system, config.template_args, config.plain)
-    table_of = partial(reference_table, model, config.model, config.adapter, config.batch_size, flags)
-    reference = reference_logprobs(model, train, config.batch_size, table_of(train))
+    reference = reference_logprobs(model, train, config.batch_size, table_of(config, model, train))
     if validation:
-        validation_reference = reference_logprobs(model, validation, config.batch_size, table_of(validation))
+        validation_reference = reference_logprobs(
+            model, validation, config.batch_size, table_of(config, model, validation))
     loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
                             ipo=config.ipo, nll=config.nll)
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              results(model, config.model, prompt, DTYPES[config.save_dtype], config.merge),
-              config.tensorboard)
+              results, config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)
@@ -156,17 +137,13 @@ def reference_logprobs(model: Decoder, pairs: Examples, batch_size: int, table: 
     model: the policy before its first update, which is the reference. New adapters change nothing (B = 0)
     table: keeps the numbers beside the pairs, so that a sweep over beta computes them once
     """
-    found = np.zeros(table.rows.shape, dtype=np.float32)  # by this rank
-    n_batches = math.ceil(len(pairs.kept) / batch_size)
-    for numbers in tqdm(pairs.in_file_order(batch_size), desc="reference", total=n_batches, unit="batch",
-                        disable=ranks.rank() > 0):
-        if not np.isnan(table.rows[numbers]).any():
-            continue
+    for numbers in table.missing(list(pairs.in_file_order(batch_size))):
+        found = {}  # this rank's pairs: number -> (chosen, rejected)
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             with precision(model.device):
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
-            found[batch.examples] = logprobs.view(-1, 2)[:len(batch.examples)].cpu().numpy()
-        table.rows[numbers] = np.reshape(ranks.total(*found[numbers].ravel()), (len(numbers), 2))
+            found.update(zip(batch.examples, logprobs.view(-1, 2).tolist()))
+        table.fill(numbers, found)
     return table.finish()
 
 

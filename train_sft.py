@@ -16,19 +16,17 @@ from typing import Annotated
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import fast
-from checkpoint import DTYPES, load_for_training, load_tokenizer, new_model, read_template_args, results
-from checkpoint.prompt import travelling_prompt
+from checkpoint import load_for_training, new_model
 from data import deal, pack
-from formats.examples import Examples, read_examples
+from formats.examples import Examples
+from formats.training import begin, prepare
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.errors import BadInput
 from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, check_out, lora_settings
-from plumbing.threads import choose_threads
+from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from rprm import response_logprobs, sft_loss
 
 
@@ -42,22 +40,9 @@ class Config(TrainConfig):
 
 
 def main(config: Config) -> None:
-    ranks.join(config.device, config.rank_timeout)
-    settings = check_out(config)
-
-    if not config.plain:
-        fast.keep_freed_memory()
+    settings = begin(config)
     model, folder = initial_model(config)
-    choose_threads(sum(p.numel() for p in model.parameters()), config.device)
-    if not config.plain:
-        fast.speed_up(model)
-    model.checkpoint_activations = config.checkpoint_activations
-    tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
-    prompt = travelling_prompt(config.prompt_file, config.train, folder, config.adapter)
-    context = model.config.max_position_embeddings
-    train, validation = read_examples(
-        config.train, config.validation, read_example, tokenizer, config.micro_tokens, context, prompt)
-
+    train, validation, results = prepare(config, model, folder, read_example)
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
@@ -66,7 +51,7 @@ def main(config: Config) -> None:
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
-              results(model, folder, prompt, DTYPES[config.save_dtype], config.merge), config.tensorboard)
+              results, config.tensorboard)
 
     for step in run.progress():
         numbers = batch_of(step)

@@ -113,6 +113,13 @@ class ChatTokenizer:
 
     # ---------------------------------------------------------------------------- ids to texts
 
+    def tokens_within(self, ids: list[int], length: int) -> int:
+        """How many of the first tokens lie wholly within the first `length` characters of their text."""
+        for n in reversed(range(len(ids) + 1)):
+            if len(self.decode(ids[:n])) <= length:
+                return n
+        return 0
+
     def decode(self, ids: list[int]) -> str:
         with calling_the_library("tokenizer.json"):
             return self.backend.decode(ids, skip_special_tokens=False)

@@ -25,9 +25,16 @@ from fast.kernels import pack_weights, speed_up
 from fast.memory import keep_freed_memory
 from model import Decoder
 
-__all__ = ["engine_for", "keep_freed_memory", "pack_weights", "speed_up"]
+__all__ = ["engine_for", "for_sampling", "keep_freed_memory", "pack_weights", "speed_up"]
 
 
 def engine_for(model: Decoder) -> type[Engine]:
     """The fast engine's class, by the device that the model lies on."""
     return RecordedEngine if model.device.type == "cuda" else Engine
+
+
+def for_sampling(model: Decoder) -> type[Engine]:
+    """Make a model fast for sampling; it cannot be trained or saved any more. -> the engine's class."""
+    speed_up(model)
+    pack_weights(model)
+    return engine_for(model)

@@ -29,8 +29,12 @@ def fuse(model: Decoder) -> None:
         layer.mlp.activate = fused(MLP.activate)
     for norm in norms:
         norm.forward = MethodType(fused(RMSNorm.forward), norm)
-    model.logprobs_of = fused(plain.logprobs_of)
+    model.logprobs = MethodType(logprobs, model)
     model.tree_attention = tree_attention
+
+
+def logprobs(self: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return fused(plain.logprobs_of)(self.logits(hidden), target)
 
 
 @cache

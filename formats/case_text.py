@@ -4,6 +4,13 @@ case is a rprm.Case and analysis a rprm.Analysis, which are not imported, as rpr
 """
 
 
+def print_judged(case, analyses: list, reward: float | None) -> None:
+    print_case(case)
+    for number, analysis in enumerate(analyses, 1):
+        print_analysis(number, analysis)
+    print_reward(analyses, reward)
+
+
 def print_case(case) -> None:
     print(f"problem: {case.problem}")
     for i, step in enumerate(case.previous_steps, 1):

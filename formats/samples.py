@@ -1,13 +1,14 @@
 """Cases and their analyses as they stand in cases.jsonl, samples.jsonl and scores.jsonl."""
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 import numpy as np
 
 from formats.readers import read_case
 from formats.verdicts import VERIFICATION
+from plumbing.cli import print_table
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, get_field
 from rprm import Analysis, Case
@@ -36,17 +37,43 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
     return found
 
 
-def count_analyses(counts: Counter, label: bool | None, analyses: list[Analysis]) -> None:
-    """Add a case's analyses to the table of a sampling."""
-    if not analyses:
-        counts["cases longer than the context: no analyses"] += 1
-    names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
-    for a in analyses:
-        counts["analyses"] += 1
-        counts[names[a.verdict]] += 1
-        counts["cut off at --max-new-tokens"] += not a.finished
-        counts["verification line added (--complete)"] += a.forced
-        counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
+class SampleTally:
+    """The table of a sampling: counts over lines of samples.jsonl, and the cases that have no analyses."""
+
+    def __init__(self):
+        self.counts = Counter()
+        self.too_long: list[str] = []  # ids
+
+    def add(self, line: dict, where: str) -> None:
+        """where: the line's file and number, for errors."""
+        analyses = read_analyses(line, where)
+        if not analyses:
+            self.counts["cases longer than the context: no analyses"] += 1
+            self.too_long.append(line["id"])
+        names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
+        for a in analyses:
+            self.counts["analyses"] += 1
+            self.counts[names[a.verdict]] += 1
+            self.counts["cut off at --max-new-tokens"] += not a.finished
+            self.counts["verification line added (--complete)"] += a.forced
+            is_right = a.verdict is not None and a.verdict == line["case"]["label"]
+            self.counts["verdict equal to the label"] += is_right
+
+    def so_far(self) -> str:
+        return f"right {self.counts['verdict equal to the label'] / max(1, self.counts['analyses']):.0%}"
+
+    @classmethod
+    def sum(cls, tallies: Iterable["SampleTally"]) -> "SampleTally":
+        """The tally of all ranks."""
+        total = cls()
+        for tally in tallies:
+            total.counts += tally.counts
+            total.too_long += tally.too_long
+        return total
+
+    def print(self) -> None:
+        print_table("analyses", self.counts)
+        print_too_long(self.too_long)
 
 
 def print_too_long(names: list[str]) -> None:
@@ -74,6 +101,11 @@ class CaseFile:
 def line_of_case(case_id: str, case: Case) -> dict:
     """What a line of samples.jsonl says of its case, before it is sampled."""
     return {"id": case_id, "case": asdict(case) | {"previous_steps": list(case.previous_steps)}}
+
+
+def sample_line(case_id: str, case: Case, analyses: list[Analysis]) -> dict:
+    """A line of samples.jsonl."""
+    return line_of_case(case_id, case) | {"analyses": [asdict(a) for a in analyses]}
 
 
 # ---------------------------------------------------------------------------- a teacher that forgets the form

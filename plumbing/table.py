@@ -7,9 +7,11 @@ NAME has a hash in it of all that the numbers depend on (files.content_hash), so
 Rank 0 alone reads and writes the files; every rank has the numbers.
 """
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from plumbing import ranks
 from plumbing.files import naming
@@ -43,6 +45,20 @@ class StoredTable:
                 np.save(file, nothing)  # written: in a mapped file, a full disk is a SIGBUS and no error
             os.replace(aside, self.part)
         return np.lib.format.open_memmap(self.part, mode="r+")
+
+    def missing(self, batches: list[list[int]]) -> Iterator[list[int]]:
+        """Those of the batches of row numbers that are not computed yet, with a bar over all of them."""
+        for numbers in tqdm(batches, desc="reference", unit="batch", disable=ranks.rank() > 0):
+            if np.isnan(self.rows[numbers]).any():
+                yield numbers
+
+    def fill(self, numbers: list[int], found: dict[int, list[float]]) -> None:
+        """Write these rows. found: this rank's, by number; each row is one rank's."""
+        own = np.zeros((len(numbers), self.rows.shape[1]))
+        for place, number in enumerate(numbers):
+            if number in found:
+                own[place] = found[number]
+        self.rows[numbers] = np.reshape(ranks.total(*own.ravel()), own.shape)
 
     def finish(self) -> np.ndarray:
         """Give the file its final name, and return the numbers."""

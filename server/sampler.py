@@ -24,10 +24,8 @@ from rprm import (
     Prompt,
     Sampler,
     Sampling,
-    TooLong,
     load_prompt,
     reserved_tokens,
-    row_seed,
     without_analysis,
     yes_no_ids,
 )
@@ -51,7 +49,6 @@ class ServerSampler(Sampler):
         self.sampling = sampling
         self.reserve = reserve
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
-        self.revise = lambda analyses, seeds, read_p_yes: analyses
         self.jobs = Jobs()
 
     @property
@@ -90,17 +87,15 @@ class ServerSampler(Sampler):
 
     def ask(self, case: Case) -> list[Analysis]:
         """The K analyses of a case; none if its prompt is longer than the context."""
-        try:
-            prompt = self.prompt_ids(case)
-        except TooLong:
+        request = self.request_of(case)
+        if request is None:
             return []
-        seeds = [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)]
         try:
-            choices = self.engine.sample(prompt, seeds)
+            choices = self.engine.sample(request.ids, request.seeds)
         except Refused as error:
-            raise BadInput(f"problem {case.problem[:50]!r}, {len(prompt)} tokens: {error}; "
+            raise BadInput(f"problem {case.problem[:50]!r}, {len(request.ids)} tokens: {error}; "
                            "leave this case out or lower --max-new-tokens") from None
-        return self.analyses_of(prompt, seeds, choices)
+        return self.answer_of(request, choices)
 
     def read(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
         """The choices as analyses, with P(Yes) from their log-probabilities, or by requests of its own.

@@ -359,7 +359,7 @@ def test_a_verdict_in_other_tokens_is_found_where_it_begins(make_sampler):
     question = tokenizer.encode(VERIFICATION)
     for pieces, place in (([" ", "Y", "e", "s"], 1), ([" Yes", "."], 0), ([" ", "N", "o", ".", "\n"], 1)):
         ids = question + [i for piece in pieces for i in tokenizer.encode(piece)]
-        assert rprm.tokens_within(ids, verdicts.find_verdict(tokenizer.decode(ids)).letter, tokenizer) == len(question) + place
+        assert tokenizer.tokens_within(ids, verdicts.find_verdict(tokenizer.decode(ids)).letter) == len(question) + place
 
 
 @pytest.mark.parametrize("text", ["The sum is right.", "", "The sum is right.\n", f"{VERIFICATION} Yes or No",

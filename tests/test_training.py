@@ -711,7 +711,7 @@ def test_a_sweep_in_two_processes_shares_the_reference(tmp_path, tiny_folder, mo
         yield from batches
         [part] = tmp_path.glob("*.part")
         os.rename(part, part.with_suffix(".npy"))
-    monkeypatch.setattr(train_dpo, "tqdm", faster_rival)
+    monkeypatch.setattr("plumbing.table.tqdm", faster_rival)
     found = reference_of(load_model(tiny_folder), tiny_folder, pairs, 8)
     [cache] = caches(tmp_path)
     assert np.isfinite(found).all() and np.array_equal(found, np.load(cache))

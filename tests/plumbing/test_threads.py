@@ -1,4 +1,6 @@
 """A small model computes with one thread, unless the user says otherwise."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ def test_a_small_model_takes_one_thread(monkeypatch, capsys, parameters, device,
         monkeypatch.setenv(name, value)
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
-    threads.choose_threads(parameters, device)
+    model = SimpleNamespace(parameters=lambda: [torch.empty(parameters, device="meta")], device=torch.device(device))
+    threads.choose_threads(model)
     assert found == chosen
     assert ("threads: 1" in capsys.readouterr().out) == bool(chosen)

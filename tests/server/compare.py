@@ -28,7 +28,7 @@ from model import Tree
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.queues import answers_of
-from rprm import Analysis, Case, Sampler, reward, row_seed, tokens_within
+from rprm import Analysis, Case, Sampler, reward, row_seed
 from server import side_by_side
 
 sys.path.append(str(Path(__file__).parent))
@@ -157,7 +157,7 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
         if verdict is None:
             sequences.append(prompt + own + here.verification(analysis.text))
             continue
-        at = tokens_within(own, verdict.letter, here.tokenizer)
+        at = here.tokenizer.tokens_within(own, verdict.letter)
         if own[at] in here.engine.yes_no:
             sequences.append(prompt + own[:at])
         else:

@@ -1,0 +1,52 @@
+"""What both training scripts do before their loop."""
+from pathlib import Path
+from typing import Any, Callable
+
+import fast
+from checkpoint import DTYPES, load_tokenizer, read_template_args
+from checkpoint import results as results_of
+from checkpoint.prompt import travelling_prompt
+from formats.examples import Examples, read_examples, reference_table
+from formats.turns import Turn
+from model import Decoder
+from plumbing import ranks
+from plumbing.settings import TrainConfig, check_out
+from plumbing.table import StoredTable
+from plumbing.threads import choose_threads
+
+Results = dict[str, Callable[[Path], None]]  # what a run ends in: the name of a folder -> what writes it
+
+
+def begin(config: TrainConfig) -> dict[str, Any]:
+    """Meet the other ranks, and refuse an --out that cannot be begun or continued. -> the run's settings."""
+    ranks.join(config.device, config.rank_timeout)
+    settings = check_out(config)
+    if not config.plain:
+        fast.keep_freed_memory()
+    return settings
+
+
+def prepare(config: TrainConfig, model: Decoder, folder: str | Path,
+            read: Callable[[dict, str], Turn]) -> tuple[Examples, Examples | None, Results]:
+    """Make the model ready to be trained, and read what it is trained on.
+
+    folder: the tokenizer's. read: makes a Turn of a row (formats/turns.py)
+    -> the examples of --train and of --validation, and what the run will end in
+    """
+    choose_threads(model)
+    if not config.plain:
+        fast.speed_up(model)
+    model.checkpoint_activations = config.checkpoint_activations
+    tokenizer = load_tokenizer(folder, config.system, read_template_args(config.template_args))
+    prompt = travelling_prompt(config.prompt_file, config.train, folder, config.adapter)
+    context = model.config.max_position_embeddings
+    train, validation = read_examples(
+        config.train, config.validation, read, tokenizer, config.micro_tokens, context, prompt)
+    results = results_of(model, folder, prompt, DTYPES[config.save_dtype], config.merge)
+    return train, validation, results
+
+
+def table_of(config: TrainConfig, model: Decoder, pairs: Examples) -> StoredTable:
+    """The table beside the pairs that keeps the reference's log-probabilities (train_dpo.py)."""
+    flags = (config.context, config.system, config.template_args, config.plain)
+    return reference_table(model, config.model, config.adapter, config.batch_size, flags, pairs)
