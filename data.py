@@ -215,8 +215,8 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
     """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
 
     The examples are put in lexicographic order, since neighbours then share the longest prefixes, and fill
-    one tree after the other, evenly (plumbing/packing.py), as the largest tree decides how much memory is
-    needed. It comes first, so that the others find room in the memory that it frees.
+    one tree after the other. The largest tree decides how much memory is needed, so the trees are made of
+    like size (plumbing/packing.py). It comes first: the others find room in the memory that it frees.
     """
     order = sorted(units, key=units.__getitem__)
     alone = []  # each example's tokens in a tree by itself

@@ -6,11 +6,11 @@
         for request_id, continuations in engine.step():
             ...
 
-`add`, `busy` and `step` are a queue's (plumbing/queues.py), which hands `generate` a batch of requests. The
-engine knows token ids only, never text. This one is plain: it prefills a batch of prompts, gives every
-continuation a row with a copy of its prompt's keys and values, and decodes one token a step for all rows
-until the last one ends. fast/engine.py samples the same tokens sooner: finished rows leave its batch, prompts
-are kept once, and rows that agree are computed once.
+`Engine` inherits `add`, `busy` and `step` from `Queue` (plumbing/queues.py): `step` takes a batch of waiting
+requests and calls `generate`. The engine knows token ids only, never text. This one is plain: it prefills a
+batch of prompts, gives every continuation a row with a copy of its prompt's keys and values, and decodes one
+token a step for all rows until the last one ends. fast/engine.py samples the same tokens sooner: finished
+rows leave its batch, prompts are kept once, and rows that agree are computed once.
 
 What a continuation samples depends on its own seed and prompt only: it draws its t-th token with
 uniform(seed, t).

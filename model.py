@@ -317,7 +317,8 @@ def logprobs_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def head_chunk(device: torch.device | str, n_tokens: int) -> int:
     """How many of a tree's `n_tokens` tokens pass the LM head at once: (chunk, V) logits, never (T, V).
 
-    More on a GPU, and of large trees, as each chunk makes a gradient of the whole head.
+    Chunks are larger on a GPU and for large trees, as the backward pass of each makes a gradient of the
+    whole head.
     """
     if torch.device(device).type == "cpu":
         return 256

@@ -151,14 +151,13 @@ class Sampler(Relay):
     than the context has none: [].
 
     P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
-    takes down while it decodes. Where the verdict was written in other tokens ("**Yes", "yes",
-    "\\boxed{Yes}", or a space and "Yes"), that pair says nothing at this position. Then P(Yes) is read in a
-    second pass, after the analysis with the verification line in place of its verdict. So one pair of tokens
-    is compared in all analyses, under all tokenizers; a sum over the forms of a word would compare other sets
-    of tokens from analysis to analysis.
+    takes down while it decodes. If the verdict was written in other tokens ("**Yes", "yes", "\\boxed{Yes}",
+    or a space and "Yes"), these two are not what the model chose between there. Then P(Yes) is read in a
+    second pass, with the verification line in place of that verdict. So every analysis is measured by the
+    same two tokens; a sum over the forms of a word would compare other tokens from analysis to analysis.
 
-    engine_class: generate.Engine, the plain one, or fast.engine_for(model). The counters of `engine` tell
-    what was computed.
+    engine_class: generate.Engine, the plain one, or that of fast.for_sampling(model). The counters of
+    `engine` tell what was computed.
     revise: what is made of a case's analyses before they are given out, as by formats/samples.add_verdicts
     """
 
@@ -181,8 +180,9 @@ class Sampler(Relay):
             sampling.batch_size * sampling.k,
             self.reserve,
         )
-        self.engine.suffix_of = self.missing_line  # saves the fast engine a pass over prompt and analysis
-        # The last token of every prompt (one, as a list), which an answer's first token may depend on
+        self.engine.suffix_of = self.missing_verification  # saves the fast engine a pass over all before it
+        # The token that every prompt ends with, in a list. A tokenizer may join the first word of what
+        # follows to it, so an analysis's text is encoded behind it.
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.restart()
 
@@ -215,12 +215,12 @@ class Sampler(Relay):
 
     def answer_of(self, request: Request, continuations: list[Continuation]) -> list[Analysis]:
         """The continuations of a case's prompt as its analyses, with P(Yes)."""
-        found = self.read(request.ids, continuations)
+        found = self.to_analyses(request.ids, continuations)
         if self.revise is None:
             return found
-        return self.revise(found, request.seeds, partial(self.read_after, request.ids))
+        return self.revise(found, request.seeds, partial(self.p_yes_after, request.ids))
 
-    def read(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+    def to_analyses(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
         """The continuations as analyses: P(Yes) at the verdict, or after a verification line."""
         found = []
         unread: dict[int, list[int]] = {}  # index of the analysis -> the tokens after which P(Yes) is read
@@ -233,9 +233,9 @@ class Sampler(Relay):
                 if c.ids[at] in self.engine.yes_no:
                     p_yes = c.p_yes[at]
                 else:
-                    unread[i] = self.with_line(prompt, before_verdict(text))
+                    unread[i] = self.with_verification(prompt, before_verdict(text))
             elif p_yes is None and self.sampling.force:
-                unread[i] = prompt + c.ids + self.verification(text)
+                unread[i] = prompt + c.ids + self.verification_ids(text)
             says = None if verdict is None else verdict.yes
             finished = c.finished or self.sampling.max_new_tokens == 0
             found.append(Analysis(text, says, p_yes, len(c.ids), finished))
@@ -243,26 +243,26 @@ class Sampler(Relay):
             found[i] = replace(found[i], p_yes=p_yes)
         return [replace(a, forced=a.verdict is None and a.p_yes is not None) for a in found]
 
-    def read_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
+    def p_yes_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
         """P(Yes) after the prompt, each text and the verification line. None: a server may not know it."""
-        return self.engine.read_p_yes([self.with_line(prompt, text) for text in texts])
+        return self.engine.read_p_yes([self.with_verification(prompt, text) for text in texts])
 
-    def with_line(self, prompt: list[int], text: str) -> list[int]:
+    def with_verification(self, prompt: list[int], text: str) -> list[int]:
         """The ids of the prompt, a text behind it and the verification line."""
-        return prompt + self.answer(text) + self.verification(text)
+        return prompt + self.analysis_ids(text) + self.verification_ids(text)
 
-    def answer(self, text: str) -> list[int]:
+    def analysis_ids(self, text: str) -> list[int]:
         """The ids of an analysis's text behind the prompt."""
         return self.tokenizer.continuation(self.prompt_end, text)
 
-    def missing_line(self, ids: list[int]) -> list[int]:
+    def missing_verification(self, ids: list[int]) -> list[int]:
         """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
         text = self.tokenizer.decode(ids)
         if self.sampling.force and parse_verdict(text) is None:
-            return self.verification(text)
+            return self.verification_ids(text)
         return []
 
-    def verification(self, text: str) -> list[int]:
+    def verification_ids(self, text: str) -> list[int]:
         """The verification line for an analysis that lacks it, on a line of its own."""
         on_own_line = not text or text.endswith("\n")
         line = VERIFICATION if on_own_line else "\n" + VERIFICATION

@@ -6,8 +6,8 @@
 
 The policy starts from the SFT model, and the frozen SFT model is the reference. Its log-probabilities never
 change, so the policy itself computes them, once, before the first step; a file beside the pairs keeps them.
-With adapters (lora/) there is no second model either: the reference is the model with the adapters as they
-are at the start, new ones changing nothing, those of --adapter being a part of it.
+With adapters (lora/) there is no second model either. New adapters start at B = 0 and change nothing, so the
+reference is the model itself; with --adapter it is the model with those adapters.
 Rows are {"prompt", "chosen", "rejected"}, the official files' {"instruction", "chosen", "rejected"}, or those
 of other public formats (formats/turns.py).
 Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does

@@ -97,7 +97,7 @@ class ServerSampler(Sampler):
                            "leave this case out or lower --max-new-tokens") from None
         return self.answer_of(request, choices)
 
-    def read(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
+    def to_analyses(self, prompt: list[int], choices: list[Choice]) -> list[Analysis]:
         """The choices as analyses, with P(Yes) from their log-probabilities, or by requests of its own.
 
         A request is needed if the log-probabilities are those after temperature, if the tokens do not tell
@@ -110,16 +110,16 @@ class ServerSampler(Sampler):
             verdict = parse_verdict(choice.text)
             p_yes = None
             if verdict is not None and not has_usual_word(choice.text):
-                unread[i] = self.with_line(prompt, before_verdict(choice.text))
+                unread[i] = self.with_verification(prompt, before_verdict(choice.text))
             elif verdict is not None:
                 letter = verdict_letter(choice.text)
                 at = self._verdict_token(tokens, choice.text[letter:]) if self.engine.raw else None
                 if at is not None and self.engine.yes_no.has(tokens[at]):
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
                 else:
-                    unread[i] = prompt + self.answer(choice.text[:letter].rstrip(" "))
+                    unread[i] = prompt + self.analysis_ids(choice.text[:letter].rstrip(" "))
             elif self.sampling.force:
-                unread[i] = prompt + self._ids(tokens, choice.text) + self.verification(choice.text)
+                unread[i] = prompt + self._ids(tokens, choice.text) + self.verification_ids(choice.text)
             found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))
         for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes, forced=found[i].verdict is None)
@@ -139,7 +139,7 @@ class ServerSampler(Sampler):
     def _ids(self, tokens: list[Token], text: str) -> list[int]:
         """The ids of the tokens, if the server told them; else those of the text."""
         has_ids = all(isinstance(token, int) for token in tokens)
-        return tokens if has_ids else self.answer(text)
+        return tokens if has_ids else self.analysis_ids(text)
 
     def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
         """The index of the token with the verdict's first letter; the text from there on is `rest`.

@@ -443,7 +443,7 @@ def test_completed_answers_are_drawn_with_p_yes(make_sampler, monkeypatch):
     seeds = [row_seed(0, PENS, k) for k in range(600)]
 
     def draws():
-        found = add_verdicts([Analysis("Hm.", None, None, 2, True)] * 600, seeds, partial(sampler.read_after, [5]))
+        found = add_verdicts([Analysis("Hm.", None, None, 2, True)] * 600, seeds, partial(sampler.p_yes_after, [5]))
         assert all(parse_verdict(a.text) is a.verdict for a in found)  # what is written is what is said
         return [a.verdict for a in found]
     assert abs(sum(draws()) / 600 - 0.3) < 5 * (0.21 / 600) ** 0.5

@@ -146,7 +146,7 @@ def ask(there: Sampler, prompt: list[int], seeds: list[int]) -> tuple[list[Analy
     """The server's analyses of a case, and the token ids of each."""
     choices = there.engine.sample(prompt, seeds)
     ids = [there._ids(there._own_tokens(choice), choice.text) for choice in choices]
-    return there.read(prompt, choices), ids
+    return there.to_analyses(prompt, choices), ids
 
 
 def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: list[list[int]]) -> list[Analysis]:
@@ -155,14 +155,14 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
     for analysis, own in zip(analyses, ids):
         verdict = find_verdict(analysis.text)
         if verdict is None:
-            sequences.append(prompt + own + here.verification(analysis.text))
+            sequences.append(prompt + own + here.verification_ids(analysis.text))
             continue
         at = here.tokenizer.tokens_within(own, verdict.letter)
         if own[at] in here.engine.yes_no:
             sequences.append(prompt + own[:at])
         else:
             before = before_verdict(analysis.text)
-            sequences.append(prompt + here.answer(before) + here.verification(before))
+            sequences.append(prompt + here.analysis_ids(before) + here.verification_ids(before))
     return [replace(analysis, p_yes=p_yes)
             for analysis, p_yes in zip(analyses, here.engine.read_p_yes(sequences), strict=True)]
 
