@@ -1,14 +1,14 @@
 """From labelled cases to training examples: samples, SFT examples and preference pairs; and their packing
 into trees.
 
-    python data.py cases  --input gsm8k.json --out cases.jsonl
+    python data.py cases  --input prm800k.jsonl --out cases.jsonl
     python data.py sample --model TEACHER --cases cases.jsonl --n 4 --out samples.jsonl
     python data.py sft    --samples samples.jsonl --out sft.jsonl
     python data.py sample --model R-PRM-SFT --cases cases.jsonl --n 8 --out samples2.jsonl
     python data.py pairs  --samples samples2.jsonl --out pairs.jsonl
 
 Asking a model for analyses of cases is one operation (`sample`); seed data and preferences are filters over
-its file. `cases` reads the public formats (formats/cases.py). Each command prints what it kept and what it
+its file. `cases` reads the public formats (formats/readers.py). Each command prints what it kept and what it
 dropped, and why.
 """
 import math
@@ -104,6 +104,7 @@ def sft(config: SftConfig) -> None:
     travelled = None if config.direct else own_prompt(config.samples[0])
     prompt = load_prompt(config.prompt_file, travelled, config.direct)
 
+    # write_split goes through the examples twice: to choose, and to write
     def examples(counts: Counter) -> Iterator[Example]:
         for where, row, case in labelled_rows(config.samples, counts, config.direct):
             if config.direct:
@@ -212,15 +213,15 @@ class MicroBatch:
 
 
 def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
-    """Examples (number -> prompt and responses) in as few trees of at most `micro_tokens` as can be.
+    """Examples (number -> prompt and responses) in few trees of at most `micro_tokens` tokens.
 
     The examples are put in lexicographic order, since neighbours then share the longest prefixes, and fill
     one tree after the other. The largest tree decides how much memory is needed, so the trees are made of
-    like size (plumbing/packing.py). It comes first: the others find room in the memory that it frees.
+    like size (plumbing/packing.py). It comes first, and the others find room in the memory that it frees.
     """
     order = sorted(units, key=units.__getitem__)
-    alone = []  # each example's tokens in a tree by itself
-    own = []    # those of them that it does not share with the example before it
+    alone = []  # an upper bound of each example's tokens in a tree by itself: its responses count in full
+    own = []    # the same, less what its first sequence shares with that of the example before it
     before = np.zeros(0, dtype=np.int64)
     for i in order:
         prompt, responses = units[i]
@@ -256,6 +257,7 @@ def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     if ranks.count() == 1:
         return batches
     missing = -len(batches) % ranks.count()
+    # Two sequences, as a pair of DPO has; no example and no length, so what is computed of them is (0,)
     empty = [MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]) for _ in range(missing)]
     return ranks.share(batches + empty)
 

@@ -39,7 +39,8 @@ class Request(NamedTuple):
 @dataclass
 class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
-    p_yes: list[float]  # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled
+    # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled, the end-of-text token among them
+    p_yes: list[float]
     end: int | None     # the end-of-text token; None: it was cut off at max_new_tokens
     p_yes_after_suffix: float | None = None  # read by the fast engine alone (its `suffix_of`)
 
@@ -102,7 +103,7 @@ class Engine(Queue):
     eos_ids   the tokens that end a continuation
     yes_no    the two token ids whose probabilities are compared
     max_rows  how many continuations are decoded side by side, which bounds a batch of the queue
-    reserve   positions of the model's context that sampling leaves free
+    reserve   positions of the context that are kept free behind an analysis, for a verification line
 
     The counters say what was computed.
     """
@@ -115,7 +116,7 @@ class Engine(Queue):
         self.top_p = top_p
         self.max_new_tokens = max_new_tokens
         self.max_rows = max_rows
-        self.context = model.config.max_position_embeddings - reserve
+        self.max_positions = model.config.max_position_embeddings - reserve
         self.eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
         self.prompt_tokens = 0   # the prompts' lengths, summed
         self.prefill_tokens = 0  # those of them that were computed
@@ -141,7 +142,7 @@ class Engine(Queue):
         owner, seeds = torch.tensor(rows, device=device).unbind(dim=1)  # of each row: its request, its seed
         prompt_length = torch.tensor([len(request.ids) for request in requests], device=device)[owner]
         # The most that a row may sample
-        limit = (self.context - prompt_length).clamp(max=self.max_new_tokens)
+        limit = (self.max_positions - prompt_length).clamp(max=self.max_new_tokens)
         longest_prompt = max(len(request.ids) for request in requests)
         steps = int(limit.max())
 
@@ -170,13 +171,14 @@ class Engine(Queue):
         p_yes = torch.stack(p_yes, dim=1).tolist()
         found: list[list[Continuation]] = [[] for _ in requests]
         for i, n, row_tokens, row_p_yes in zip(owner.tolist(), length.tolist(), tokens, p_yes, strict=True):
-            last = row_tokens[n - 1]
-            if last in self.eos.tolist():
-                continuation = Continuation(row_tokens[:n - 1], row_p_yes[:n], end=last)
-            else:
-                continuation = Continuation(row_tokens[:n], row_p_yes[:n], end=None)
-            found[i].append(continuation)
+            found[i].append(self.continuation_of(row_tokens[:n], row_p_yes[:n]))
         return found
+
+    def continuation_of(self, tokens: list[int], p_yes: list[float]) -> Continuation:
+        """The tokens that a row has sampled, as a continuation."""
+        if tokens[-1] in self.eos.tolist():
+            return Continuation(tokens[:-1], p_yes, end=tokens[-1])
+        return Continuation(tokens, p_yes, end=None)
 
     def prefill(
         self, prompts: list[list[int]], owner: torch.Tensor

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 # attend(layer, q, k, v) -> (T, H, D), and the same within a layer: attend(q, k, v)
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,7 +46,7 @@ class ModelConfig:
     qk_norm: bool                   # Qwen3
     # What rope_scaling comes to (checkpoint/rope.py): the frequency of each pair, (D/2,), and YaRN's factor
     # of cosines and sines
-    rope_frequencies: tuple[float, ...] | None = None
+    stretched_frequencies: tuple[float, ...] | None = None
     rope_attention_factor: float = 1.0
     initializer_range: float = 0.02  # standard deviation of random weights (checkpoint/scratch.py)
 
@@ -60,8 +60,8 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     """(D/2,) fp32 on the CPU: by how many radians each pair of a head turns from one position to the next."""
-    if config.rope_frequencies is not None:
-        return torch.tensor(config.rope_frequencies, device="cpu")
+    if config.stretched_frequencies is not None:
+        return torch.tensor(config.stretched_frequencies, device="cpu")
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return 1.0 / config.rope_theta ** exponents
 
@@ -71,7 +71,8 @@ def rope_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What apply_rope multiplies with: (cos, cos) and (-sin, sin), fp32 (T, 1, D) each.
 
-    frequencies (D/2,), positions (T,). factor: YaRN sharpens attention as the context grows; else 1.
+    frequencies (D/2,), positions (T,). factor: YaRN sharpens attention by how far the context is stretched;
+    else 1.
     """
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos = angles.cos() * factor
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
-        self.tree_attention = tree_attention  # fast.speed_up puts a faster one in its place
+        self.tree_attention = tree_attention  # fast.speed_up puts a faster one here, which knows a prefix too
         self.frequencies = rope_frequencies(config)  # (D/2,)
 
     @property
@@ -202,7 +203,7 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(self.frequencies, positions, self.config.rope_attention_factor)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, partial(attend, i), use_reentrant=False)
+                x = recomputed_in_backward(layer, x, cos, sin, partial(attend, i), use_reentrant=False)
             else:
                 x = layer(x, cos, sin, partial(attend, i))
         return self.norm(x)
@@ -274,6 +275,7 @@ class Tree:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Tree":
+        """Move the tree itself. -> the tree."""
         self.ids = self.ids.to(device)
         self.positions = self.positions.to(device)
         self.end = self.end.to(device)
@@ -317,8 +319,7 @@ def logprobs_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def head_chunk(device: torch.device | str, n_tokens: int) -> int:
     """How many of a tree's `n_tokens` tokens pass the LM head at once: (chunk, V) logits, never (T, V).
 
-    Chunks are larger on a GPU and for large trees, as the backward pass of each makes a gradient of the
-    whole head.
+    On a GPU few chunks are cheaper, as the backward pass of each makes a gradient of the whole head.
     """
     if torch.device(device).type == "cpu":
         return 256

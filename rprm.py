@@ -1,7 +1,8 @@
 """R-PRM: a process reward model that reasons before it judges (arXiv 2503.21295), equation by equation.
 
-A case is a problem, the previous steps and the step to judge. The model writes K analyses of it, each ending
-in a verdict; the reward of the step is the mean probability of Yes at the verdict:
+A case is a problem, the previous steps and the step to judge. The model writes K analyses of it. Each ends in
+a verdict, "Verification: Is the step correct (Yes/No)? Yes" (formats/verdicts.py). The reward of the step is
+the mean probability of Yes there:
 
     R = 1/K * sum_k P(Yes | case, analysis_k)
 
@@ -12,7 +13,7 @@ Run it to see the method at work on one case (--problem and --step, or a built-i
 """
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 import fast
 from checkpoint import (
@@ -78,7 +79,10 @@ class Prompt:
         return "".join(text for text, _ in self.fill_pieces(case)).strip()
 
     def fill_pieces(self, case: Case) -> list[tuple[str, bool]]:
-        """The filled prompt in pieces: (text, whether it is the prompt's own). Braces in a problem stay."""
+        """The filled prompt in pieces: (text, is it the prompt's own?). Braces in a problem stay.
+
+        The prompt's own words may hold special tokens; what looks like one in a case is ordinary text.
+        """
         previous = [f"Step {i}: {step.strip()}" for i, step in enumerate(case.previous_steps, 1)]
         values = {
             "problem": case.problem.strip(),
@@ -92,13 +96,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Analysis:
-    """One sampled analysis. p_yes is None where no verdict was written and none was forced."""
+    """One sampled analysis."""
     text: str
     verdict: bool | None  # what the final verification line says; None = missing or ambiguous
-    p_yes: float | None   # P(Yes) against P(No) at the verdict
+    p_yes: float | None   # P(Yes) against P(No) at the verdict; None = no verdict, or a server does not tell
     n_tokens: int
     finished: bool        # False: cut off at max_new_tokens
-    forced: bool = False  # p_yes was read after a verification line that the model had not written
+    forced: bool = False  # no verdict was written: p_yes was read after an added verification line
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
@@ -147,8 +151,9 @@ class Sampler(Relay):
             for request_id, analyses in sampler.step():     # the cases that are complete
                 ...
 
-    The analyses of a case depend on the seed, the case and the sample's number. A case whose prompt is longer
-    than the context has none: [].
+    (`add`, `busy` and `step` are those of `Relay`, plumbing/queues.py, which hands on what `request_of` and
+    `answer_of` make.) The analyses of a case depend on the seed, the case and the sample's number. A case
+    whose prompt is longer than the context has none: [].
 
     P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
     takes down while it decodes. If the verdict was written in other tokens ("**Yes", "yes", "\\boxed{Yes}",
@@ -180,9 +185,11 @@ class Sampler(Relay):
             sampling.batch_size * sampling.k,
             self.reserve,
         )
-        self.engine.suffix_of = self.missing_verification  # saves the fast engine a pass over all before it
-        # The token that every prompt ends with, in a list. A tokenizer may join the first word of what
-        # follows to it, so an analysis's text is encoded behind it.
+        # The fast engine reads P(Yes) after the missing line while the keys before it are there. The plain
+        # one leaves it to `to_analyses`.
+        self.engine.suffix_of = self.missing_verification
+        # The last token of every prompt, in a list. How a tokenizer encodes an analysis's first word may
+        # depend on it.
         self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.restart()
 
@@ -211,7 +218,7 @@ class Sampler(Relay):
             ids = self.prompt_ids(case)
         except TooLong:
             return None
-        return Request(ids, [row_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
+        return Request(ids, [analysis_seed(self.sampling.seed, case, k) for k in range(self.sampling.k)])
 
     def answer_of(self, request: Request, continuations: list[Continuation]) -> list[Analysis]:
         """The continuations of a case's prompt as its analyses, with P(Yes)."""
@@ -221,7 +228,12 @@ class Sampler(Relay):
         return self.revise(found, request.seeds, partial(self.p_yes_after, request.ids))
 
     def to_analyses(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses: P(Yes) at the verdict, or after a verification line."""
+        """The continuations as analyses. Where P(Yes) is read:
+
+        verdict in the tokens " Yes" or " No"    where it was sampled
+        verdict in other tokens                  after the text before it and the verification line
+        no verdict                               after the text and the verification line, if --force
+        """
         found = []
         unread: dict[int, list[int]] = {}  # index of the analysis -> the tokens after which P(Yes) is read
         for i, c in enumerate(continuations):
@@ -229,7 +241,7 @@ class Sampler(Relay):
             verdict = find_verdict(text)
             p_yes = c.p_yes_after_suffix
             if verdict is not None:
-                at = self.tokenizer.tokens_within(c.ids, verdict.letter)  # the token with the first letter
+                at = self.tokenizer.tokens_within(c.ids, verdict.letter)  # so many stand before the verdict's
                 if c.ids[at] in self.engine.yes_no:
                     p_yes = c.p_yes[at]
                 else:
@@ -275,13 +287,13 @@ def fingerprint(*values: object) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
-def row_seed(seed: int, case: Case, k: int) -> int:
+def analysis_seed(seed: int, case: Case, k: int) -> int:
     """The seed of an analysis, an int64: from the seed, what the case says, and the sample's number."""
     number = fingerprint(seed, case.problem, tuple(case.previous_steps), case.now_step, k)
     return number - 2 ** 64 if number >= 2 ** 63 else number
 
 
-def reward(analyses: Iterable[Analysis]) -> float | None:
+def reward(analyses: Sequence[Analysis]) -> float | None:
     """R = 1/K * sum_k P(Yes | case, analysis_k), over the analyses that have a P(Yes); None if none has one.
     """
     p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
@@ -310,9 +322,11 @@ def response_logprobs(
     logprobs = []
     chunk = chunk or head_chunk(device, len(tree))
     for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        logprobs.append(checkpoint(model.logprobs, some_hidden, some_target, use_reentrant=False))
+        logprobs.append(
+            recomputed_in_backward(model.logprobs, some_hidden, some_target, use_reentrant=False)
+        )
     lengths = [len(path) - start for path, start in spans]
-    return torch.stack([tokens.sum() for tokens in torch.cat(logprobs).split(lengths)])
+    return torch.stack([of_response.sum() for of_response in torch.cat(logprobs).split(lengths)])
 
 
 def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:

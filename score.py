@@ -102,7 +102,7 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
                 progress.step(tally.so_far(line, max(config.k)))
         tally = Tally.sum(ranks.gather(tally))
         rows = tally.rows(inputs.sources)
-        # Before the scores are complete: a kill between the two would leave no table.
+        # The table goes first, then the journal names the scores: a kill in between loses neither.
         if config.out and ranks.rank() == 0:
             write_json(Path(config.out).with_suffix(".summary.json"), rows)
     print_rows(rows)
@@ -133,7 +133,7 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
 
 
 @dataclass
-class Judging:
+class OpenSolution:
     """A solution that is being judged, and the analyses of its steps that have come."""
 
     source: str
@@ -143,7 +143,7 @@ class Judging:
 
     @property
     def all_steps(self) -> bool:
-        """Are all steps wanted, or those up to the first that is predicted wrong at every K?"""
+        """Is every step wanted, and not as many as each K needs to predict its first wrong step?"""
         return self.config.all_steps or self.config.best or self.solution.needs_all_steps
 
     @property
@@ -152,11 +152,13 @@ class Judging:
         return self.config.direct or (self.all_steps and not self.config.best)
 
     @property
-    def steps(self) -> list[list[Analysis]]:
+    def judged(self) -> list[list[Analysis]]:
+        """The analyses of the steps that have come, in order."""
         return [self.analyses[t] for t in sorted(self.analyses)]
 
     def n_wanted(self) -> int:
-        predictions = [predict(self.steps, k, self.config.threshold) for k in self.config.k]
+        """The steps that its line holds, as far as is known by now."""
+        predictions = [predict(self.judged, k, self.config.threshold) for k in self.config.k]
         if self.all_steps or min(predictions) == -1:
             return len(self.solution.steps)
         return max(predictions) + 1
@@ -166,8 +168,8 @@ class Judging:
         return len(self.analyses) == wanted
 
     def line(self) -> dict:
-        steps = self.steps[:self.n_wanted()]
-        return score_line(self.source, self.solution, steps, self.config.k, self.config.threshold)
+        judged = self.judged[:self.n_wanted()]
+        return score_line(self.source, self.solution, judged, self.config.k, self.config.threshold)
 
 
 def judge_all(
@@ -180,7 +182,7 @@ def judge_all(
     any of them. A step whose prompt is longer than the context has no analyses.
     """
     coming = enumerate(solutions)
-    judgings: dict[int, Judging] = {}  # by index of the solution
+    open_solutions: dict[int, OpenSolution] = {}  # by index of the solution
     waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
     asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
     race = best_of_n.Race(config.aggregate if config.best else None)
@@ -189,28 +191,29 @@ def judge_all(
         while sampler.has_room:
             if not waiting and (new := next(coming, None)):
                 i, (source, solution) = new
-                judgings[i] = Judging(source, solution, config)
-                first_steps = len(solution.steps) if judgings[i].at_once else 1
+                open_solutions[i] = OpenSolution(source, solution, config)
+                first_steps = len(solution.steps) if open_solutions[i].at_once else 1
                 waiting.extend((i, t) for t in range(first_steps))
             if not waiting:
                 break
             i, t = waiting.popleft()
-            solution = judgings[i].solution
-            asked[sampler.add(Case(solution.problem, solution.steps[:t], solution.steps[t]))] = i, t
+            solution = open_solutions[i].solution
+            case = Case(solution.problem, solution.steps[:t], solution.steps[t])
+            asked[sampler.add(case)] = i, t
         if not sampler.busy:
             return
         for request_id, analyses in sampler.step():
-            ranks.sign_of_life()  # a line may take its solution's many steps, or wait for those before it
+            ranks.sign_of_life()  # for the ranks that wait: no line may be written for long
             i, t = asked.pop(request_id)
-            one = judgings[i]
+            one = open_solutions[i]
             one.analyses[t] = analyses
             if one.is_complete():
-                race.finish(i, one.solution, one.steps)
+                race.finish(i, one.solution, one.judged)
                 yield i, one.line()
-                del judgings[i]
-            elif race.is_lost(i, one.solution, one.steps):
+                del open_solutions[i]
+            elif race.is_lost(i, one.solution, one.judged):
                 yield i, one.line() | {"left": config.aggregate}
-                del judgings[i]
+                del open_solutions[i]
             elif not one.at_once:
                 waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
 

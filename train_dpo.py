@@ -10,8 +10,7 @@ With adapters (lora/) there is no second model either. New adapters start at B =
 reference is the model itself; with --adapter it is the model with those adapters.
 Rows are {"prompt", "chosen", "rejected"}, the official files' {"instruction", "chosen", "rejected"}, or those
 of other public formats (formats/turns.py).
-Left out of the paper's recipe: nothing; the defaults are its settings, with the usual beta 0.1, which it does
-not state.
+The defaults are the paper's settings, with the usual beta 0.1, which it does not state.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +23,10 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import load_for_training
 from data import MicroBatch, deal, pack
 from formats.examples import Examples
-from formats.training import begin, prepare, table_of
+from formats.training import begin, prepare, print_plan, table_of
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
-from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from plumbing.table import StoredTable
@@ -56,8 +54,7 @@ def main(config: Config) -> None:
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
-    print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
-                 config.checkpoint_activations, config.adamw_8bit)
+    print_plan(config, model, train, steps, first_step)
 
     reference = reference_logprobs(model, train, config.batch_size, table_of(config, model, train))
     if validation:
@@ -75,7 +72,7 @@ def main(config: Config) -> None:
         means = ranks.Means()
         for batch in deal(pack(train.units(numbers), config.micro_tokens)):
             losses = pair_losses(model, batch, reference, loss_of_pairs, means)  # (pairs,)
-            (losses.sum() / len(numbers)).backward()
+            (losses.sum() / len(numbers)).backward()  # several ranks add up their gradients
         metrics = means.result()
         norm = ranks.whole(clip_grad_norm_(model.parameters(), config.clip)).item()
         run.check_finite(metrics["loss"], norm, numbers)
@@ -97,7 +94,7 @@ def main(config: Config) -> None:
 def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_of_pairs: Callable,
                 means: ranks.Means) -> torch.Tensor:
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
-    with precision(model.device):
+    with precision(model.device):  # on a GPU the matrix products are in bf16
         logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
     chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)  # (pairs,) each
     frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)  # (pairs, 2)

@@ -6,8 +6,8 @@
 
 Rows are {"prompt", "response"}, the official files' {"instruction", "output"}, {"text"}, which trains on
 every token, or those of other public formats (formats/turns.py). With --from-scratch CONFIG.JSON (its folder
-holds the tokenizer) the weights are random instead of loaded. Left out of the paper's recipe: nothing; the
-defaults are its settings (1 epoch, batch 128, lr 5e-6, warm-up 0.03).
+holds the tokenizer) the weights are random instead of loaded. The defaults are the paper's settings (1 epoch,
+batch 128, lr 5e-6, warm-up 0.03).
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,11 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import load_for_training, new_model
 from data import deal, pack
 from formats.examples import Examples
-from formats.training import begin, prepare
+from formats.training import begin, prepare, print_plan
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.errors import BadInput
-from plumbing.memory import print_budget
 from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from rprm import response_logprobs, sft_loss
@@ -46,8 +45,7 @@ def main(config: Config) -> None:
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
-    print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
-                 config.checkpoint_activations, config.adamw_8bit)
+    print_plan(config, model, train, steps, first_step)
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
@@ -56,13 +54,13 @@ def main(config: Config) -> None:
     for step in run.progress():
         numbers = batch_of(step)
         batches = pack(train.units(numbers), config.micro_tokens)
-        n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over all of the step's
+        n_tokens = sum(sum(batch.lengths) for batch in batches)  # the loss is a mean over all ranks' trees
         loss = 0.0
         for batch in deal(batches):
-            with precision(model.device):
+            with precision(model.device):  # on a GPU the matrix products are in bf16
                 logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (examples,)
             batch_loss = sft_loss(logprobs, n_tokens)
-            batch_loss.backward()
+            batch_loss.backward()  # several ranks add up their gradients
             loss += batch_loss.item()
         [loss] = ranks.total(loss)
         norm = ranks.whole(clip_grad_norm_(model.parameters(), config.clip)).item()
@@ -110,8 +108,10 @@ def initial_model(config: Config) -> tuple[Decoder, Path]:
         return model, Path(config.model)
     if lora or config.adapter:
         raise BadInput("adapters change the weights of a trained model; give --model, not --from-scratch")
-    folder = Path(config.from_scratch).parent
-    return new_model(folder, config.device, config.context, config.seed), folder
+    path = Path(config.from_scratch)
+    if path.name != "config.json" or not path.is_file():
+        raise BadInput(f"--from-scratch {path}: is no file named config.json; give one, beside its tokenizer")
+    return new_model(path.parent, config.device, config.context, config.seed), path.parent
 
 
 if __name__ == "__main__":

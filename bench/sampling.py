@@ -26,7 +26,7 @@ from plumbing.cli import run
 from plumbing.queues import answers_of
 import fast
 from generate import Engine, Request
-from rprm import row_seed, yes_no_ids
+from rprm import analysis_seed, yes_no_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def timed(config: Config, is_plain: bool) -> dict:
 
     def engine(new_tokens: int) -> Engine:
         return engine_class(model, eos, yes_no_ids(tokenizer), config.temperature, config.top_p, new_tokens, config.rows)
-    requests = [Request(ids, [row_seed(config.seed, case, k) for k in range(config.k)]) for ids, case in zip(prompts, cases)]
+    requests = [Request(ids, [analysis_seed(config.seed, case, k) for k in range(config.k)]) for ids, case in zip(prompts, cases)]
     list(answers_of(engine(4), requests[:1]))  # warm up
     it, prefill = engine(config.new_tokens), Clock()
     prefill_of = "prefill" if is_plain else "prefill_waiting"

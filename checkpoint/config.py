@@ -54,7 +54,7 @@ def parse_config(raw: dict, where: str, context: int | None = None) -> ModelConf
         rms_norm_eps=read_number(raw, "rms_norm_eps", where, default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        rope_frequencies=stretched_frequencies(scaling, theta, head_dim) if scaling else None,
+        stretched_frequencies=stretched_frequencies(scaling, theta, head_dim) if scaling else None,
         rope_attention_factor=scaling.get("attention_factor", 1.0) if scaling else 1.0,
         tie_word_embeddings=read_flag(raw, "tie_word_embeddings", where),
         max_position_embeddings=context or read_context(raw, scaling, where),

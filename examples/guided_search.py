@@ -30,7 +30,7 @@ from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.queues import answers_of
-from rprm import Case, row_seed
+from rprm import Case, analysis_seed
 from score import Judge
 
 PROMPT = ("Solve the problem step by step. Leave an empty line between two steps, "
@@ -102,7 +102,7 @@ class Policy:
 
     def has_room(self, ids: list[int]) -> bool:
         """May anything follow these tokens within the model's context?"""
-        return len(ids) < self.engine.context
+        return len(ids) < self.engine.max_positions
 
     def propose(self, prefixes: Sequence[list[int]], seeds: Sequence[list[int]]) -> list[list[Step]]:
         """What may follow each prefix (token ids): a step for each of its seeds."""
@@ -222,7 +222,7 @@ def may_grow(policy: Policy | ServedPolicy, beam: list[Partial], one: Partial) -
 
 
 def seeds_of(seed: int, problem: str, one: Partial, n: int) -> list[int]:
-    return [row_seed(seed, Case(problem, one.steps, ""), number) for number in range(n)]
+    return [analysis_seed(seed, Case(problem, one.steps, ""), number) for number in range(n)]
 
 
 def extended(one: Partial, steps: list[Step], as_step: Callable[[tuple[str, ...], str], str]) -> list[Partial]:

@@ -7,7 +7,7 @@ gains.
     nucleus.py       top-p without sorting the vocabulary
 
     on CPU
-    kernels.py       products, norms and SwiGLU; `speed_up(model)` puts all three into a model
+    kernels.py       products, norms, inputs made again in the backward pass; `speed_up(model)` puts them in
     attention.py     training and prefill: blocks of queries, shared keys met once
     memory.py        the C library's allocator
 

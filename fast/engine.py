@@ -183,7 +183,7 @@ class Engine(generate.Engine):
         self.answers[prompt.request_id] = [None] * K
         self.longest = max(self.longest, 1)
         self.rows.widen(self.longest)
-        limit = min(self.max_new_tokens, self.context - start)
+        limit = min(self.max_new_tokens, self.max_positions - start)
         width = self.rows.tokens.shape[1]
         self.rows = self.rows.append(Rows.new(prompt.request_id, start, limit, new, width, device))
         number = torch.arange(K, device=device)
@@ -290,7 +290,7 @@ class Engine(generate.Engine):
     def retire(self) -> list[tuple[int, list[Continuation]]]:
         """Take finished rows out. -> the requests that are answered with them."""
         numbers_of = self.draws_of_done_rows()
-        ended = {row: self.continuation_of(row) for row in numbers_of}
+        ended = {row: self.continuation_of_row(row) for row in numbers_of}
         self.read_suffixes(ended)
         answered = []
         for row, numbers in numbers_of.items():
@@ -313,13 +313,9 @@ class Engine(generate.Engine):
             numbers.setdefault(row, []).append(number)
         return numbers
 
-    def continuation_of(self, row: int) -> Continuation:
+    def continuation_of_row(self, row: int) -> Continuation:
         n = int(self.rows.length[row])
-        ids = self.rows.tokens[row, :n].tolist()
-        p_yes = self.rows.p_yes[row, :n].tolist()
-        if ids[-1] in self.eos.tolist():
-            return Continuation(ids[:-1], p_yes, end=ids[-1])
-        return Continuation(ids, p_yes, end=None)
+        return self.continuation_of(self.rows.tokens[row, :n].tolist(), self.rows.p_yes[row, :n].tolist())
 
     def read_suffixes(self, ended: dict[int, Continuation]) -> None:
         """Read P(Yes) behind the suffixes of the continuations that have ended, by row, many in one pass."""

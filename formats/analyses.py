@@ -22,7 +22,8 @@ COLUMNS = (  # what a table shows of the analyses
 
 def rewards_of(line: dict, k: int) -> list[float | None]:
     """The reward of each judged step over its first k analyses; None where none of them has a P(Yes)."""
-    return [reward(map(analysis_of, analyses[:k])) for analyses in line["samples"]]
+    steps = [[analysis_of(raw) for raw in analyses[:k]] for analyses in line["samples"]]
+    return [reward(analyses) for analyses in steps]
 
 
 def analysis_of(raw: dict) -> Analysis:

@@ -10,6 +10,7 @@ from formats.examples import Examples, read_examples, reference_table
 from formats.turns import Turn
 from model import Decoder
 from plumbing import ranks
+from plumbing.memory import print_budget
 from plumbing.settings import TrainConfig, check_out
 from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
@@ -44,6 +45,12 @@ def prepare(config: TrainConfig, model: Decoder, folder: str | Path,
         config.train, config.validation, read, tokenizer, config.micro_tokens, context, prompt)
     results = results_of(model, folder, prompt, DTYPES[config.save_dtype], config.merge)
     return train, validation, results
+
+
+def print_plan(config: TrainConfig, model: Decoder, train: Examples, steps: int, first_step: int) -> None:
+    """Print what the run will do, and the memory that it needs. first_step: the tokens in its trees."""
+    print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
+                 config.checkpoint_activations, config.adamw_8bit)
 
 
 def table_of(config: TrainConfig, model: Decoder, pairs: Examples) -> StoredTable:

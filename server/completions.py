@@ -169,15 +169,15 @@ def sigmoid(x: float) -> float:
 class ServerEngine:
     """Token ids in, K continuations out, and P(Yes) after a text: what `generate.Engine` is for a model here.
 
-    context: the positions that may be used; inf if the server does not tell.
+    max_positions: those that may be used; inf if the server does not tell.
     """
 
-    def __init__(self, server: Server, model: str, yes_no: YesNo, sampling: Sampling, context: float):
+    def __init__(self, server: Server, model: str, yes_no: YesNo, sampling: Sampling, max_positions: float):
         self.server = server
         self.model = model
         self.yes_no = yes_no
         self.sampling = sampling
-        self.context = context
+        self.max_positions = max_positions
         self.new_tokens = 0
         self.refusal = ""  # what the server said when it refused to read P(Yes)
         self.lock = Lock()  # of the counter
@@ -282,7 +282,7 @@ class ServerEngine:
     def _sample_group(self, prompt: list[int], seeds: list[int]) -> list[Choice]:
         """A continuation for each seed, in one request if the server gives as many as are asked for."""
         s = self.sampling
-        max_tokens = min(s.max_new_tokens, self.context - len(prompt))
+        max_tokens = min(s.max_new_tokens, self.max_positions - len(prompt))
         choices = []
         while len(choices) < len(seeds):
             choices += self._complete(prompt, n=len(seeds) - len(choices), max_tokens=max_tokens,

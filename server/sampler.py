@@ -53,7 +53,7 @@ class ServerSampler(Sampler):
 
     @property
     def context(self) -> float:
-        return self.engine.context + self.reserve
+        return self.engine.max_positions + self.reserve
 
     # ------------------------------------------------------------------------------------------ pushed
 

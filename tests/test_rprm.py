@@ -35,7 +35,7 @@ from rprm import (
     TooLong,
     load_prompt,
     reward,
-    row_seed,
+    analysis_seed,
     without_analysis,
     yes_no_ids,
 )
@@ -59,7 +59,7 @@ def make_sampler(tiny_folder):
 
 def scripted(monkeypatch, tokenizer, texts: dict[Case, list[str]], seed: int = 0) -> None:
     """Sample k of a case is texts[case][k], then the end of the turn: whatever the logits say."""
-    tokens = {row_seed(seed, case, k): tokenizer.response(text) for case, some in texts.items() for k, text in enumerate(some)}
+    tokens = {analysis_seed(seed, case, k): tokenizer.response(text) for case, some in texts.items() for k, text in enumerate(some)}
     def uniform(seeds, t):
         return torch.tensor([tokens[s][i] if i < len(tokens[s]) else 0 for s, i in zip(seeds.tolist(), t.tolist())])  # later draws are ignored
     monkeypatch.setattr(generate, "uniform", uniform)
@@ -440,7 +440,7 @@ def test_completed_answers_are_drawn_with_p_yes(make_sampler, monkeypatch):
     """
     sampler = make_sampler(k=600)
     monkeypatch.setattr(sampler.engine, "read_p_yes", lambda texts: [0.3] * len(texts))
-    seeds = [row_seed(0, PENS, k) for k in range(600)]
+    seeds = [analysis_seed(0, PENS, k) for k in range(600)]
 
     def draws():
         found = add_verdicts([Analysis("Hm.", None, None, 2, True)] * 600, seeds, partial(sampler.p_yes_after, [5]))
@@ -487,19 +487,19 @@ def test_a_special_token_spelled_out_by_the_model_is_text(make_sampler, monkeypa
 
 # ------------------------------------------------------------------------------------------- seeds and reward
 
-def test_row_seeds_differ():
+def test_seeds_of_analyses_differ():
     """By seed, by every part of the case, and by the sample's number.
 
     The label and the kind of sequence do not matter.
     """
     cases = [TOM, PENS, Case("p", ("a", "b"), "c"), Case("p", ("a",), "b"), Case("p", ("ab",), "c"), Case("p", (), "c"),
              Case("p", ("b", "a"), "c"), Case("q", ("a", "b"), "c"), Case("p", ("a", "b"), "d"), Case("p", ("a', 'b",), "c")]
-    seeds = {row_seed(seed, case, k) for seed, case, k in itertools.product((0, 1, -1, 11), cases, range(12))}
+    seeds = {analysis_seed(seed, case, k) for seed, case, k in itertools.product((0, 1, -1, 11), cases, range(12))}
     assert len(seeds) == 4 * len(cases) * 12
     assert all(-2 ** 63 <= s < 2 ** 63 for s in seeds) and min(seeds) < 0 < max(seeds)
-    assert row_seed(3, dataclasses.replace(TOM, label=None), 2) == row_seed(3, TOM, 2)
-    assert row_seed(3, dataclasses.replace(PENS, previous_steps=list(PENS.previous_steps)), 2) == row_seed(3, PENS, 2)
-    assert isinstance(row_seed(0, Case("\ud800", (), "x"), 0), int)
+    assert analysis_seed(3, dataclasses.replace(TOM, label=None), 2) == analysis_seed(3, TOM, 2)
+    assert analysis_seed(3, dataclasses.replace(PENS, previous_steps=list(PENS.previous_steps)), 2) == analysis_seed(3, PENS, 2)
+    assert isinstance(analysis_seed(0, Case("\ud800", (), "x"), 0), int)
 
 
 def test_analyses_depend_on_seed_case_and_number_alone(make_sampler):

@@ -1098,6 +1098,16 @@ def test_one_of_model_and_from_scratch_is_needed(tmp_path, tiny_folder):
         train_sft.main(sft_config(tmp_path, None, sft_rows(1)))
 
 
+@pytest.mark.parametrize("given", ["", "small.json", "gone/config.json"])
+def test_from_scratch_takes_a_config_json_alone(tmp_path, tiny_folder, given):
+    """A folder, and a file of another name, are not taken for the config.json that lies there."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    shutil.copy(folder / "config.json", folder / "small.json")
+    with pytest.raises(BadInput, match="is no file named config"):
+        train_sft.main(sft_config(tmp_path, None, sft_rows(1), from_scratch=str(folder / given)))
+
+
 @pytest.mark.slow
 def test_weights_from_scratch_depend_on_the_seed_alone(tmp_path, tiny_tokenizer):
     """The same seed gives the same weights from scratch, another seed others."""

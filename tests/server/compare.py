@@ -28,7 +28,7 @@ from model import Tree
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
 from plumbing.queues import answers_of
-from rprm import Analysis, Case, Sampler, reward, row_seed
+from rprm import Analysis, Case, Sampler, reward, analysis_seed
 from server import side_by_side
 
 sys.path.append(str(Path(__file__).parent))
@@ -129,7 +129,7 @@ def compare(config: Config, url: str, cases: list[Case], k: int, temperature: fl
     there = load_sampler(ServedConfig(model=config.name, server=url, tokenizer=config.model,
                                       concurrency=config.concurrency, **common), k, force=True)
     prompts = [there.prompt_ids(case) for case in cases]
-    asked = [partial(ask, there, prompt, [row_seed(0, case, i) for i in range(k)])
+    asked = [partial(ask, there, prompt, [analysis_seed(0, case, i) for i in range(k)])
              for case, prompt in zip(cases, prompts)]
     answers = side_by_side(asked, config.concurrency)
     partings = find_partings(here, prompts, answers) if temperature == 0 else []
