@@ -231,7 +231,7 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
         before = sequence
     batches = []
     for group in fill_evenly(alone, own, micro_tokens):
-        batches.append(make_micro_batch(units, [order[place] for place in group]))
+        batches.append(make_micro_batch(units, [order[i] for i in group]))
     return sorted(batches, key=lambda batch: len(batch.tree), reverse=True)
 
 

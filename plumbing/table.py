@@ -55,9 +55,9 @@ class StoredTable:
     def fill(self, numbers: list[int], found: dict[int, list[float]]) -> None:
         """Write these rows. found: this rank's, by number; each row is one rank's."""
         own = np.zeros((len(numbers), self.rows.shape[1]))
-        for place, number in enumerate(numbers):
+        for i, number in enumerate(numbers):
             if number in found:
-                own[place] = found[number]
+                own[i] = found[number]
         self.rows[numbers] = np.reshape(ranks.total(*own.ravel()), own.shape)
 
     def finish(self) -> np.ndarray:
