@@ -32,7 +32,7 @@ from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
 from plumbing.cli import print_config, run
-from plumbing.files import read_jsonl
+from plumbing.files import get_field, read_jsonl
 from plumbing.journal import Journal
 from plumbing.packing import fill_evenly
 from plumbing.progress import Progress
@@ -143,7 +143,8 @@ def labelled_rows(
     direct: a row may be a bare case, as in cases.jsonl, and counts as one analysis
     """
     for where, row in chain.from_iterable(map(read_jsonl, paths)):
-        case = read_case(row.get("case", row), where)
+        raw = row.get("case", row) if direct else get_field(row, "case", dict, where)
+        case = read_case(raw, where)
         if case.label is None:
             n_analyses = 1 if direct else len(row.get("analyses", []))
             counts["dropped: analysis of a case without a label"] += n_analyses
