@@ -76,7 +76,7 @@ def sample(config: SampleConfig) -> None:
     journal = Journal(config.out, config, size or 1)
     tally = SampleTally()
     for where, line in journal.check(line_of_case(*case_file[i]) for i in own):  # what a killed run left
-        tally.add(line, where)
+        tally.add(line["id"], line["case"]["label"], read_analyses(line, where))
 
     sampler = load_sampler(config, config.n, force=False)
     if config.complete:
@@ -87,9 +87,9 @@ def sample(config: SampleConfig) -> None:
         for numbers in rounds(own, journal.done, size):
             found = sampler.analyses(case_file[i][1] for i in numbers)
             for i, analyses in zip(numbers, in_order(found), strict=True):
-                line = sample_line(*case_file[i], analyses)
-                journal.write(line)
-                tally.add(line, config.out)
+                case_id, case = case_file[i]
+                journal.write(sample_line(case_id, case, analyses))
+                tally.add(case_id, case.label, analyses)
                 progress.step(tally.so_far())
     SampleTally.sum(ranks.gather(tally)).print()
     if config.server:

@@ -91,7 +91,7 @@ def timed(config: Config, is_plain: bool) -> dict:
     engine_class = Engine
     if not is_plain:
         fast.keep_freed_memory()
-        engine_class = fast.engine_for(fast.pack_weights(fast.speed_up(model)))
+        engine_class = fast.for_sampling(model)
 
     def sampler(tokens: int) -> Sampler:
         sampling = Sampling(k=config.k, max_new_tokens=tokens, seed=config.seed)

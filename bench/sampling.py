@@ -100,7 +100,7 @@ def timed(config: Config, is_plain: bool) -> dict:
     engine_class = Engine
     if not is_plain:
         fast.keep_freed_memory()
-        engine_class = fast.engine_for(fast.pack_weights(fast.speed_up(model)))
+        engine_class = fast.for_sampling(model)
     eos = tokenizer.eos_ids if config.natural_ends else []
 
     def engine(new_tokens: int) -> Engine:

@@ -82,11 +82,11 @@ class Policy:
 
     def __init__(self, folder: str, separator: str, temperature: float, top_p: float, max_step_tokens: int,
                  max_rows: int = 160, dtype: str = "float32", device: str = "cpu"):
-        model = fast.pack_weights(fast.speed_up(load_model(folder, DTYPES[dtype], device)))
+        model = load_model(folder, DTYPES[dtype], device)
         self.tokenizer = load_tokenizer(folder)
         self.separator = separator
         separators = [i for i in range(self.tokenizer.vocab_size) if separator in self.tokenizer.decode([i])]
-        self.engine = fast.engine_for(model)(
+        self.engine = fast.for_sampling(model)(
             model,
             [*self.tokenizer.eos_ids, *separators],
             (0, 1),  # P(Yes) is not asked for

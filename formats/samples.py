@@ -38,26 +38,23 @@ def read_analyses(row: dict, where: str) -> list[Analysis]:
 
 
 class SampleTally:
-    """The table of a sampling: counts over lines of samples.jsonl, and the cases that have no analyses."""
+    """The table of a sampling: counts over the analyses, and the cases that have none."""
 
     def __init__(self):
         self.counts = Counter()
         self.too_long: list[str] = []  # ids
 
-    def add(self, line: dict, where: str) -> None:
-        """where: the line's file and number, for errors."""
-        analyses = read_analyses(line, where)
+    def add(self, case_id: str, label: bool | None, analyses: list[Analysis]) -> None:
         if not analyses:
             self.counts["cases longer than the context: no analyses"] += 1
-            self.too_long.append(line["id"])
+            self.too_long.append(case_id)
         names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
         for a in analyses:
             self.counts["analyses"] += 1
             self.counts[names[a.verdict]] += 1
             self.counts["cut off at --max-new-tokens"] += not a.finished
             self.counts["verification line added (--complete)"] += a.forced
-            is_right = a.verdict is not None and a.verdict == line["case"]["label"]
-            self.counts["verdict equal to the label"] += is_right
+            self.counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
 
     def so_far(self) -> str:
         return f"right {self.counts['verdict equal to the label'] / max(1, self.counts['analyses']):.0%}"
