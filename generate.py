@@ -17,6 +17,7 @@ uniform(seed, t).
 
 Shapes: R rows, T tokens, V vocabulary, KV key/value heads, L positions of the cache, D head size.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Continuation:
     # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled, the end-of-text token among them
     p_yes: list[float]
     end: int | None     # the end-of-text token; None: it was cut off at max_new_tokens
-    p_yes_after_suffix: float | None = None  # read by the fast engine alone (its `suffix_of`)
+    p_yes_after_suffix: float | None = None  # P(Yes) behind these tokens and the engine's suffix for them
 
     @property
     def finished(self) -> bool:
@@ -100,13 +101,16 @@ def check_finite(logits: torch.Tensor) -> None:
 class Engine(Queue):
     """Sampling for one model and one set of parameters.
 
-    eos_ids   the tokens that end a continuation
-    yes_no    the two token ids whose probabilities are compared
-    max_rows  how many continuations are decoded side by side, which bounds a batch of the queue
-    reserve   positions of the context that are kept free behind an analysis, for a verification line
+    eos_ids    the tokens that end a continuation
+    yes_no     the two token ids whose probabilities are compared
+    max_rows   how many continuations are decoded side by side, which bounds a batch of the queue
+    reserve    positions of the context that are kept free behind a continuation, for a suffix
+    suffix_of  from a continuation's tokens to those of its suffix, after which P(Yes) is read; mostly none
 
     The counters say what was computed.
     """
+
+    suffix_of: Callable[[list[int]], list[int]] = staticmethod(lambda ids: [])
 
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
                  top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
@@ -131,12 +135,24 @@ class Engine(Queue):
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> list[list[Continuation]]:
-        """The K continuations of each request: prefill, then one token a step for all rows.
-
-        With max_new_tokens = 0 they have no tokens.
-        """
+        """The K continuations of each request, with P(Yes) behind the suffixes of those that have one."""
         if self.max_new_tokens == 0:
-            return [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
+            found = [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
+        else:
+            found = self.decode_all(requests)
+        with_suffix = []
+        sequences = []
+        for request, continuations in zip(requests, found, strict=True):
+            for c in continuations:
+                if suffix := self.suffix_of(c.ids):
+                    with_suffix.append(c)
+                    sequences.append(request.ids + c.ids + suffix)
+        for c, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
+            c.p_yes_after_suffix = p_yes
+        return found
+
+    def decode_all(self, requests: list[Request]) -> list[list[Continuation]]:
+        """Prefill, then one token a step for all rows."""
         device = self.model.device
         rows = [(i, seed) for i, request in enumerate(requests) for seed in request.seeds]
         owner, seeds = torch.tensor(rows, device=device).unbind(dim=1)  # of each row: its request, its seed

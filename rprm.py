@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,18 +25,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 import fast
-from checkpoint import (
-    DTYPES,
-    ChatTokenizer,
-    load_model,
-    load_tokenizer,
-    merge_adapter,
+from checkpoint import DTYPES, ChatTokenizer, load_for_sampling, load_tokenizer
+from checkpoint.flags import SamplerConfig
+from checkpoint.prompt import (
     read_prompt,
     read_template_args,
+    split_prompt,
+    tell_conversation,
     travelled_prompt,
 )
-from checkpoint.flags import SamplerConfig
-from checkpoint.prompt import split_prompt, tell_conversation
 from formats.case_text import print_judged
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, parse_verdict
 from generate import Continuation, Engine, Request
@@ -151,18 +148,16 @@ class Sampler(Relay):
             for request_id, analyses in sampler.step():     # the cases that are complete
                 ...
 
-    (`add`, `busy` and `step` are those of `Relay`, plumbing/queues.py, which hands on what `request_of` and
-    `answer_of` make.) The analyses of a case depend on the seed, the case and the sample's number. A case
-    whose prompt is longer than the context has none: [].
+    (`Relay`, plumbing/queues.py, has `add`, `busy` and `step`. It hands on what `request_of` and `answer_of`
+    make.) The analyses of a case depend on the seed, the case and the sample's number. A case whose prompt is
+    longer than the context has none: [].
 
-    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written, which the engine
-    takes down while it decodes. If the verdict was written in other tokens ("**Yes", "yes", "\\boxed{Yes}",
-    or a space and "Yes"), these two are not what the model chose between there. Then P(Yes) is read in a
-    second pass, with the verification line in place of that verdict. So every analysis is measured by the
-    same two tokens; a sum over the forms of a word would compare other tokens from analysis to analysis.
+    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written. If it was written in
+    other tokens ("**Yes", "yes", "\\boxed{Yes}"), these two are not what the model chose between there. Then
+    P(Yes) is read in a second pass, with the verification line in place of that verdict. So every analysis is
+    measured by the same two tokens.
 
-    engine_class: generate.Engine, the plain one, or that of fast.for_sampling(model). The counters of
-    `engine` tell what was computed.
+    engine_class: generate.Engine, the plain one, or that of fast.for_sampling(model)
     revise: what is made of a case's analyses before they are given out, as by formats/samples.add_verdicts
     """
 
@@ -185,12 +180,7 @@ class Sampler(Relay):
             sampling.batch_size * sampling.k,
             self.reserve,
         )
-        # The fast engine reads P(Yes) after the missing line while the keys before it are there. The plain
-        # one leaves it to `to_analyses`.
         self.engine.suffix_of = self.missing_verification
-        # The last token of every prompt, in a list. How a tokenizer encodes an analysis's first word may
-        # depend on it.
-        self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.restart()
 
     @property
@@ -235,25 +225,22 @@ class Sampler(Relay):
         no verdict                               after the text and the verification line, if --force
         """
         found = []
-        unread: dict[int, list[int]] = {}  # index of the analysis -> the tokens after which P(Yes) is read
+        unread = {}  # index of the analysis -> the text after which P(Yes) is read
         for i, c in enumerate(continuations):
             text = self.tokenizer.decode(c.ids)
-            verdict = find_verdict(text)
-            p_yes = c.p_yes_after_suffix
-            if verdict is not None:
-                at = self.tokenizer.tokens_within(c.ids, verdict.letter)  # so many stand before the verdict's
-                if c.ids[at] in self.engine.yes_no:
-                    p_yes = c.p_yes[at]
-                else:
-                    unread[i] = self.with_verification(prompt, before_verdict(text))
-            elif p_yes is None and self.sampling.force:
-                unread[i] = prompt + c.ids + self.verification_ids(text)
-            says = None if verdict is None else verdict.yes
             finished = c.finished or self.sampling.max_new_tokens == 0
-            found.append(Analysis(text, says, p_yes, len(c.ids), finished))
-        for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
+            verdict = find_verdict(text)
+            if verdict is None:
+                p_yes = c.p_yes_after_suffix
+                found.append(Analysis(text, None, p_yes, len(c.ids), finished, forced=p_yes is not None))
+                continue
+            at = self.tokenizer.tokens_within(c.ids, verdict.letter)  # so many stand before the verdict's
+            found.append(Analysis(text, verdict.yes, c.p_yes[at], len(c.ids), finished))
+            if c.ids[at] not in self.engine.yes_no:
+                unread[i] = before_verdict(text)
+        for i, p_yes in zip(unread, self.p_yes_after(prompt, list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes)
-        return [replace(a, forced=a.verdict is None and a.p_yes is not None) for a in found]
+        return found
 
     def p_yes_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
         """P(Yes) after the prompt, each text and the verification line. None: a server may not know it."""
@@ -262,6 +249,12 @@ class Sampler(Relay):
     def with_verification(self, prompt: list[int], text: str) -> list[int]:
         """The ids of the prompt, a text behind it and the verification line."""
         return prompt + self.analysis_ids(text) + self.verification_ids(text)
+
+    @cached_property
+    def prompt_end(self) -> list[int]:
+        """The last token of every prompt. How a tokenizer encodes an analysis's first word may depend on it.
+        """
+        return self.tokenizer.prompt(self.prompt.fill_pieces(BUILT_IN))[-1:]
 
     def analysis_ids(self, text: str) -> list[int]:
         """The ids of an analysis's text behind the prompt."""
@@ -388,9 +381,8 @@ def load_local_sampler(
         k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
     if direct:
         sampling = without_analysis(sampling)
-    model = load_model(config.model, DTYPES[config.dtype], config.device, context=config.context)
-    if config.adapter:
-        merge_adapter(model, config.adapter)
+    model = load_for_sampling(
+        config.model, config.adapter, DTYPES[config.dtype], config.device, config.context)
     tokenizer = load_tokenizer(config.model, config.system, read_template_args(config.template_args))
     choose_threads(model)
     tell_conversation(prompt.text, tokenizer)

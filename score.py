@@ -136,6 +136,7 @@ def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
 class OpenSolution:
     """A solution that is being judged, and the analyses of its steps that have come."""
 
+    index: int  # among the solutions that are judged together
     source: str
     solution: Solution
     config: JudgeConfig
@@ -182,40 +183,35 @@ def judge_all(
     any of them. A step whose prompt is longer than the context has no analyses.
     """
     coming = enumerate(solutions)
-    open_solutions: dict[int, OpenSolution] = {}  # by index of the solution
-    waiting: deque[tuple[int, int]] = deque()  # (index of the solution, step) to ask for
-    asked: dict[int, tuple[int, int]] = {}  # request id -> (index of the solution, step)
+    waiting: deque[tuple[OpenSolution, int]] = deque()  # steps to ask for
+    asked: dict[int, tuple[OpenSolution, int]] = {}  # by request id
     race = best_of_n.Race(config.aggregate if config.best else None)
     sampler.restart()
     while True:
         while sampler.has_room:
             if not waiting and (new := next(coming, None)):
                 i, (source, solution) = new
-                open_solutions[i] = OpenSolution(source, solution, config)
-                first_steps = len(solution.steps) if open_solutions[i].at_once else 1
-                waiting.extend((i, t) for t in range(first_steps))
+                one = OpenSolution(i, source, solution, config)
+                first_steps = len(solution.steps) if one.at_once else 1
+                waiting.extend((one, t) for t in range(first_steps))
             if not waiting:
                 break
-            i, t = waiting.popleft()
-            solution = open_solutions[i].solution
-            case = Case(solution.problem, solution.steps[:t], solution.steps[t])
-            asked[sampler.add(case)] = i, t
+            one, t = waiting.popleft()
+            steps = one.solution.steps
+            asked[sampler.add(Case(one.solution.problem, steps[:t], steps[t]))] = one, t
         if not sampler.busy:
             return
         for request_id, analyses in sampler.step():
             ranks.sign_of_life()  # for the ranks that wait: no line may be written for long
-            i, t = asked.pop(request_id)
-            one = open_solutions[i]
+            one, t = asked.pop(request_id)
             one.analyses[t] = analyses
             if one.is_complete():
-                race.finish(i, one.solution, one.judged)
-                yield i, one.line()
-                del open_solutions[i]
-            elif race.is_lost(i, one.solution, one.judged):
-                yield i, one.line() | {"left": config.aggregate}
-                del open_solutions[i]
+                race.finish(one.index, one.solution, one.judged)
+                yield one.index, one.line()
+            elif race.is_lost(one.index, one.solution, one.judged):
+                yield one.index, one.line() | {"left": config.aggregate}
             elif not one.at_once:
-                waiting.appendleft((i, t + 1))  # before new solutions, so that few are open at a time
+                waiting.appendleft((one, t + 1))  # before new solutions, so that few are open at a time
 
 
 # -------------------------------------------------------------------------------------- from other programs

@@ -142,6 +142,15 @@ def merge_adapter(model: Decoder, folder: str | Path) -> None:
             part.copy_(part + (lora.scale * b @ a).to(part.device))
 
 
+def load_for_sampling(folder: str | Path, adapter: str | None, dtype: torch.dtype, device: str,
+                      context: int | None) -> Decoder:
+    """The decoder with the folder's weights, and with what an adapter's folder adds to them."""
+    model = load_model(folder, dtype, device, context=context)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    return model
+
+
 # -------------------------------------------------------------------------------- training
 
 def load_for_training(folder: str | Path, device: str, context: int | None = None, lora: LoRA | None = None,

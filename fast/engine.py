@@ -47,13 +47,8 @@ class PrefilledPrompt(NamedTuple):
 
 
 class Engine(generate.Engine):
-    """generate.Engine with continuous batching; what `max_rows` bounds is the continuations side by side.
+    """generate.Engine with continuous batching; what `max_rows` bounds is the continuations side by side."""
 
-    suffix_of: a function from a continuation's tokens to those of a suffix, after which P(Yes) is read: at
-    most `reserve` - 1 of them, or none
-    """
-
-    suffix_of: Callable[[list[int]], list[int]] = staticmethod(lambda ids: [])
     done_share = 1 / 16  # rows are taken out when so many of them are done
 
     def restart(self) -> None:
@@ -331,18 +326,11 @@ class Engine(generate.Engine):
                 continuation.p_yes_after_suffix = p_yes
 
     def read_waiting(self) -> list[tuple[int, list[Continuation]]]:
-        """Answer the waiting requests with continuations of no tokens, and P(Yes) after their suffixes."""
-        suffix = self.suffix_of([])
+        """Answer the waiting requests with continuations of no tokens."""
         request_ids, requests = zip(*self.waiting, strict=True)
         self.waiting.clear()
         self.waiting_tokens = 0
-        found = self.generate(list(requests))
-        if suffix:
-            p_yes = self.read_p_yes([request.ids + suffix for request in requests])
-            for continuations, value in zip(found, p_yes, strict=True):
-                for continuation in continuations:
-                    continuation.p_yes_after_suffix = value
-        return list(zip(request_ids, found, strict=True))
+        return list(zip(request_ids, self.generate(list(requests)), strict=True))
 
     @torch.inference_mode()
     def read_p_yes(self, sequences: list[list[int]]) -> list[float]:

@@ -18,7 +18,6 @@ from plumbing import ranks
 from plumbing.address import read_key
 from plumbing.errors import BadInput
 from rprm import (
-    BUILT_IN,
     Analysis,
     Case,
     Prompt,
@@ -48,7 +47,6 @@ class ServerSampler(Sampler):
         self.prompt = prompt
         self.sampling = sampling
         self.reserve = reserve
-        self.prompt_end = tokenizer.prompt(prompt.fill_pieces(BUILT_IN))[-1:]
         self.jobs = Jobs()
 
     @property
