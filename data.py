@@ -13,9 +13,8 @@ dropped, and why.
 """
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated
 
 import numpy as np
@@ -25,14 +24,20 @@ from checkpoint.flags import ServedConfig
 from checkpoint.prompt import own_prompt, write_prompt
 from formats.cases import CasesConfig, cases
 from formats.examples import Unit
-from formats.readers import read_case
-from formats.samples import CaseFile, SampleTally, add_verdicts, line_of_case, read_analyses, sample_line
+from formats.samples import (
+    CaseFile,
+    SampleTally,
+    add_verdicts,
+    labelled_rows,
+    line_of_case,
+    read_analyses,
+    sample_line,
+)
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
 from plumbing.cli import print_config, run
-from plumbing.files import get_field, read_jsonl
 from plumbing.journal import Journal
 from plumbing.packing import fill_evenly
 from plumbing.progress import Progress
@@ -133,23 +138,6 @@ def pairs(config: FilterConfig) -> None:
             for i, j in chosen:
                 yield case, {"prompt": prompt.fill(case), "chosen": right[i], "rejected": wrong[j]}
     write_split(config, prompt.text, examples)
-
-
-def labelled_rows(
-    paths: Sequence[str], counts: Counter, direct: bool = False
-) -> Iterator[tuple[str, dict, Case]]:
-    """("FILE:LINE", row, case) of the rows whose case has a label. The analyses of the others are counted.
-
-    direct: a row may be a bare case, as in cases.jsonl, and counts as one analysis
-    """
-    for where, row in chain.from_iterable(map(read_jsonl, paths)):
-        raw = row.get("case", row) if direct else get_field(row, "case", dict, where)
-        case = read_case(raw, where)
-        if case.label is None:
-            n_analyses = 1 if direct else len(row.get("analyses", []))
-            counts["dropped: analysis of a case without a label"] += n_analyses
-        else:
-            yield where, row, case
 
 
 def select(

@@ -7,13 +7,12 @@
             ...
 
 `Engine` inherits `add`, `busy` and `step` from `Queue` (plumbing/queues.py): `step` takes a batch of waiting
-requests and calls `generate`. The engine knows token ids only, never text. This one is plain: it prefills a
-batch of prompts, gives every continuation a row with a copy of its prompt's keys and values, and decodes one
-token a step for all rows until the last one ends. fast/engine.py samples the same tokens sooner: finished
-rows leave its batch, prompts are kept once, and rows that agree are computed once.
+requests and calls `generate`. The engine knows token ids only, never text. Every continuation has a row with
+a copy of its prompt's keys and values, and all rows decode one token a step until the last one ends.
+fast/engine.py samples the same tokens sooner: finished rows leave its batch, prompts are kept once, and rows
+that agree are computed once.
 
-What a continuation samples depends on its own seed and prompt only: it draws its t-th token with
-uniform(seed, t).
+A continuation depends on its own seed and prompt only: it draws its t-th token with uniform(seed, t).
 
 Shapes: R rows, T tokens, V vocabulary, KV key/value heads, L positions of the cache, D head size.
 """
@@ -140,13 +139,13 @@ class Engine(Queue):
             found = [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
         else:
             found = self.decode_all(requests)
-        with_suffix = []
         sequences = []
+        with_suffix = []  # the continuation of each sequence
         for request, continuations in zip(requests, found, strict=True):
             for c in continuations:
                 if suffix := self.suffix_of(c.ids):
-                    with_suffix.append(c)
                     sequences.append(request.ids + c.ids + suffix)
+                    with_suffix.append(c)
         for c, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
             c.p_yes_after_suffix = p_yes
         return found

@@ -27,7 +27,7 @@ from data import load_sampler
 from formats import best_of_n
 from formats.commands import BestConfig, ReportConfig, ThresholdConfig, best, report, threshold
 from formats.inputs import Inputs
-from formats.judging import JudgeConfig, check_flags
+from formats.judging import JudgeConfig, check_flags, item_to_judge
 from formats.readers import Solution, read_solution
 from formats.samples import print_too_long
 from formats.score_lines import check_line, item_of, predict, score_line, too_long_steps
@@ -35,7 +35,6 @@ from formats.solution_text import print_solution
 from formats.tables import Tally, print_rows
 from plumbing import ranks
 from plumbing.cli import print_config, run
-from plumbing.errors import BadInput
 from plumbing.files import write_json
 from plumbing.journal import Journal, NoJournal
 from plumbing.progress import Progress
@@ -109,15 +108,6 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     print_too_long(tally.too_long)
     tally.print_left()
     print_work(config, sampler, progress.seconds)
-
-
-def item_to_judge(source: str, solution: Solution, best: bool) -> dict:
-    if best and solution.label is not None:
-        raise BadInput(
-            f"{source} {solution.id}: has a label, and --best may leave a solution before the step that it "
-            "names; leave --best out"
-        )
-    return item_of(source, solution)
 
 
 def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:

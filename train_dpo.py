@@ -23,11 +23,11 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import load_for_training
 from data import MicroBatch, deal, pack
 from formats.examples import Examples
-from formats.training import begin, prepare, print_plan, table_of
+from formats.training import begin, plan, prepare, table_of
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
-from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
+from plumbing.run import Run, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from plumbing.table import StoredTable
 from rprm import dpo_loss, response_logprobs
@@ -51,10 +51,7 @@ def main(config: Config) -> None:
     model = load_for_training(config.model, config.device, config.context, lora_settings(config),
                               config.adapter, config.seed)
     train, validation, results = prepare(config, model, config.model, read_pair)
-    steps, batch_of = epoch_batches(
-        train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
-    first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
-    print_plan(config, model, train, steps, first_step)
+    steps, batch_of = plan(config, model, train)
 
     reference = reference_logprobs(model, train, config.batch_size, table_of(config, model, train))
     if validation:

@@ -19,12 +19,12 @@ from torch.nn.utils import clip_grad_norm_
 from checkpoint import load_for_training, new_model
 from data import deal, pack
 from formats.examples import Examples
-from formats.training import begin, prepare, print_plan
+from formats.training import begin, plan, prepare
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
 from plumbing.errors import BadInput
-from plumbing.run import Run, epoch_batches, learning_rate, make_optimizer, precision
+from plumbing.run import Run, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
 from rprm import response_logprobs, sft_loss
 
@@ -42,10 +42,7 @@ def main(config: Config) -> None:
     settings = begin(config)
     model, folder = initial_model(config)
     train, validation, results = prepare(config, model, folder, read_example)
-    steps, batch_of = epoch_batches(
-        train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
-    first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
-    print_plan(config, model, train, steps, first_step)
+    steps, batch_of = plan(config, model, train)
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,

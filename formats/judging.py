@@ -4,6 +4,8 @@ from typing import Annotated
 
 from checkpoint.flags import ServedConfig
 from formats import best_of_n
+from formats.rows import Solution
+from formats.score_lines import item_of
 from formats.split import SPLITS
 from plumbing import ranks
 from plumbing.errors import BadInput
@@ -59,3 +61,13 @@ def check_flags(config: JudgeConfig) -> None:
         raise BadInput("several ranks need --out, where their scores are merged")
     if ranks.count() > 1 and one_is_given:
         raise BadInput("one solution is judged by one process; leave torchrun out")
+
+
+def item_to_judge(source: str, solution: Solution, best: bool) -> dict:
+    """What a line of scores.jsonl says of its solution, before it is judged. best: --best"""
+    if best and solution.label is not None:
+        raise BadInput(
+            f"{source} {solution.id}: has a label, and --best may leave a solution before the step that it "
+            "names; leave --best out"
+        )
+    return item_of(source, solution)

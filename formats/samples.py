@@ -1,8 +1,9 @@
 """Cases and their analyses as they stand in cases.jsonl, samples.jsonl and scores.jsonl."""
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from formats.readers import read_case
 from formats.verdicts import VERIFICATION
 from plumbing.cli import print_table
 from plumbing.errors import BadInput
-from plumbing.files import Lines, expect, get_field
+from plumbing.files import Lines, expect, get_field, read_jsonl
 from rprm import Analysis, Case
 
 
@@ -93,6 +94,23 @@ class CaseFile:
     def __getitem__(self, i: int) -> tuple[str, Case]:
         where, row = self.lines[i]
         return get_field(row, "id", str, where), read_case(row, where)
+
+
+def labelled_rows(
+    paths: Sequence[str], counts: Counter, direct: bool = False
+) -> Iterator[tuple[str, dict, Case]]:
+    """("FILE:LINE", row, case) of the rows whose case has a label. The analyses of the others are counted.
+
+    direct: a row may be a bare case, as in cases.jsonl, and counts as one analysis
+    """
+    for where, row in chain.from_iterable(map(read_jsonl, paths)):
+        raw = row.get("case", row) if direct else get_field(row, "case", dict, where)
+        case = read_case(raw, where)
+        if case.label is None:
+            n_analyses = 1 if direct else len(row.get("analyses", []))
+            counts["dropped: analysis of a case without a label"] += n_analyses
+        else:
+            yield where, row, case
 
 
 def line_of_case(case_id: str, case: Case) -> dict:

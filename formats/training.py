@@ -6,11 +6,13 @@ import fast
 from checkpoint import DTYPES, load_tokenizer, read_template_args
 from checkpoint import results as results_of
 from checkpoint.prompt import travelling_prompt
+from data import pack
 from formats.examples import Examples, read_examples, reference_table
 from formats.turns import Turn
 from model import Decoder
 from plumbing import ranks
 from plumbing.memory import print_budget
+from plumbing.run import epoch_batches
 from plumbing.settings import TrainConfig, check_out
 from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
@@ -47,10 +49,14 @@ def prepare(config: TrainConfig, model: Decoder, folder: str | Path,
     return train, validation, results
 
 
-def print_plan(config: TrainConfig, model: Decoder, train: Examples, steps: int, first_step: int) -> None:
-    """Print what the run will do, and the memory that it needs. first_step: the tokens in its trees."""
+def plan(config: TrainConfig, model: Decoder, train: Examples) -> tuple[int, Callable[[int], list[int]]]:
+    """(how many steps, the numbers of a step's examples). Prints what they come to, and the memory needed."""
+    steps, batch_of = epoch_batches(
+        train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
+    first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
     print_budget(model, len(train.kept), steps, config.batch_size, config.micro_tokens, first_step,
                  config.checkpoint_activations, config.adamw_8bit)
+    return steps, batch_of
 
 
 def table_of(config: TrainConfig, model: Decoder, pairs: Examples) -> StoredTable:
