@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model import Decoder, Tree, at_least_fp32
 from plumbing.errors import BadInput
@@ -49,7 +50,7 @@ class Continuation:
         return self.end is not None
 
 
-def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def uniform(seeds: Tensor, t: Tensor) -> Tensor:
     """One number in [0, 1) for each row, by splitmix64: seeds and positions, int64 (R,) each -> fp32 (R,)."""
     x = seeds + t * -7046029254386353131
     x = (x ^ shift_right(x, 30)) * -4658895280553007687
@@ -58,12 +59,12 @@ def uniform(seeds: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return shift_right(x, 40).float() * 2.0 ** -24
 
 
-def shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
+def shift_right(x: Tensor, n: int) -> Tensor:
     """A logical shift of int64; >> would repeat the sign."""
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """Draw a token from each row's nucleus, by the inverse CDF: logits (R, V), u (R,) -> (R,) int64.
 
     u is uniform in [0, 1). The nucleus is the smallest set of most likely tokens whose probability reaches
@@ -82,13 +83,13 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: flo
     return ids.gather(1, index)[:, 0]
 
 
-def yes_against_no(logits: torch.Tensor, yes_no: tuple[int, int]) -> torch.Tensor:
+def yes_against_no(logits: Tensor, yes_no: tuple[int, int]) -> Tensor:
     """A softmax over the logits of Yes and No alone: (R, V) -> P(Yes), fp32 (R,)."""
     yes, no = yes_no
     return torch.sigmoid(at_least_fp32(logits[:, yes]) - at_least_fp32(logits[:, no])).float()
 
 
-def check_finite(logits: torch.Tensor) -> None:
+def check_finite(logits: Tensor) -> None:
     """Broken weights show here, and not as an index error in the sampling."""
     if not bool(logits.isfinite().all()):
         raise BadInput(
@@ -195,9 +196,7 @@ class Engine(Queue):
             return Continuation(tokens[:-1], p_yes, end=tokens[-1])
         return Continuation(tokens, p_yes, end=None)
 
-    def prefill(
-        self, prompts: list[list[int]], owner: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def prefill(self, prompts: list[list[int]], owner: Tensor) -> tuple[Tensor, list[Tensor]]:
         """All prompts in one pass -> the logits after each row's prompt (R, V), and the rows' cache.
 
         The cache has a tensor (2, R, KV, L, D) for each layer: keys and values by row. A row's prompt lies at
@@ -214,7 +213,7 @@ class Engine(Queue):
         attend_in_tree = self.model.tree_attention(tree.end)
         keys_values = []  # of each layer, (2, T, KV, D)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys_values.append(torch.stack((k, v)))
             return attend_in_tree(layer, q, k, v)
         hidden = self.model(tree.ids, tree.positions, attend)  # (T, C)
@@ -225,7 +224,7 @@ class Engine(Queue):
         logits = self.model.logits(hidden[last_tokens(tree)])  # (prompts, V)
         return logits[owner], cache
 
-    def decode(self, token: torch.Tensor, position: torch.Tensor, cache: list[torch.Tensor]) -> torch.Tensor:
+    def decode(self, token: Tensor, position: Tensor, cache: list[Tensor]) -> Tensor:
         """A step: each row's last token (R,) at its position (R,) -> the logits after it (R, V).
 
         Its keys and values go into the cache.
@@ -234,7 +233,7 @@ class Engine(Queue):
         visible = torch.arange(cache[0].shape[3], device=token.device) <= position[:, None]  # (R, L)
         mask = visible[:, None, None]  # (R, 1, 1, L)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = cache[layer]  # (R, KV, L, D)
             keys[rows, :, position] = k
             values[rows, :, position] = v
@@ -256,12 +255,12 @@ class Engine(Queue):
         return found
 
 
-def last_tokens(tree: Tree) -> torch.Tensor:
+def last_tokens(tree: Tree) -> Tensor:
     """Where in a tree each sequence's last token stands: (sequences,)."""
     return torch.tensor([int(path[-1]) for path in tree.paths], device=tree.ids.device)
 
 
-def grown(cache: list[torch.Tensor], length: int) -> list[torch.Tensor]:
+def grown(cache: list[Tensor], length: int) -> list[Tensor]:
     """The cache with room for `length` positions: (2, R, KV, L, D) for each layer."""
     if cache[0].shape[3] >= length:
         return cache

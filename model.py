@@ -17,13 +17,13 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 # attend(layer, q, k, v) -> (T, H, D), and the same within a layer: attend(q, k, v)
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-AttendInLayer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+AttendInLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of random weights (checkpoint/scratch.py)
 
 
-def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """Norms, softmaxes and log-probabilities are never taken in bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------- the decoder
 
-def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """(D/2,) fp32 on the CPU: by how many radians each pair of a head turns from one position to the next."""
     if config.stretched_frequencies is not None:
         return torch.tensor(config.stretched_frequencies, device="cpu")
@@ -66,9 +66,7 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     return 1.0 / config.rope_theta ** exponents
 
 
-def rope_tables(
-    frequencies: torch.Tensor, positions: torch.Tensor, factor: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(frequencies: Tensor, positions: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """What apply_rope multiplies with: (cos, cos) and (-sin, sin), fp32 (T, 1, D) each.
 
     frequencies (D/2,), positions (T,). factor: YaRN sharpens attention by how far the context is stretched;
@@ -80,7 +78,7 @@ def rope_tables(
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the two halves of each head: x (T, heads, D). Half-split, as Hugging Face stores q and k."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (x1, x2) -> (x2, x1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
@@ -94,7 +92,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = at_least_fp32(self.weight)
         return F.rms_norm(at_least_fp32(x), weight.shape, weight, self.eps).to(x.dtype)
 
@@ -114,15 +112,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
         q, k, v = self.heads(self.qkv(x), cos, sin)
         return self.out(attend(q, k, v).flatten(1))  # (T, H, D) -> (T, H D)
 
-    def heads(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, (H + 2 KV) D) -> q (T, H, D) and k (T, KV, D), turned to their positions, and v (T, KV, D)."""
         heads = qkv.view(len(qkv), -1, self.head_dim)
         q, k, v = heads.split((self.n_query, self.n_key, self.n_key), dim=1)
@@ -144,11 +138,11 @@ class MLP(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activate(self.gate_up(x)))
 
     @staticmethod
-    def activate(gate_up: torch.Tensor) -> torch.Tensor:
+    def activate(gate_up: Tensor) -> Tensor:
         """(T, 2 I) -> (T, I)"""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -162,9 +156,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: AttendInLayer
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -193,7 +185,7 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids (T,), positions (T,) -> hidden states after the last norm, (T, C).
 
         attend(layer, q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)
@@ -208,13 +200,13 @@ class Decoder(nn.Module):
                 x = layer(x, cos, sin, partial(attend, i))
         return self.norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, C) -> logits (N, V)."""
         if self.head is None:
             return F.linear(hidden, self.embed.weight)
         return self.head(hidden)
 
-    def logprobs(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def logprobs(self, hidden: Tensor, target: Tensor) -> Tensor:
         """log p(target) after each hidden state: hidden (N, C), target (N,) -> (N,) at least fp32."""
         return logprobs_of(self.logits(hidden), target)
 
@@ -289,18 +281,18 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def tree_mask(end: torch.Tensor) -> torch.Tensor:
+def tree_mask(end: Tensor) -> Tensor:
     """The rule of `Tree` as a mask, (T, T) bool: mask[q, j] says that q sees j."""
     index = torch.arange(len(end), device=end.device)
     query = index[:, None]
     return (index <= query) & (query < end)
 
 
-def tree_attention(end: torch.Tensor) -> Attend:
+def tree_attention(end: Tensor) -> Attend:
     """Attention within a tree: end (T,), the rule of `Tree` -> attend(layer, q, k, v)."""
     mask = tree_mask(end)
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q.transpose(0, 1)[None]  # (T, H, D) -> (1, H, T, D)
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
@@ -309,7 +301,7 @@ def tree_attention(end: torch.Tensor) -> Attend:
     return attend
 
 
-def logprobs_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def logprobs_of(logits: Tensor, target: Tensor) -> Tensor:
     """log p(target) at each position: logits (N, V), target (N,) -> (N,) at least fp32."""
     logits = at_least_fp32(logits)
     of_target = logits.gather(1, target[:, None])[:, 0]

@@ -22,6 +22,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 import fast
@@ -295,9 +296,7 @@ def reward(analyses: Sequence[Analysis]) -> float | None:
 
 # --------------------------------------------------------------------------------------------- the two losses
 
-def response_logprobs(
-    model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None
-) -> torch.Tensor:
+def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> Tensor:
     """log π(response | prompt) of each sequence of a tree, summed over its response. -> (S,) at least fp32.
 
     starts: where each sequence's response begins (at least 1). Each response token is predicted at the token
@@ -322,7 +321,7 @@ def response_logprobs(
     return torch.stack([of_response.sum() for of_response in torch.cat(logprobs).split(lengths)])
 
 
-def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
+def sft_loss(logprobs: Tensor, n_tokens: int) -> Tensor:
     """L = -sum_j log p(y_j | case, y_<j) / n_tokens (the paper's SFT objective).
 
     logprobs (S,): each response's sum; n_tokens: the supervised tokens of the whole optimizer step.
@@ -331,16 +330,16 @@ def sft_loss(logprobs: torch.Tensor, n_tokens: int) -> torch.Tensor:
 
 
 def dpo_loss(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
-    chosen_lengths: torch.Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_lengths: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
     ipo: bool = False,
     nll: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
 
     chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen

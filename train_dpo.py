@@ -18,6 +18,7 @@ from typing import Annotated, Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from checkpoint import load_for_training
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
 
 
 def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_of_pairs: Callable,
-                means: ranks.Means) -> torch.Tensor:
+                means: ranks.Means) -> Tensor:
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
     with precision(model.device):  # on a GPU the matrix products are in bf16
         logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)

@@ -22,7 +22,7 @@ from typing import Annotated, Callable
 
 import numpy as np
 import torch
-import torch.nn as nn
+from torch import nn
 
 from checkpoint import PROMPT_FILE, ChatTokenizer, load_tokenizer
 from plumbing.cli import print_config

@@ -11,6 +11,7 @@ All in fp32, as in Transformers: far out, the last bit of a frequency shows in t
 import math
 
 import torch
+from torch import Tensor
 
 
 def stretched_frequencies(scaling: dict, theta: float, head_dim: int) -> tuple[float, ...]:
@@ -30,7 +31,7 @@ def stretched_frequencies(scaling: dict, theta: float, head_dim: int) -> tuple[f
     return tuple(new.tolist())
 
 
-def llama3_keep(scaling: dict, frequencies: torch.Tensor) -> torch.Tensor:
+def llama3_keep(scaling: dict, frequencies: Tensor) -> Tensor:
     """(D/2,): by a pair's full turns within the old context, from 0 at `low_freq_factor` of them to 1 at
     `high_freq_factor`.
     """
@@ -39,7 +40,7 @@ def llama3_keep(scaling: dict, frequencies: torch.Tensor) -> torch.Tensor:
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
-def yarn_keep(scaling: dict, theta: float, head_dim: int) -> torch.Tensor:
+def yarn_keep(scaling: dict, theta: float, head_dim: int) -> Tensor:
     """(D/2,): by a pair's number, from 1 at the pair with `beta_fast` full turns to 0 at that with
     `beta_slow`.
     """

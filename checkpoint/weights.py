@@ -16,6 +16,7 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from checkpoint.config import config_to_json, load_config
 from checkpoint.prompt import PROMPT_FILE
@@ -248,12 +249,12 @@ def same_tensors(stored: dict[str, Stored], name: str, other: str) -> bool:
     return True
 
 
-def read_slice(stored: dict[str, Stored], name: str, start: int, stop: int) -> torch.Tensor:
+def read_slice(stored: dict[str, Stored], name: str, start: int, stop: int) -> Tensor:
     with reading_tensors(stored[name].path) as file:
         return file.get_slice(name)[start:stop].float()  # as the two may be of different types
 
 
-def read_rows(path: Path, name: str, rows: Rows, parameter: torch.Tensor) -> None:
+def read_rows(path: Path, name: str, rows: Rows, parameter: Tensor) -> None:
     """Copy a tensor of a file into its rows of a parameter, as far as they lie on this rank."""
     own, own_first = ranks.own_rows(parameter)
     start = max(rows.first, own_first)
@@ -263,7 +264,7 @@ def read_rows(path: Path, name: str, rows: Rows, parameter: torch.Tensor) -> Non
         read_tensor(path, name, start - rows.first, out)
 
 
-def read_tensor(path: Path, name: str, first: int, out: torch.Tensor) -> None:
+def read_tensor(path: Path, name: str, first: int, out: Tensor) -> None:
     """Copy a tensor's rows from `first` on into `out`, a few at a time.
 
     The file is opened for each piece, so that what was mapped for the one before is released.
@@ -343,7 +344,7 @@ def replacing(folder: Path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the model as Hugging Face names and cuts it, one after the other, on the CPU."""
     parameters = ranks.parameters(model)
     gathered = None  # the parameter whose rows are all here
@@ -355,7 +356,7 @@ def whole_tensors(model: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, tor
         yield name, tensor.to(dtype).contiguous().cpu()
 
 
-def merged(model: Decoder, parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def merged(model: Decoder, parameters: dict[str, Tensor], name: str) -> Tensor:
     """A parameter with all its rows, and with what its adapters add to it."""
     whole = ranks.whole(parameters[name].detach())
     path, _, kind = name.rpartition(".")
@@ -367,7 +368,7 @@ def merged(model: Decoder, parameters: dict[str, torch.Tensor], name: str) -> to
     return whole
 
 
-def save_weights(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], config: ModelConfig,
+def save_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], config: ModelConfig,
                  dtype: torch.dtype, shard_bytes: int) -> None:
     """Write the tensors, which come in the order of `layout`, into one file or into several and an index."""
     sizes = {name: math.prod(rows.shape) * dtype.itemsize for name, rows in layout(config).items()}
@@ -402,7 +403,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """safetensors' own, but a full disk is an OSError as everywhere else."""
     try:
         safetensors.torch.save_file(tensors, path, metadata)

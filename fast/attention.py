@@ -27,10 +27,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model import at_least_fp32
 
-Past = tuple[torch.Tensor, torch.Tensor]  # keys and values before the tree, (KV, past, D) each
+Past = tuple[Tensor, Tensor]  # keys and values before the tree, (KV, past, D) each
 
 
 class TreeAttention:
@@ -45,7 +46,7 @@ class TreeAttention:
     and splits to threads.
     """
 
-    def __init__(self, end: torch.Tensor, past: int = 0, block: int = 128):
+    def __init__(self, end: Tensor, past: int = 0, block: int = 128):
         T = len(end)
         branches = torch.nonzero(end < T)
         # Every later token sees the tokens before the first branch
@@ -70,7 +71,7 @@ class TreeAttention:
             mask = torch.where(visible, 0.0, -torch.inf)
             self.blocks.append((start, stop, seen, mask[None, None]))
 
-    def _block_edges(self, end: torch.Tensor, block: int) -> list[int]:
+    def _block_edges(self, end: Tensor, block: int) -> list[int]:
         """Where blocks begin, and T: at the ends of subtrees and at `first`, in pieces of at most `block`."""
         edges = [0]
         for edge in sorted({self.first, *end.tolist()}):
@@ -81,24 +82,20 @@ class TreeAttention:
                 edges += inner[1:].tolist()
         return edges
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: Past | None = None
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Past | None = None) -> Tensor:
         k, v = after_past(past, k, v)
         return BlockAttention.apply(q, k, v, self)
 
-    def late_queries(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def late_queries(self, *tensors: Tensor) -> list[Tensor]:
         """What meets the shared keys, in splits: (T, H, ...) -> (splits, H, n, ...) each."""
         return [x[self.first:].unflatten(0, (self.splits, -1)).transpose(1, 2) for x in tensors]
 
-    def shared_keys(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    def shared_keys(self, *tensors: Tensor) -> list[Tensor]:
         """The shared keys, the same for each split: (past + T, KV, D) -> (splits, KV, shared, D) each."""
         return [x[:self.shared].transpose(0, 1).expand(self.splits, -1, -1, -1) for x in tensors]
 
 
-def after_past(
-    past: Past | None, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def after_past(past: Past | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v (T, KV, D) behind those of the past, (KV, past, D) each -> (past + T, KV, D)."""
     if past is None:
         return k, v
@@ -177,6 +174,6 @@ class BlockAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def as_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def as_heads(*tensors: Tensor) -> list[Tensor]:
     """(n, heads, D) -> (1, heads, n, D) each, as the kernel takes them."""
     return [x.transpose(0, 1)[None] for x in tensors]

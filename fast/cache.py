@@ -22,6 +22,7 @@ Shapes: R rows, P slots, H query heads in KV groups of G, D head size.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from model import Decoder, at_least_fp32
 
@@ -38,13 +39,13 @@ class Bucket:
     keys_values (2, layers, P, KV, L, D)
     """
 
-    def __init__(self, like: torch.Tensor, length: int):
+    def __init__(self, like: Tensor, length: int):
         """like: keys and values (2, layers, KV, n, D), of any length n."""
         two, layers, KV, _, D = like.shape
         self.keys_values = like.new_zeros(two, layers, 0, KV, length, D)
         self.slots: list[Slot] = []
 
-    def add(self, slot: Slot, keys_values: torch.Tensor) -> None:
+    def add(self, slot: Slot, keys_values: Tensor) -> None:
         n = len(self.slots)
         self.keys_values = with_room(self.keys_values, 2, n + 1)
         self.keys_values[:, :, n, :, :slot.length] = keys_values
@@ -58,11 +59,11 @@ class Bucket:
             self.keys_values[:, :, index] = self.keys_values[:, :, len(self.slots)]
             self.slots[index] = last
 
-    def lengths(self) -> torch.Tensor:
+    def lengths(self) -> Tensor:
         """(P,) int64, of the slots."""
         return torch.tensor([slot.length for slot in self.slots], device=self.keys_values.device)
 
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """(P, 1, 1, L): 0 where a slot has a key, -inf behind its end."""
         keys = torch.arange(self.keys_values.shape[4], device=self.keys_values.device)
         padding = keys >= self.lengths()[:, None]
@@ -81,15 +82,15 @@ class RowsBySlot(NamedTuple):
 
     Slot p has the rows order[first[p]], ..., count[p] of them; row r is the index[r]-th of slot[r].
     """
-    slot: torch.Tensor   # (R,)
-    index: torch.Tensor  # (R,)
-    order: torch.Tensor  # (R,)
-    first: torch.Tensor  # (P,)
-    count: torch.Tensor  # (P,)
+    slot: Tensor   # (R,)
+    index: Tensor  # (R,)
+    order: Tensor  # (R,)
+    first: Tensor  # (P,)
+    count: Tensor  # (P,)
     most: int            # rows of the largest slot
 
     @classmethod
-    def of(cls, slot: torch.Tensor, n_slots: int) -> "RowsBySlot":
+    def of(cls, slot: Tensor, n_slots: int) -> "RowsBySlot":
         """slot (R,): that of each row."""
         order = slot.argsort(stable=True)
         count = torch.bincount(slot, minlength=n_slots)
@@ -120,7 +121,7 @@ class Cache:
     def prefix_length(self) -> int:
         return self.prefix.shape[3]
 
-    def add_prompt(self, request_id: int, keys_values: torch.Tensor) -> None:
+    def add_prompt(self, request_id: int, keys_values: Tensor) -> None:
         """keys_values (2, layers, KV, n, D): of the prompt's tokens behind the prefix."""
         slot = Slot(request_id, keys_values.shape[3])
         length = bucket_length(slot.length)
@@ -150,18 +151,18 @@ class Cache:
         self.rows = with_room(self.rows, 2, rows)
         self.rows = with_room(self.rows, 4, width)
 
-    def copy_rows(self, source: torch.Tensor, first: int, width: int) -> None:
+    def copy_rows(self, source: Tensor, first: int, width: int) -> None:
         """Rows first, first + 1, ... become copies of the rows `source`, of their first `width` tokens."""
         self.make_room(first + len(source))
         new = slice(first, first + len(source))
         self.rows[:, :, new, :, :width] = self.rows[:, :, :, :, :width].index_select(2, source)
 
-    def move_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
         self.rows.index_copy_(2, target, self.rows.index_select(2, source))
 
     # ------------------------------------------------------------------------------------------ attention
 
-    def arrange(self, request_ids: torch.Tensor) -> None:
+    def arrange(self, request_ids: Tensor) -> None:
         """Put each slot's rows side by side, after a change of rows or prompts. request_ids (R,) of the rows
         """
         buckets = [bucket for bucket in self.buckets.values() if bucket.slots]
@@ -174,7 +175,7 @@ class Cache:
         # Room for the queries of each slot's rows (attend_prompts)
         self.queries = self.rows.new_zeros(len(slots), self.KV, self.by_slot.most, self.G, self.D)
 
-    def begin_step(self, last: torch.Tensor, width: int) -> None:
+    def begin_step(self, last: Tensor, width: int) -> None:
         """Before `attend`: row r's query stands at last[r] in its row, and sees the keys up to there.
 
         last (R,) int64; width: no row has more keys
@@ -182,7 +183,7 @@ class Cache:
         behind = torch.arange(width, device=last.device) > last[:, None]  # (R, width)
         self.mask = torch.where(behind, -torch.inf, 0.0)[:, None, None]
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         """The rows' queries over all three sets of keys: q (R, H, D) -> (R, H, D)."""
         R = len(q)
         width = self.mask.shape[3]
@@ -190,9 +191,7 @@ class Cache:
         keys, values = self.rows[:, layer, :R, :, :width]
         return self.attend_before(layer, q, attend_few(q, keys, values, self.mask))
 
-    def attend_suffixes(
-        self, layer: int, q: torch.Tensor, row: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def attend_suffixes(self, layer: int, q: Tensor, row: Tensor, mask: Tensor) -> Tensor:
         """The same for S tokens of each of the rows `row` (R,): q (R S, H, D) -> (R S, H, D).
 
         mask (R, S, width), of the rows' own keys
@@ -206,9 +205,7 @@ class Cache:
         lse = lse.permute(0, 3, 1, 2).reshape(R * S, self.KV, self.G)
         return self.attend_before(layer, q, (out, lse))
 
-    def attend_before(
-        self, layer: int, q: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def attend_before(self, layer: int, q: Tensor, own: tuple[Tensor, Tensor]) -> Tensor:
         """Prompts and prefix, merged with `own`, what the same queries found in their rows' own keys.
 
         q (R, KV, G, D) -> (R, H, D)
@@ -218,7 +215,7 @@ class Cache:
             found.append(self.attend_prefix(layer, q))
         return merge(found).to(q.dtype).reshape(len(q), -1, self.D)
 
-    def attend_prompts(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_prompts(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """Each slot's rows over its prompt: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""
         # (P, KV, rows of a slot, G, D); padding holds whatever it held
         slot = self.by_slot.slot
@@ -240,7 +237,7 @@ class Cache:
         lse = torch.cat(lses).view(P, KV, most, self.G)
         return out[slot, :, index], lse[slot, :, index]
 
-    def attend_prefix(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_prefix(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """All rows at once over the prefix: q (R, KV, G, D) -> out (R, KV, G, D), log-sum-exp (R, KV, G)."""
         R = len(q)
         queries = q.transpose(0, 1).reshape(1, self.KV, R * self.G, self.D)
@@ -250,9 +247,7 @@ class Cache:
         return out, lse
 
 
-def attend_few(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention written out: q (..., N, D), scaled by D^-0.5; k and v (..., L, D); mask 0 or -inf.
 
     -> out (..., N, D), and log sum exp of the scores (..., N)
@@ -267,9 +262,7 @@ def attend_few(
     return out, lse
 
 
-def attend_many(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_many(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """attend_few for many queries of the same keys, (B, KV, N, D) and (B, KV, L, D), mask (B, 1, 1, L).
 
     On CPU, PyTorch's blocked kernel has no scores to write down; for few queries it is slower, as its blocks
@@ -280,7 +273,7 @@ def attend_many(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=1.0)
 
 
-def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def merge(found: list[tuple[Tensor, Tensor]]) -> Tensor:
     """One softmax from those over disjoint sets of keys.
 
     (out (..., D), log-sum-exp (...)) of each -> out (..., D), at least fp32
@@ -292,7 +285,7 @@ def merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     return merged
 
 
-def with_room(store: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+def with_room(store: Tensor, dim: int, size: int) -> Tensor:
     """`store` with room for `size` along `dim`; new room is 0. It grows by a quarter at least, so rarely."""
     old = store.shape[dim]
     if old >= size:

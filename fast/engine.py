@@ -24,6 +24,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import generate
 from fast.cache import Cache
@@ -41,9 +42,9 @@ class PrefilledPrompt(NamedTuple):
     """A prompt that waits for a slot."""
     request_id: int
     request: Request
-    keys_values: torch.Tensor  # of all that was prefilled with it, (2, layers, KV, T, D)
-    path: torch.Tensor         # which of them are this prompt's own
-    logits: torch.Tensor       # (V,), of the first new token
+    keys_values: Tensor  # of all that was prefilled with it, (2, layers, KV, T, D)
+    path: Tensor         # which of them are this prompt's own
+    logits: Tensor       # (V,), of the first new token
 
 
 class Engine(generate.Engine):
@@ -125,7 +126,7 @@ class Engine(generate.Engine):
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
 
-    def forward_tree(self, tree: Tree, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward_tree(self, tree: Tree, past: int) -> tuple[Tensor, Tensor]:
         """A tree below the prefix's first `past` tokens (all or none).
 
         -> hidden states of the sequences' last tokens (S, C), keys and values of all tokens (2, layers, KV,
@@ -135,7 +136,7 @@ class Engine(generate.Engine):
         attention = self.model.tree_attention(tree.end, past)
         keys_values = prefix.new_empty(*prefix.shape[:3], len(tree), prefix.shape[4])
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys_values[0, layer] = k.transpose(0, 1)
             keys_values[1, layer] = v.transpose(0, 1)
             before = (prefix[0, layer], prefix[1, layer]) if past else None
@@ -209,24 +210,24 @@ class Engine(generate.Engine):
         """How many tokens of each row a step reads."""
         return self.longest
 
-    def decode_function(self) -> Callable[[], torch.Tensor]:
+    def decode_function(self) -> Callable[[], Tensor]:
         return self.decode
 
-    def decode(self) -> torch.Tensor:
+    def decode(self) -> Tensor:
         """The logits after every row's last token (R, V), whose keys and values go into the cache."""
         device = self.model.device
         row = torch.arange(len(self.rows), device=device)
         last = self.rows.length - 1
         self.cache.begin_step(last, self.decoded_width)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.cache.rows[0, layer, row, :, last] = k
             self.cache.rows[1, layer, row, :, last] = v
             return self.cache.attend(layer, q)
         hidden = self.model(self.rows.tokens[row, last], self.rows.start + last, attend)
         return self.model.logits(hidden)
 
-    def append(self, rows: slice, draws: slice, logits: torch.Tensor) -> None:
+    def append(self, rows: slice, draws: slice, logits: Tensor) -> None:
         """Draw the next token of the continuations `draws`, those of `rows`, from the rows' logits (n, V).
 
         It is written down with P(Yes) at its position. A row that is done stays as it is: what is drawn for
@@ -253,7 +254,7 @@ class Engine(generate.Engine):
         self.rows.length[rows] += ~self.rows.done[rows]
         self.rows.done[rows] |= ends | (self.rows.length[rows] >= self.rows.limit[rows])
 
-    def branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
+    def branch(self, draws: slice, token: Tensor) -> Tensor:
         """Where continuations of a row have drawn different tokens, all but the first go on in copies of it.
 
         -> the row of each continuation of `draws` from now on.
@@ -345,7 +346,7 @@ class Engine(generate.Engine):
         return found
 
     def pass_suffixes(self, rows: Sequence[int], before: Sequence[list[int]],
-                      suffixes: Sequence[list[int]]) -> torch.Tensor:
+                      suffixes: Sequence[list[int]]) -> Tensor:
         """P(Yes) after each suffix (R,), which stands in its row behind the ids `before`.
 
         Its keys and values go behind those of its row, in place of the end-of-text token. The last token of a
@@ -367,7 +368,7 @@ class Engine(generate.Engine):
         self.cache.make_room(len(self.rows), width)
         self.cache.arrange(self.rows.request_id[row].repeat_interleave(S))
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.cache.rows[0, layer, row[:, None], :, position] = k.view(R, S, *k.shape[1:])
             self.cache.rows[1, layer, row[:, None], :, position] = v.view(R, S, *v.shape[1:])
             return self.cache.attend_suffixes(layer, q, row, mask)

@@ -14,6 +14,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fast.attention import Past, after_past, as_heads
 from model import tree_mask
@@ -21,7 +22,7 @@ from model import tree_mask
 BLOCK = 128  # tokens of a block in flex_attention's mask
 
 
-def tree_attention(end: torch.Tensor, past: int = 0) -> "FlexTreeAttention | MaskedTreeAttention":
+def tree_attention(end: Tensor, past: int = 0) -> "FlexTreeAttention | MaskedTreeAttention":
     """The attention for a tree on a GPU: for prefill, which runs in inference mode, or for training."""
     if torch.is_inference_mode_enabled():
         return MaskedTreeAttention(end, past)
@@ -31,11 +32,10 @@ def tree_attention(end: torch.Tensor, past: int = 0) -> "FlexTreeAttention | Mas
 class MaskedTreeAttention:
     """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
 
-    def __init__(self, end: torch.Tensor, past: int = 0):
+    def __init__(self, end: Tensor, past: int = 0):
         self.mask = F.pad(tree_mask(end), (past, 0), value=True)  # (T, past + T)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                 past: Past | None = None) -> torch.Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Past | None = None) -> Tensor:
         k, v = after_past(past, k, v)
         H = q.shape[1]
         heads = as_heads(q, for_each_query_head(k, H), for_each_query_head(v, H))
@@ -46,11 +46,10 @@ class MaskedTreeAttention:
 class FlexTreeAttention:
     """Called as attend(layer, q, k, v) -> (T, H, D), as fast.attention.TreeAttention is."""
 
-    def __init__(self, end: torch.Tensor, past: int = 0):
+    def __init__(self, end: Tensor, past: int = 0):
         self.mask = flex_mask(end, past)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                 past: Past | None = None) -> torch.Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: Past | None = None) -> Tensor:
         k, v = after_past(past, k, v)
         queries, keys = self.mask.shape[-2:]
         H = q.shape[1]
@@ -61,7 +60,7 @@ class FlexTreeAttention:
         return out[0, :, :len(q)].transpose(0, 1)  # (1, H, queries, D) -> (T, H, D)
 
 
-def for_each_query_head(x: torch.Tensor, H: int) -> torch.Tensor:
+def for_each_query_head(x: Tensor, H: int) -> Tensor:
     """k or v (n, KV, D) -> (n, H, D).
 
     The backward pass goes over a block of keys with all queries that see it. The instructions' keys are seen
@@ -70,7 +69,7 @@ def for_each_query_head(x: torch.Tensor, H: int) -> torch.Tensor:
     return x.repeat_interleave(H // x.shape[1], dim=1)
 
 
-def as_padded_heads(x: torch.Tensor, length: int) -> torch.Tensor:
+def as_padded_heads(x: Tensor, length: int) -> Tensor:
     """(n, heads, D) -> (1, heads, length, D), zeros behind the n."""
     return F.pad(x, (0, 0, 0, 0, 0, length - len(x))).transpose(0, 1)[None]
 
@@ -91,7 +90,7 @@ def allow_variants() -> None:
     torch._dynamo.config.recompile_limit = 64
 
 
-def flex_mask(end: torch.Tensor, past: int):
+def flex_mask(end: Tensor, past: int):
     """The tree's rule as flex_attention's BlockMask, for `past` keys that all see, then the T of the tree.
 
     Lengths are rounded up to powers of two, so that few are compiled. Nobody sees the padding's keys, and its
@@ -122,7 +121,7 @@ def padded_length(n: int) -> int:
     return max(BLOCK, 2 ** math.ceil(math.log2(n)))
 
 
-def listed(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def listed(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Of a table (query blocks, key blocks): how many key blocks each query block has, and which."""
     numbers = pairs.sum(1, dtype=torch.int32)
     indices = pairs.int().argsort(dim=1, descending=True, stable=True).int()

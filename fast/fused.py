@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Callable
 
 import torch
+from torch import Tensor
 
 import model as plain
 from fast.flex import allow_variants, tree_attention
@@ -33,7 +34,7 @@ def fuse(model: Decoder) -> None:
     model.tree_attention = tree_attention
 
 
-def logprobs(self: Decoder, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def logprobs(self: Decoder, hidden: Tensor, target: Tensor) -> Tensor:
     return fused(plain.logprobs_of)(self.logits(hidden), target)
 
 

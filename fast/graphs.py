@@ -14,6 +14,7 @@ what differs from the engine that this one extends:
 from typing import Callable
 
 import torch
+from torch import Tensor
 
 from fast.cache import Cache
 from fast.engine import Engine
@@ -27,12 +28,12 @@ class CudaGraph:
     The tensor that it returns is overwritten by the next call.
     """
 
-    def __init__(self, work: Callable[[], torch.Tensor]):
+    def __init__(self, work: Callable[[], Tensor]):
         self.work = work
         self.warm = False
         self.graph = None
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> Tensor:
         if not self.warm:  # libraries load their kernels at the first call, which cannot be recorded
             self.warm = True
             return self.work()
@@ -58,12 +59,12 @@ class RecordedEngine(Engine):
     def rows_of(self, k: int) -> int:
         return k
 
-    def branch(self, draws: slice, token: torch.Tensor) -> torch.Tensor:
+    def branch(self, draws: slice, token: Tensor) -> Tensor:
         return self.draws.row[draws]
 
     def width(self) -> int:
         windows = -(-self.longest // WINDOW)
         return min(windows * WINDOW, self.max_new_tokens)
 
-    def decode_function(self) -> Callable[[], torch.Tensor]:
+    def decode_function(self) -> Callable[[], Tensor]:
         return CudaGraph(self.decode)

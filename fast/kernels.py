@@ -20,8 +20,8 @@ from types import MethodType
 from typing import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fast.attention import TreeAttention
 from fast.fused import fuse
@@ -75,28 +75,26 @@ def pack_weights(model: Decoder) -> Decoder:
     return model
 
 
-Made = tuple[Callable, torch.Tensor]  # (make, source): what a product's input was made of
+Made = tuple[Callable, Tensor]  # (make, source): what a product's input was made of
 
 
-def linear_forward(self: nn.Linear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+def linear_forward(self: nn.Linear, x: Tensor, made: Made | None = None) -> Tensor:
     return linear(x, self.weight, self.bias, made)
 
 
-def lora_forward(self: LoRALinear, x: torch.Tensor, made: Made | None = None) -> torch.Tensor:
+def lora_forward(self: LoRALinear, x: Tensor, made: Made | None = None) -> Tensor:
     if not is_for_onednn(x, self.weight):
         return LoRALinear.forward(self, x)
     return OneDNNLoRA.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self, made)
 
 
-def rms_norm_forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def rms_norm_forward(self: RMSNorm, x: Tensor) -> Tensor:
     if torch.is_inference_mode_enabled():
         return RMSNorm.forward(self, x)
     return LeanRMSNorm.apply(at_least_fp32(x), at_least_fp32(self.weight), self.eps).to(x.dtype)
 
 
-def layer_forward(
-    self: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Callable
-) -> torch.Tensor:
+def layer_forward(self: Layer, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
     """model.Layer, with the outputs of norms and activation made again in the backward pass.
 
     The engines run in inference mode, where none comes: there the layer is the plain one. A reference of DPO,
@@ -111,15 +109,14 @@ def layer_forward(
     return x + linear_of(partial(Remade.apply, self.mlp.activate), gate_up, self.mlp.down)
 
 
-def logits(self: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+def logits(self: Decoder, hidden: Tensor) -> Tensor:
     weight = self.embed.weight if self.head is None else self.head.weight
     return linear(hidden, weight)
 
 
 # ---------------------------------------------------------------------------------------------- products
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
-           made: Made | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, made: Made | None = None) -> Tensor:
     """F.linear: x (T, I), weight (O, I), bias (O,) or None -> (T, O). `made`: see OneDNNLinear."""
     if weight.is_mkldnn:
         return onednn(x, weight, bias)
@@ -130,17 +127,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return onednn(x, weight, bias)
 
 
-def linear_of(make: Callable, x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+def linear_of(make: Callable, x: Tensor, module: nn.Linear) -> Tensor:
     """module(make(x)). x is kept for the backward pass of the product, and not make(x)."""
     return module.forward(make(x), (make, x))
 
 
-def is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     is_fp32 = x.dtype == weight.dtype == torch.float32
     return is_fp32 and len(x) * weight.numel() >= ONEDNN_SIZE and torch.backends.mkldnn.is_available()
 
 
-def onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

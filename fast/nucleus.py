@@ -8,6 +8,7 @@ bound falls on the same token, that token is the answer. Rows still undecided lo
 610 ms step for the sort of 64 of 160 rows, V = 49,152 (bench/LOG.md).
 """
 import torch
+from torch import Tensor
 
 from fast.fused import fused
 from model import at_least_fp32
@@ -16,9 +17,7 @@ CANDIDATES = (64, 1024)  # so many tokens first, then so many, then all
 BLOCK = 128              # tokens of the vocabulary that have one maximum (most_likely)
 
 
-def sample(
-    logits: torch.Tensor, row: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
-) -> torch.Tensor:
+def sample(logits: Tensor, row: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """Draw S tokens, each from the distribution of a row. What generate.sample draws; uses `logits` up.
 
     logits (R, V); row (S,) int64, whose distribution each draw is from; u (S,) in [0, 1) -> tokens (S,) int64
@@ -48,11 +47,11 @@ def sample(
     return token
 
 
-def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(at_least_fp32(logits) / temperature, dim=-1)
 
 
-def most_likely(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def most_likely(p: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The n largest numbers of each row and where they stand: p (R, V) -> (R, n) each, largest first."""
     V = p.shape[1]
     if p.device.type == "cpu" or V % BLOCK or n * BLOCK > V // 4:
@@ -60,7 +59,7 @@ def most_likely(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return most_likely_by_blocks(p, n)
 
 
-def most_likely_by_blocks(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def most_likely_by_blocks(p: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The same on a GPU, where topk passes over a row many times.
 
     The n largest numbers lie in the n blocks with the largest maxima. So a row is read once for the maxima,
@@ -73,9 +72,7 @@ def most_likely_by_blocks(p: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
     return largest, block.gather(1, index // BLOCK) * BLOCK + index % BLOCK
 
 
-def invert(
-    p: torch.Tensor, row: torch.Tensor, u: torch.Tensor, top_p: float, whole: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def invert(p: Tensor, row: Tensor, u: Tensor, top_p: float, whole: bool) -> tuple[Tensor, Tensor]:
     """Where the cumulative probability of its row passes u times the nucleus's, and whether that is sure.
 
     p (R, N) most likely first, the `whole` vocabulary or its head; row (S,), u (S,) -> index (S,), sure (S,)

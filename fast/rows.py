@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass
@@ -19,10 +20,10 @@ class Columns:
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
-    def columns(self) -> list[torch.Tensor]:
+    def columns(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
 
-    def select(self, index: torch.Tensor) -> Self:
+    def select(self, index: Tensor) -> Self:
         """The rows that `index` names, int64 or bool, in its order."""
         return type(self)(*(column[index] for column in self.columns()))
 
@@ -33,18 +34,18 @@ class Columns:
 @dataclass
 class Rows(Columns):
     """What is decoded: R rows, each the common beginning of one or more continuations of a prompt."""
-    request_id: torch.Tensor  # (R,) int64, of its request
-    start: torch.Tensor       # (R,) int64, tokens of its prompt
-    length: torch.Tensor      # (R,) int64, tokens behind the prompt
-    limit: torch.Tensor       # (R,) int64, the most it may have of them
-    done: torch.Tensor        # (R,) bool
-    tokens: torch.Tensor      # (R, W) int64, W at least the longest length
-    p_yes: torch.Tensor       # (R, W) fp32, P(Yes) where each of them was sampled
+    request_id: Tensor  # (R,) int64, of its request
+    start: Tensor       # (R,) int64, tokens of its prompt
+    length: Tensor      # (R,) int64, tokens behind the prompt
+    limit: Tensor       # (R,) int64, the most it may have of them
+    done: Tensor        # (R,) bool
+    tokens: Tensor      # (R, W) int64, W at least the longest length
+    p_yes: Tensor       # (R, W) fp32, P(Yes) where each of them was sampled
 
     @classmethod
     def new(cls, request_id: int, start: int, limit: int, n: int, width: int, device: torch.device) -> "Rows":
         """n rows of one request that have no token yet."""
-        def column(value: int) -> torch.Tensor:
+        def column(value: int) -> Tensor:
             return torch.full((n,), value, dtype=torch.int64, device=device)
         return cls(column(request_id), column(start), column(0), column(limit),
                    done=torch.zeros(n, dtype=torch.bool, device=device),
@@ -63,6 +64,6 @@ class Rows(Columns):
 @dataclass
 class Draws(Columns):
     """The continuations that are being sampled. Those that agree so far draw from one row."""
-    row: torch.Tensor     # (N,) int64, the row that each is in
-    seed: torch.Tensor    # (N,) int64
-    number: torch.Tensor  # (N,) int64, which of its request's K continuations it is
+    row: Tensor     # (N,) int64, the row that each is in
+    seed: Tensor    # (N,) int64
+    number: Tensor  # (N,) int64, which of its request's K continuations it is

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fast.cache import Cache
 
@@ -32,17 +33,17 @@ class Groups(NamedTuple):
 
     Its keys are the first length[g] ones; all int64. most: rows of the largest group
     """
-    order: torch.Tensor
-    first: torch.Tensor
-    count: torch.Tensor
-    length: torch.Tensor
+    order: Tensor
+    first: Tensor
+    count: Tensor
+    length: Tensor
     most: int
 
 
 class TritonCache(Cache):
     """fast.cache.Cache with another `attend`."""
 
-    def arrange(self, request_ids: torch.Tensor) -> None:
+    def arrange(self, request_ids: Tensor) -> None:
         super().arrange(request_ids)
         R = len(request_ids)
         device = request_ids.device
@@ -59,10 +60,10 @@ class TritonCache(Cache):
             self.by_bucket.append((bucket.keys_values, groups))
             start = mine.stop
 
-    def begin_step(self, last: torch.Tensor, width: int) -> None:
+    def begin_step(self, last: Tensor, width: int) -> None:
         self.each_row = Groups(self.row, self.row, self.one, last + 1, 1)
 
-    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor) -> Tensor:
         q = q.contiguous()
         out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)  # (R, H)
@@ -77,8 +78,8 @@ class TritonCache(Cache):
         return y
 
 
-def attend_groups(q: torch.Tensor, keys_values: torch.Tensor, groups: Groups, before: torch.Tensor | None,
-                  out: torch.Tensor, lse: torch.Tensor) -> None:
+def attend_groups(q: Tensor, keys_values: Tensor, groups: Groups, before: Tensor | None,
+                  out: Tensor, lse: Tensor) -> None:
     """The queries of each group over its keys: q (R, H, D), keys_values (2, groups, KV, L, D).
 
     before (R, H, D) with lse (R, H): where the softmax is taken up; None: there were no keys before. Written

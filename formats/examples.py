@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import TOKENIZER_FILES, ChatTokenizer
@@ -224,7 +225,7 @@ def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size
     return table
 
 
-def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: torch.Tensor,
+def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: Tensor,
                    flags: tuple[int | str | None, ...]) -> Path:
     """Where the table is kept.
 

@@ -3,8 +3,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model import Decoder, ModelConfig
 from plumbing import ranks
@@ -42,14 +42,14 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rows_of_a, base.in_features, **new))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, lora.rank, **new))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         inner = F.linear(x, self.lora_A)  # (T, parts * R)
         pairs = zip(inner.split(self.lora.rank, dim=-1), self.lora_B.split(self.parts), strict=True)
         outer = torch.cat([F.linear(some, b) for some, b in pairs], dim=-1)  # (T, out)
         return F.linear(x, self.weight, self.bias) + self.lora.scale * outer
 
 
-def change(a: torch.Tensor, b: torch.Tensor, parts: list[int], lora: LoRA) -> torch.Tensor:
+def change(a: Tensor, b: Tensor, parts: list[int], lora: LoRA) -> Tensor:
     """What adapters add to the weight: lora_A (parts * R, in), lora_B (out, R) -> scale * B A, (out, in)."""
     products = [some_b @ some_a for some_a, some_b in zip(a.split(lora.rank), b.split(parts), strict=True)]
     return lora.scale * torch.cat(products)

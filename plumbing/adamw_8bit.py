@@ -21,6 +21,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BLOCK = 256                # numbers that share a scale; a row that it does not divide is one block
 NUMBERS_AT_ONCE = 2 ** 22  # numbers of a matrix whose moments are in fp32 at the same time
@@ -32,7 +33,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def __init__(self, params: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
 
-    def new_state(self, p: torch.Tensor, step: int = 0) -> dict[str, Any]:
+    def new_state(self, p: Tensor, step: int = 0) -> dict[str, Any]:
         """The state of a parameter before its first step: zeros, cut over the ranks as the parameter is."""
         state = {"step": step}
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -66,13 +67,12 @@ def local(value: Any) -> Any:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def block_length(p: torch.Tensor) -> int:
+def block_length(p: Tensor) -> int:
     columns = p.shape[1]
     return BLOCK if columns % BLOCK == 0 else columns
 
 
-def update_matrix(p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], block: int,
-                  group: dict[str, Any]) -> None:
+def update_matrix(p: Tensor, grad: Tensor, state: dict[str, Any], block: int, group: dict[str, Any]) -> None:
     """A step of the matrix p (O, I), some rows at a time. state: codes (O, I), scales (O, I / block)."""
     rows_at_once = max(1, NUMBERS_AT_ONCE // p.shape[1])
     for first in range(0, len(p), rows_at_once):
@@ -90,7 +90,7 @@ def update_matrix(p: torch.Tensor, grad: torch.Tensor, state: dict[str, Any], bl
             state[f"{name}.scale"][rows] = scale
 
 
-def update(p: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int,
+def update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int,
            group: dict[str, Any]) -> None:
     """AdamW's step number `step` (1, 2, ...), in place; all fp32, of one shape."""
     beta1, beta2 = group["betas"]
@@ -103,7 +103,7 @@ def update(p: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_s
 
 # ------------------------------------------------------------------------------------------ codes
 
-def encode(x: torch.Tensor, block: int, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """x fp32 (O, I) -> codes uint8 (O, I), scales fp32 (O, I / block)."""
     blocks = x.view(len(x), -1, block)
     scale = blocks.abs().amax(dim=-1)
@@ -114,7 +114,7 @@ def encode(x: torch.Tensor, block: int, signed: bool) -> tuple[torch.Tensor, tor
     return codes.to(torch.uint8).view(x.shape), scale
 
 
-def decode(codes: torch.Tensor, scale: torch.Tensor, block: int, signed: bool) -> torch.Tensor:
+def decode(codes: Tensor, scale: Tensor, block: int, signed: bool) -> Tensor:
     """codes uint8 (O, I), scales fp32 (O, I / block) -> fp32 (O, I)."""
     values = fractions(signed).to(codes.device)
     relative = values[codes.int()].view(len(codes), -1, block)
@@ -122,7 +122,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: int, signed: bool) -
 
 
 @functools.cache
-def fractions(signed: bool) -> torch.Tensor:
+def fractions(signed: bool) -> Tensor:
     """The 256 numbers in [-1, 1], or [0, 1], that codes stand for, ascending: fp32 (256,).
 
     0, 1, and each power of ten from 1e-6 to 1 times the middles of equal parts of [0.1, 1]: 1, 2, 4, ..., 64

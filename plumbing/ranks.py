@@ -28,7 +28,7 @@ from typing import Any, Iterator, NoReturn, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+from torch import Tensor, nn
 
 FILE_BYTES = 4_000_000_000  # of a checkpoint's file, at most: a rank copies so much to the CPU at once
 NEVER = timedelta(days=10_000)
@@ -117,7 +117,7 @@ class Means:
         self.sums = {}
         self.n_pairs = 0
 
-    def add(self, n_pairs: int, **values: torch.Tensor) -> None:
+    def add(self, n_pairs: int, **values: Tensor) -> None:
         self.n_pairs += n_pairs
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().sum().item()
@@ -254,7 +254,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in parameters(model).items() if parameter.requires_grad}
 
 
-def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows (n, ...) of a tensor that lie on this rank, and the number of the first one."""
     if not hasattr(tensor, "to_local"):
         return tensor.detach(), 0
@@ -263,14 +263,14 @@ def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.detach().to_local(), first
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its rows, gathered from the ranks. Every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Every rank writes the rows that it has, with PyTorch's distributed checkpoint (DCP).
 
     DCP's own format keeps its index in a pickle. Its safetensors format, used here, has none: each file says
@@ -289,7 +289,7 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         save(tensors, storage_writer=writer)
 
 
-def load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill every rank's rows from what save_tensors wrote."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 

@@ -27,7 +27,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing import ranks
@@ -85,7 +85,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, beta2: floa
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)
 
 
-def new_state(optimizer: torch.optim.Optimizer, p: torch.Tensor, step: int) -> dict[str, Any]:
+def new_state(optimizer: torch.optim.Optimizer, p: Tensor, step: int) -> dict[str, Any]:
     """The optimizer's state of a parameter after `step` steps, with moments of 0."""
     if isinstance(optimizer, AdamW8bit):
         return optimizer.new_state(p, step)
@@ -216,7 +216,7 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.out / "checkpoints").glob("step-*[0-9]"))
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name: what is trained and both moments, this rank's rows of them."""
         parameters = ranks.trained(self.model)
         tensors = {name: p.detach() for name, p in parameters.items()}

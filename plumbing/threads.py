@@ -2,7 +2,7 @@
 import os
 
 import torch
-import torch.nn as nn
+from torch import nn
 
 SMALL = 10_000_000  # parameters; the matrices of a smaller model gain nothing from a second thread
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-import torch.nn as nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fast
