@@ -52,7 +52,7 @@ def main(config: Config) -> None:
     model = load_for_training(config.model, config.device, config.context, lora_settings(config),
                               config.adapter, config.seed)
     train, validation, results = prepare(config, model, config.model, read_pair)
-    steps, batch_of = plan(config, model, train)
+    steps, batch_of = plan(config, model, train, pack)
 
     reference = reference_logprobs(model, train, config.batch_size, table_of(config, model, train))
     if validation:

@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     settings = begin(config)
     model, folder = initial_model(config)
     train, validation, results = prepare(config, model, folder, read_example)
-    steps, batch_of = plan(config, model, train)
+    steps, batch_of = plan(config, model, train, pack)
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,

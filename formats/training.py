@@ -6,7 +6,6 @@ import fast
 from checkpoint import DTYPES, load_tokenizer, read_template_args
 from checkpoint import results as results_of
 from checkpoint.prompt import travelling_prompt
-from data import pack
 from formats.examples import Examples, read_examples, reference_table
 from formats.turns import Turn
 from model import Decoder
@@ -49,8 +48,12 @@ def prepare(config: TrainConfig, model: Decoder, folder: str | Path,
     return train, validation, results
 
 
-def plan(config: TrainConfig, model: Decoder, train: Examples) -> tuple[int, Callable[[int], list[int]]]:
-    """(how many steps, the numbers of a step's examples). Prints what they come to, and the memory needed."""
+def plan(config: TrainConfig, model: Decoder, train: Examples,
+         pack: Callable) -> tuple[int, Callable[[int], list[int]]]:
+    """(how many steps, step -> the numbers of its examples). Prints what they come to, and the memory needed.
+
+    pack: makes trees of examples (data.pack)
+    """
     steps, batch_of = epoch_batches(
         train.kept, config.batch_size, config.epochs, config.max_steps, config.seed)
     first_step = sum(len(batch.tree) for batch in pack(train.units(batch_of(0)), config.micro_tokens))
