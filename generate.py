@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import Decoder, Tree, at_least_fp32
 from plumbing.errors import BadInput
@@ -205,11 +206,8 @@ class Engine(Queue):
         tree = Tree(prompts).to(self.model.device)
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
-        # (prompts, L): where the tree has their tokens
-        index = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-        for i, path in enumerate(tree.paths):
-            index[i, :len(path)] = torch.from_numpy(path)
-        index = index.to(self.model.device)
+        paths = pad_sequence([torch.from_numpy(path) for path in tree.paths], batch_first=True)  # (prompts, L)
+        index = paths.to(self.model.device)[owner]  # (R, L): where the tree has a row's prompt
         attend_in_tree = self.model.tree_attention(tree.end)
         keys_values = []  # of each layer, (2, T, KV, D)
 
@@ -219,7 +217,7 @@ class Engine(Queue):
         hidden = self.model(tree.ids, tree.positions, attend)  # (T, C)
         cache = []
         for of_tree in keys_values:
-            of_rows = of_tree[:, index[owner]]  # (2, R, L, KV, D)
+            of_rows = of_tree[:, index]  # (2, R, L, KV, D)
             cache.append(of_rows.transpose(2, 3).contiguous())
         logits = self.model.logits(hidden[last_tokens(tree)])  # (prompts, V)
         return logits[owner], cache
