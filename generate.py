@@ -206,8 +206,8 @@ class Engine(Queue):
         tree = Tree(prompts).to(self.model.device)
         self.prompt_tokens += sum(map(len, prompts))
         self.prefill_tokens += len(tree)
-        paths = pad_sequence([torch.from_numpy(path) for path in tree.paths], batch_first=True)  # (prompts, L)
-        index = paths.to(self.model.device)[owner]  # (R, L): where the tree has a row's prompt
+        paths = pad_sequence([torch.from_numpy(path) for path in tree.paths], batch_first=True)
+        index = paths.to(self.model.device)[owner]  # (R, L): where in the tree each row's prompt lies
         attend_in_tree = self.model.tree_attention(tree.end)
         keys_values = []  # of each layer, (2, T, KV, D)
 
