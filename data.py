@@ -22,17 +22,9 @@ import numpy as np
 import fast
 from checkpoint.flags import ServedConfig
 from checkpoint.prompt import own_prompt, write_prompt
+from formats import samples
 from formats.cases import CasesConfig, cases
 from formats.examples import Unit
-from formats.samples import (
-    CaseFile,
-    SampleTally,
-    add_verdicts,
-    labelled_rows,
-    line_of_case,
-    read_analyses,
-    sample_line,
-)
 from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_verdict
 from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
@@ -59,11 +51,8 @@ class SampleConfig(ServedConfig):
     cases: Annotated[str, "cases.jsonl"]
     out: Annotated[str, "samples.jsonl to write"]
     n: Annotated[int, "analyses per case", (1, None)] = 4
-    complete: Annotated[
-        bool,
-        "write the verification line and the model's answer into analyses that lack it, "
-        "for a teacher that forgets the form",
-    ] = False
+    complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack "
+                              "it, for a teacher that forgets the form"] = False
     limit: Annotated[int | None, "only the first so many cases", (1, None)] = None
     resume: Annotated[bool, "go on with a killed run"] = False
     overwrite: Annotated[bool, "replace an existing output"] = False
@@ -75,17 +64,17 @@ def sample(config: SampleConfig) -> None:
     print_config(config)
     if not config.plain:
         fast.keep_freed_memory()
-    case_file = CaseFile(config.cases)
-    own = ranks.share(range(min(len(case_file), config.limit or len(case_file))))  # this rank's cases
+    case_file = samples.CaseFile(config.cases)
+    own = ranks.share(range(len(case_file))[:config.limit])  # this rank's cases
     size = round_size(config.batch_size, config.device, config.server is not None)
     journal = Journal(config.out, config, size or 1)
-    tally = SampleTally()
-    for where, line in journal.check(line_of_case(*case_file[i]) for i in own):  # what a killed run left
-        tally.add(line["id"], line["case"]["label"], read_analyses(line, where))
+    tally = samples.SampleTally()
+    for where, line in journal.check(samples.line_of_case(*case_file[i]) for i in own):  # of a killed run
+        tally.add(line["id"], line["case"]["label"], samples.read_analyses(line, where))
 
     sampler = load_sampler(config, config.n, force=False)
     if config.complete:
-        sampler.revise = add_verdicts
+        sampler.revise = samples.add_verdicts
     with journal, Progress("sample", "case", len(own), journal.done, sampler.engine) as progress:
         if ranks.rank() == 0:
             write_prompt(config.out, sampler.prompt.text)
@@ -93,10 +82,10 @@ def sample(config: SampleConfig) -> None:
             found = sampler.analyses(case_file[i][1] for i in numbers)
             for i, analyses in zip(numbers, in_order(found), strict=True):
                 case_id, case = case_file[i]
-                journal.write(sample_line(case_id, case, analyses))
+                journal.write(samples.sample_line(case_id, case, analyses))
                 tally.add(case_id, case.label, analyses)
                 progress.step(tally.so_far())
-    SampleTally.sum(ranks.gather(tally)).print()
+    samples.SampleTally.sum(ranks.gather(tally)).print()
     if config.server:
         print(sampler.engine.tally())
 
@@ -111,11 +100,11 @@ def sft(config: SftConfig) -> None:
 
     # write_split goes through the examples twice: to choose, and to write
     def examples(counts: Counter) -> Iterator[Example]:
-        for where, row, case in labelled_rows(config.samples, counts, config.direct):
+        for where, row, case in samples.labelled_rows(config.samples, counts, config.direct):
             if config.direct:
                 responses = [f"{VERIFICATION} {'Yes' if case.label else 'No'}"]
             else:
-                responses, _ = select(read_analyses(row, where), case, counts)
+                responses, _ = select(samples.read_analyses(row, where), case, counts)
             counts["dropped: over --max-per-case"] += max(0, len(responses) - config.max_per_case)
             for response in responses[:config.max_per_case]:
                 yield case, {"prompt": prompt.fill(case), "response": response}
@@ -128,8 +117,8 @@ def pairs(config: FilterConfig) -> None:
     prompt = load_prompt(config.prompt_file, own_prompt(config.samples[0]))
 
     def examples(counts: Counter) -> Iterator[Example]:
-        for where, row, case in labelled_rows(config.samples, counts):
-            right, wrong = select(read_analyses(row, where), case, counts, wrong_too=True)
+        for where, row, case in samples.labelled_rows(config.samples, counts):
+            right, wrong = select(samples.read_analyses(row, where), case, counts, wrong_too=True)
             if not (right and wrong):
                 all_are = "right" if right else "wrong" if wrong else "unusable"
                 counts[f"cases without a pair: all {all_are}"] += 1
@@ -140,9 +129,8 @@ def pairs(config: FilterConfig) -> None:
     write_split(config, prompt.text, examples)
 
 
-def select(
-    analyses: list[Analysis], case: Case, counts: Counter, wrong_too: bool = False
-) -> tuple[list[str], list[str]]:
+def select(analyses: list[Analysis], case: Case, counts: Counter,
+           wrong_too: bool = False) -> tuple[list[str], list[str]]:
     """The texts of a case's usable analyses, in the normal form -> (right ones, wrong ones).
 
     Right is a verdict that is the label. Wrong ones are kept for pairs alone (wrong_too). What is dropped is
@@ -163,8 +151,7 @@ def select(
         else:
             text = normal_form(a.text)
             counts["of these, verdict put into the normal form"] += text != a.text
-            responses = right if is_right else wrong
-            responses.append(text)
+            (right if is_right else wrong).append(text)
     return right, wrong
 
 
@@ -175,15 +162,10 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
     met once.
     """
     rng = np.random.default_rng(seed)
-    rights = rng.permutation(right)
-    wrongs = rng.permutation(wrong)
-    lap = math.lcm(right, wrong) if right and wrong else 1
-    found = []
-    for t in range(min(most, right * wrong)):
-        i = rights[t % right]
-        j = wrongs[(t + t // lap) % wrong]
-        found.append((int(i), int(j)))
-    return found
+    rights = rng.permutation(right).tolist()
+    wrongs = rng.permutation(wrong).tolist()
+    lap = math.lcm(right, wrong)
+    return [(rights[t % right], wrongs[(t + t // lap) % wrong]) for t in range(min(most, right * wrong))]
 
 
 # ------------------------------------------------------------------------------ training examples, in trees
@@ -218,9 +200,8 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
         alone.append(len(prompt) + sum(map(len, responses)))
         own.append(alone[-1] - common_prefix(before, sequence))
         before = sequence
-    batches = []
-    for group in fill_evenly(alone, own, micro_tokens):
-        batches.append(make_micro_batch(units, [order[i] for i in group]))
+    groups = fill_evenly(alone, own, micro_tokens)
+    batches = [make_micro_batch(units, [order[i] for i in group]) for group in groups]
     return sorted(batches, key=lambda batch: len(batch.tree), reverse=True)
 
 
@@ -243,8 +224,6 @@ def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do
     not come out even, trees of two sequences without a response fill up: their loss and gradient are 0.
     """
-    if ranks.count() == 1:
-        return batches
     missing = -len(batches) % ranks.count()
     # Two sequences, as a pair of DPO has; no example and no length, so what is computed of them is (0,)
     empty = [MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]) for _ in range(missing)]

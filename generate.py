@@ -53,9 +53,9 @@ class Continuation:
 
 def uniform(seeds: Tensor, t: Tensor) -> Tensor:
     """One number in [0, 1) for each row, by splitmix64: seeds and positions, int64 (R,) each -> fp32 (R,)."""
-    x = seeds + t * -7046029254386353131
-    x = (x ^ shift_right(x, 30)) * -4658895280553007687
-    x = (x ^ shift_right(x, 27)) * -7723592293110705685
+    x = seeds + t * (0x9E3779B97F4A7C15 - 2 ** 64)  # its constants, as int64
+    x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2 ** 64)
+    x = (x ^ shift_right(x, 27)) * (0x94D049BB133111EB - 2 ** 64)
     x = x ^ shift_right(x, 31)
     return shift_right(x, 40).float() * 2.0 ** -24
 
@@ -141,13 +141,14 @@ class Engine(Queue):
             found = [[Continuation([], [], end=None) for _ in request.seeds] for request in requests]
         else:
             found = self.decode_all(requests)
+        with_suffix = []
         sequences = []
-        with_suffix = []  # the continuation of each sequence
         for request, continuations in zip(requests, found, strict=True):
             for c in continuations:
-                if suffix := self.suffix_of(c.ids):
-                    sequences.append(request.ids + c.ids + suffix)
+                suffix = self.suffix_of(c.ids)
+                if suffix:
                     with_suffix.append(c)
+                    sequences.append(request.ids + c.ids + suffix)
         for c, p_yes in zip(with_suffix, self.read_p_yes(sequences), strict=True):
             c.p_yes_after_suffix = p_yes
         return found
@@ -171,15 +172,16 @@ class Engine(Queue):
         p_yes = []
         for t in range(steps):
             logits = at_least_fp32(logits)  # (R, V)
-            token = sample(logits, uniform(seeds, torch.full_like(seeds, t)), self.temperature, self.top_p)
+            token = sample(logits, uniform(seeds, length), self.temperature, self.top_p)
             tokens.append(token)
             p_yes.append(yes_against_no(logits, self.yes_no))
             length += ~done
             done |= torch.isin(token, self.eos) | (length >= limit)
-            if t % LOOK_EVERY == LOOK_EVERY - 1 and bool(done.all()):
+            if t % LOOK_EVERY == LOOK_EVERY - 1 and done.all():
                 break
             if t < steps - 1:
-                cache = grown(cache, longest_prompt + t + 1)
+                if cache[0].shape[3] == longest_prompt + t:  # full
+                    cache = [F.pad(layer, (0, 0, 0, CACHE_STEP)) for layer in cache]
                 logits = self.decode(token, prompt_length + t, cache)
         self.sampled += length.sum()
 
@@ -215,10 +217,8 @@ class Engine(Queue):
             keys_values.append(torch.stack((k, v)))
             return attend_in_tree(layer, q, k, v)
         hidden = self.model(tree.ids, tree.positions, attend)  # (T, C)
-        cache = []
-        for of_tree in keys_values:
-            of_rows = of_tree[:, index]  # (2, R, L, KV, D)
-            cache.append(of_rows.transpose(2, 3).contiguous())
+        # (2, T, KV, D) -> (2, R, L, KV, D) -> (2, R, KV, L, D)
+        cache = [layer[:, index].transpose(2, 3).contiguous() for layer in keys_values]
         logits = self.model.logits(hidden[last_tokens(tree)])  # (prompts, V)
         return logits[owner], cache
 
@@ -256,10 +256,3 @@ class Engine(Queue):
 def last_tokens(tree: Tree) -> Tensor:
     """Where in a tree each sequence's last token stands: (sequences,)."""
     return torch.tensor([int(path[-1]) for path in tree.paths], device=tree.ids.device)
-
-
-def grown(cache: list[Tensor], length: int) -> list[Tensor]:
-    """The cache with room for `length` positions: (2, R, KV, L, D) for each layer."""
-    if cache[0].shape[3] >= length:
-        return cache
-    return [F.pad(layer, (0, 0, 0, CACHE_STEP)) for layer in cache]

@@ -21,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
-# attend(layer, q, k, v) -> (T, H, D), and the same within a layer: attend(q, k, v)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-AttendInLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # attend(layer, q, k, v) -> (T, H, D)
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_tables(frequencies: Tensor, positions: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """What apply_rope multiplies with: (cos, cos) and (-sin, sin), fp32 (T, 1, D) each.
-
-    frequencies (D/2,), positions (T,). factor: YaRN sharpens attention by how far the context is stretched;
-    else 1.
-    """
+    """(cos, cos) and (-sin, sin) of position * frequency, fp32 (T, 1, D) each. factor: YaRN's, else 1."""
     angles = positions.float()[:, None, None] * frequencies  # (T, 1, D/2)
     cos = angles.cos() * factor
     sin = angles.sin() * factor
@@ -112,7 +106,8 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+        """attend(q, k, v) -> (T, H, D): the layer's own, so that one argument of Attend is given already."""
         q, k, v = self.heads(self.qkv(x), cos, sin)
         return self.out(attend(q, k, v).flatten(1))  # (T, H, D) -> (T, H D)
 
@@ -156,14 +151,13 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
-    """The transformer. `forward` gives hidden states; `logits` applies the LM head where the caller wants it.
-    """
+    """The transformer. `forward` gives hidden states; the caller applies `logits` where it needs them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -173,9 +167,8 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None
-        if not config.tie_word_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tie_word_embeddings else nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False)
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
         self.tree_attention = tree_attention  # fast.speed_up puts a faster one here, which knows a prefix too
@@ -202,9 +195,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, C) -> logits (N, V)."""
-        if self.head is None:
-            return F.linear(hidden, self.embed.weight)
-        return self.head(hidden)
+        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
 
     def logprobs(self, hidden: Tensor, target: Tensor) -> Tensor:
         """log p(target) after each hidden state: hidden (N, C), target (N,) -> (N,) at least fp32."""
@@ -244,21 +235,19 @@ class Tree:
         new_positions = []
         end = np.zeros(sum(map(len, sequences)), dtype=np.int64)
         size = 0  # tokens of the tree so far
-        last_ids = np.zeros(0, dtype=np.int64)
-        last_path = np.zeros(0, dtype=np.int64)
+        before = path = np.zeros(0, dtype=np.int64)  # the sequence before, and where its tokens stand
         for i in sorted(range(len(sequences)), key=sequences.__getitem__):
             ids = np.asarray(sequences[i], dtype=np.int64)
-            shared = common_prefix(last_ids, ids)
-            new = len(ids) - shared
-            end[last_path[shared:]] = size  # nothing more will continue these tokens
-            path = np.concatenate((last_path[:shared], np.arange(size, size + new)))
+            shared = common_prefix(before, ids)
+            positions = np.arange(shared, len(ids))  # of the tokens that are new
+            end[path[shared:]] = size  # nothing more will continue these tokens
+            path = np.concatenate((path[:shared], size + positions - shared))
             new_ids.append(ids[shared:])
-            new_positions.append(np.arange(shared, len(ids)))
-            size += new
-            last_ids = ids
-            last_path = path
+            new_positions.append(positions)
+            size += len(positions)
             self.paths[i] = path
-        end[last_path] = size
+            before = ids
+        end[path] = size
         self.ids = torch.from_numpy(np.concatenate(new_ids))
         self.positions = torch.from_numpy(np.concatenate(new_positions))
         self.end = torch.from_numpy(end[:size].copy())

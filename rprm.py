@@ -44,8 +44,7 @@ from plumbing.errors import BadInput
 from plumbing.queues import Relay, answers_of
 from plumbing.threads import choose_threads
 
-HERE = Path(__file__).parent
-DEFAULT_MODEL = HERE / "examples/arithmetic/base"
+DEFAULT_MODEL = Path(__file__).parent / "examples/arithmetic/base"
 
 
 # ------------------------------------------------------------------------------------------ cases and prompts
@@ -172,31 +171,20 @@ class Sampler(Relay):
         self.sampling = sampling
         self.reserve = reserved_tokens(tokenizer)
         self.engine = engine_class(
-            model,
-            tokenizer.eos_ids,
-            yes_no_ids(tokenizer),
-            sampling.temperature,
-            sampling.top_p,
-            sampling.max_new_tokens,
-            sampling.batch_size * sampling.k,
-            self.reserve,
-        )
+            model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
+            sampling.max_new_tokens, max_rows=sampling.batch_size * sampling.k, reserve=self.reserve)
         self.engine.suffix_of = self.missing_verification
         self.restart()
-
-    @property
-    def context(self) -> int:
-        return self.model.config.max_position_embeddings
 
     def prompt_ids(self, case: Case) -> list[int]:
         """The prompt's token ids. Raises TooLong."""
         ids = self.tokenizer.prompt(self.prompt.fill_pieces(case))
-        if len(ids) + self.reserve >= self.context:
+        most = self.engine.max_positions  # of the context, without those that are kept free
+        if len(ids) >= most:
             raise TooLong(
-                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, "
-                f"and {self.reserve + 1} more are needed, but the model's context is {self.context}; "
-                f"leave this case out or use a model with a longer context"
-            )
+                f"problem {case.problem[:50]!r}: the prompt has {len(ids)} tokens, and "
+                f"{self.reserve + 1} more are needed, but the model's context is {most + self.reserve}; "
+                f"leave this case out or use a model with a longer context")
         return ids
 
     def analyses(self, cases: Iterable[Case]) -> Iterator[tuple[int, list[Analysis]]]:
@@ -249,17 +237,13 @@ class Sampler(Relay):
 
     def with_verification(self, prompt: list[int], text: str) -> list[int]:
         """The ids of the prompt, a text behind it and the verification line."""
-        return prompt + self.analysis_ids(text) + self.verification_ids(text)
+        return prompt + self.tokenizer.continuation(prompt, text) + self.verification_ids(text)
 
     @cached_property
     def prompt_end(self) -> list[int]:
         """The last token of every prompt. How a tokenizer encodes an analysis's first word may depend on it.
         """
         return self.tokenizer.prompt(self.prompt.fill_pieces(BUILT_IN))[-1:]
-
-    def analysis_ids(self, text: str) -> list[int]:
-        """The ids of an analysis's text behind the prompt."""
-        return self.tokenizer.continuation(self.prompt_end, text)
 
     def missing_verification(self, ids: list[int]) -> list[int]:
         """The verification line, the engine's suffix, if a verdict is missing and is to be forced."""
@@ -311,14 +295,11 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))  # (T, C)
     hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
     target = tree.ids[torch.from_numpy(responses).to(device)]                 # (N,)
-    logprobs = []
     chunk = chunk or head_chunk(device, len(tree))
-    for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        logprobs.append(
-            recomputed_in_backward(model.logprobs, some_hidden, some_target, use_reentrant=False)
-        )
+    logprobs = torch.cat([recomputed_in_backward(model.logprobs, *part, use_reentrant=False)
+                          for part in zip(hidden.split(chunk), target.split(chunk), strict=True)])  # (N,)
     lengths = [len(path) - start for path, start in spans]
-    return torch.stack([of_response.sum() for of_response in torch.cat(logprobs).split(lengths)])
+    return torch.stack([of_response.sum() for of_response in logprobs.split(lengths)])
 
 
 def sft_loss(logprobs: Tensor, n_tokens: int) -> Tensor:
@@ -329,17 +310,9 @@ def sft_loss(logprobs: Tensor, n_tokens: int) -> Tensor:
     return -logprobs.sum() / n_tokens
 
 
-def dpo_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_lengths: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    ipo: bool = False,
-    nll: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+             chosen_lengths: Tensor, beta: float, label_smoothing: float = 0.0, ipo: bool = False,
+             nll: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The preference loss per pair and the implicit rewards of chosen and rejected, all (pairs,).
 
     chosen, rejected: log π(y | case) under the policy, summed over tokens; ref_*: the same under the frozen
@@ -347,9 +320,9 @@ def dpo_loss(
     token in some libraries, sums here). With label smoothing: the expected loss if that share of the pairs is
     the wrong way round ("conservative" DPO). Plus `nll` times the chosen response's mean NLL.
     """
-    chosen_rewards = beta * (chosen - ref_chosen).detach()
-    rejected_rewards = beta * (rejected - ref_rejected).detach()
-    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    chosen_ratio = chosen - ref_chosen  # log π / π_ref
+    rejected_ratio = rejected - ref_rejected
+    margin = chosen_ratio - rejected_ratio
     if ipo:
         right_way = (margin - 1 / (2 * beta)) ** 2
         wrong_way = (-margin - 1 / (2 * beta)) ** 2
@@ -358,7 +331,7 @@ def dpo_loss(
         wrong_way = -F.logsigmoid(-beta * margin)
     losses = right_way * (1 - label_smoothing) + wrong_way * label_smoothing
     losses = losses - nll * chosen / chosen_lengths
-    return losses, chosen_rewards, rejected_rewards
+    return losses, beta * chosen_ratio.detach(), beta * rejected_ratio.detach()
 
 
 # ---------------------------------------------------------------------------------- from a checkpoint folder

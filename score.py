@@ -13,7 +13,6 @@ A step is predicted wrong when its reward is below the threshold; the prediction
 there is none. A solution is judged no further than its first step predicted wrong, which gives the same
 prediction (--all-steps goes on).
 """
-
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +41,6 @@ from plumbing.rounds import in_order, round_size, rounds
 from rprm import Analysis, Case, Sampler, reward
 
 # ---------------------------------------------------------------------------------------------- judge
-
 
 def judge(config: JudgeConfig) -> None:
     """solutions -> scores.jsonl: a reward for each step, and the benchmarks' tables (the default command)."""
@@ -112,20 +110,17 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
 
 def print_work(config: JudgeConfig, sampler: Sampler, seconds: float) -> None:
     """The last lines: what was computed, over all ranks."""
-    [tokens] = ranks.total(sampler.engine.new_tokens)
-    rate = tokens / seconds
-    print(f"model: {config.model}; {seconds:.1f} s, {tokens:.0f} tokens sampled ({rate:.0f} tokens/s)")
+    [n] = ranks.total(sampler.engine.new_tokens)
+    print(f"model: {config.model}; {seconds:.1f} s, {n:.0f} tokens sampled ({n / seconds:.0f} tokens/s)")
     if config.server:
         print(sampler.engine.tally())
 
 
 # --------------------------------------------------------------------------------------------- judging steps
 
-
 @dataclass
 class OpenSolution:
     """A solution that is being judged, and the analyses of its steps that have come."""
-
     index: int  # among the solutions that are judged together
     source: str
     solution: Solution
@@ -155,17 +150,15 @@ class OpenSolution:
         return max(predictions) + 1
 
     def is_complete(self) -> bool:
-        wanted = len(self.solution.steps) if self.at_once else self.n_wanted()
-        return len(self.analyses) == wanted
+        return len(self.analyses) == (len(self.solution.steps) if self.at_once else self.n_wanted())
 
     def line(self) -> dict:
         judged = self.judged[:self.n_wanted()]
         return score_line(self.source, self.solution, judged, self.config.k, self.config.threshold)
 
 
-def judge_all(
-    sampler: Sampler, solutions: Iterable[tuple[str, Solution]], config: JudgeConfig
-) -> Iterator[tuple[int, dict]]:
+def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]],
+              config: JudgeConfig) -> Iterator[tuple[int, dict]]:
     """(index of the solution, its line of scores.jsonl), as the solutions are completed. `solutions` is read
     as room is found.
 
@@ -206,7 +199,6 @@ def judge_all(
 
 # -------------------------------------------------------------------------------------- from other programs
 
-
 class Judge:
     """The rewards of solutions' steps, for other programs. PYTHONPATH names this file's folder.
 
@@ -225,11 +217,8 @@ class Judge:
 
         With a URL `name` is the model's there, and tokenizer="FOLDER" is needed. Raises BadInput.
         """
-        if "://" in model:
-            config = ServedConfig(model=name, server=model, **flags)
-        else:
-            config = ServedConfig(model=model, **flags)
-        self.sampler = load_sampler(config, k, force)
+        where = {"model": name, "server": model} if "://" in model else {"model": model}
+        self.sampler = load_sampler(ServedConfig(**where, **flags), k, force)
 
     def rewards(self, problem: str, steps: Sequence[str]) -> list[float | None]:
         """The reward of each step of a solution."""
@@ -237,9 +226,8 @@ class Judge:
 
     def rewards_of(self, solutions: Iterable[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
         """The rewards of each (problem, steps), all judged side by side."""
-        cases = []
-        for problem, steps in solutions:
-            cases.append([Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)])
+        cases = [[Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)]
+                 for problem, steps in solutions]
         rewards = iter(self.judge(chain.from_iterable(cases)))
         return [list(islice(rewards, len(own))) for own in cases]
 
@@ -253,10 +241,5 @@ class Judge:
 
 
 if __name__ == "__main__":
-    run(
-        (JudgeConfig, judge),
-        (ThresholdConfig, threshold),
-        (BestConfig, best),
-        (ReportConfig, report),
-        default="judge",
-    )
+    run((JudgeConfig, judge), (ThresholdConfig, threshold), (BestConfig, best), (ReportConfig, report),
+        default="judge")

@@ -13,8 +13,7 @@ of other public formats (formats/turns.py).
 The defaults are the paper's settings, with the usual beta 0.1, which it does not state.
 """
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Callable
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from model import Decoder
 from plumbing import cli, ranks
 from plumbing.run import Run, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
-from plumbing.table import StoredTable
 from rprm import dpo_loss, response_logprobs
 
 
@@ -54,12 +52,8 @@ def main(config: Config) -> None:
     train, validation, results = prepare(config, model, config.model, read_pair)
     steps, batch_of = plan(config, model, train, pack)
 
-    reference = reference_logprobs(model, train, config.batch_size, table_of(config, model, train))
-    if validation:
-        validation_reference = reference_logprobs(
-            model, validation, config.batch_size, table_of(config, model, validation))
-    loss_of_pairs = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing,
-                            ipo=config.ipo, nll=config.nll)
+    reference = reference_logprobs(config, model, train)
+    validation_reference = reference_logprobs(config, model, validation) if validation else None
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay, config.beta2, config.adamw_8bit)
     run = Run(config.out, settings, model, optimizer, steps, config.save_every, config.keep, config.resume,
@@ -69,7 +63,7 @@ def main(config: Config) -> None:
         numbers = batch_of(step)
         means = ranks.Means()
         for batch in deal(pack(train.units(numbers), config.micro_tokens)):
-            losses = pair_losses(model, batch, reference, loss_of_pairs, means)  # (pairs,)
+            losses = pair_losses(config, model, batch, reference, means)  # (pairs,)
             (losses.sum() / len(numbers)).backward()  # several ranks add up their gradients
         metrics = means.result()
         norm = ranks.whole(clip_grad_norm_(model.parameters(), config.clip)).item()
@@ -78,18 +72,18 @@ def main(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         run.log("train", metrics | {"left_out": train.n_left_out, "lr": lr, "grad_norm": norm},
                 shown=("loss", "accuracy", "margin"))
         if validation and run.is_due(config.eval_every):
-            metrics = evaluate(model, validation, validation_reference, loss_of_pairs, config.batch_size)
+            metrics = evaluate(config, model, validation, validation_reference)
             run.log("validation", metrics, shown=("loss", "accuracy", "margin", "chosen_logprob"))
             run.keep_if_best(metrics["loss"], validation.path)
     run.finish()
 
 
-def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_of_pairs: Callable,
+def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np.ndarray,
                 means: ranks.Means) -> Tensor:
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
     with precision(model.device):  # on a GPU the matrix products are in bf16
@@ -97,8 +91,9 @@ def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_o
     chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)  # (pairs,) each
     frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)  # (pairs, 2)
     lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
-    losses, chosen_rewards, rejected_rewards = loss_of_pairs(
-        chosen, rejected, frozen[:, 0], frozen[:, 1], lengths[:, 0])
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen, rejected, frozen[:, 0], frozen[:, 1], lengths[:, 0],
+        config.beta, config.label_smoothing, config.ipo, config.nll)
     means.add(
         len(batch.examples),
         loss=losses,
@@ -115,24 +110,23 @@ def pair_losses(model: Decoder, batch: MicroBatch, reference: np.ndarray, loss_o
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, pairs: Examples, reference: np.ndarray, loss_of_pairs: Callable,
-             batch_size: int) -> dict[str, float]:
+def evaluate(config: Config, model: Decoder, pairs: Examples, reference: np.ndarray) -> dict[str, float]:
     """The means over a file."""
     means = ranks.Means()
-    for numbers in pairs.in_file_order(batch_size):
+    for numbers in pairs.in_file_order(config.batch_size):
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
-            pair_losses(model, batch, reference, loss_of_pairs, means)
+            pair_losses(config, model, batch, reference, means)
     return means.result()
 
 
 @torch.no_grad()
-def reference_logprobs(model: Decoder, pairs: Examples, batch_size: int, table: StoredTable) -> np.ndarray:
+def reference_logprobs(config: Config, model: Decoder, pairs: Examples) -> np.ndarray:
     """log π_ref of chosen and rejected for each pair of a file, fp32 (pairs, 2).
 
     model: the policy before its first update, which is the reference. New adapters change nothing (B = 0)
-    table: keeps the numbers beside the pairs, so that a sweep over beta computes them once
     """
-    for numbers in table.missing(list(pairs.in_file_order(batch_size))):
+    table = table_of(config, model, pairs)  # a file beside the pairs: a sweep over beta computes it once
+    for numbers in table.missing(list(pairs.in_file_order(config.batch_size))):
         found = {}  # this rank's pairs: number -> (chosen, rejected)
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             with precision(model.device):

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         tree_tokens = sum(len(batch.tree) for batch in batches)
         run.log("train", {"loss": loss, "tokens": n_tokens, "tree_tokens": tree_tokens,

@@ -49,10 +49,6 @@ class ServerSampler(Sampler):
         self.reserve = reserve
         self.jobs = Jobs()
 
-    @property
-    def context(self) -> float:
-        return self.engine.max_positions + self.reserve
-
     # ------------------------------------------------------------------------------------------ pushed
 
     def restart(self) -> None:
@@ -115,9 +111,11 @@ class ServerSampler(Sampler):
                 if at is not None and self.engine.yes_no.has(tokens[at]):
                     p_yes = self.engine.yes_no.p_yes(choice.top[at])
                 else:
-                    unread[i] = prompt + self.analysis_ids(choice.text[:letter].rstrip(" "))
+                    unread[i] = prompt + self.tokenizer.continuation(
+                        prompt, choice.text[:letter].rstrip(" "))
             elif self.sampling.force:
-                unread[i] = prompt + self._ids(tokens, choice.text) + self.verification_ids(choice.text)
+                ids = self._ids(prompt, tokens, choice.text)
+                unread[i] = prompt + ids + self.verification_ids(choice.text)
             found.append(Analysis(choice.text, verdict, p_yes, len(tokens), choice.finished))
         for i, p_yes in zip(unread, self.engine.read_p_yes(list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes, forced=found[i].verdict is None)
@@ -134,10 +132,10 @@ class ServerSampler(Sampler):
             is_end = last == "" or not choice.text.endswith(last)
         return choice.tokens[:-1] if is_end else choice.tokens
 
-    def _ids(self, tokens: list[Token], text: str) -> list[int]:
+    def _ids(self, prompt: list[int], tokens: list[Token], text: str) -> list[int]:
         """The ids of the tokens, if the server told them; else those of the text."""
         has_ids = all(isinstance(token, int) for token in tokens)
-        return tokens if has_ids else self.analysis_ids(text)
+        return tokens if has_ids else self.tokenizer.continuation(prompt, text)
 
     def _verdict_token(self, tokens: list[Token], rest: str) -> int | None:
         """The index of the token with the verdict's first letter; the text from there on is `rest`.

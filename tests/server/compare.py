@@ -162,7 +162,7 @@ def read_again(here: Sampler, prompt: list[int], analyses: list[Analysis], ids: 
             sequences.append(prompt + own[:at])
         else:
             before = before_verdict(analysis.text)
-            sequences.append(prompt + here.analysis_ids(before) + here.verification_ids(before))
+            sequences.append(prompt + here.tokenizer.continuation(prompt, before) + here.verification_ids(before))
     return [replace(analysis, p_yes=p_yes)
             for analysis, p_yes in zip(analyses, here.engine.read_p_yes(sequences), strict=True)]
 
