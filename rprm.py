@@ -26,15 +26,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed_in_backward
 
 import fast
-from checkpoint import DTYPES, ChatTokenizer, load_for_sampling, load_tokenizer
+from checkpoint import DTYPES, ChatTokenizer, load_for_sampling, load_tokenizer, read_template_args
 from checkpoint.flags import SamplerConfig
-from checkpoint.prompt import (
-    read_prompt,
-    read_template_args,
-    split_prompt,
-    tell_conversation,
-    travelled_prompt,
-)
+from checkpoint.prompt import read_prompt, split_prompt, tell_conversation, travelled_prompt
 from formats.case_text import print_judged
 from formats.verdicts import VERIFICATION, before_verdict, find_verdict, parse_verdict
 from generate import Continuation, Engine, Request
@@ -103,8 +97,7 @@ class Analysis:
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """The token ids of " Yes" and " No" after the verification question. BadInput if either is not one token.
-    """
+    """The token ids of " Yes" and " No" after the verification question. BadInput if either is not one."""
     question = tokenizer.encode(VERIFICATION)
     yes = tokenizer.encode(VERIFICATION + " Yes")
     no = tokenizer.encode(VERIFICATION + " No")
@@ -151,11 +144,6 @@ class Sampler(Relay):
     (`Relay`, plumbing/queues.py, has `add`, `busy` and `step`. It hands on what `request_of` and `answer_of`
     make.) The analyses of a case depend on the seed, the case and the sample's number. A case whose prompt is
     longer than the context has none: [].
-
-    P(Yes) is the softmax over the tokens " Yes" and " No" where the verdict was written. If it was written in
-    other tokens ("**Yes", "yes", "\\boxed{Yes}"), these two are not what the model chose between there. Then
-    P(Yes) is read in a second pass, with the verification line in place of that verdict. So every analysis is
-    measured by the same two tokens.
 
     engine_class: generate.Engine, the plain one, or that of fast.for_sampling(model)
     revise: what is made of a case's analyses before they are given out, as by formats/samples.add_verdicts
@@ -207,11 +195,11 @@ class Sampler(Relay):
         return self.revise(found, request.seeds, partial(self.p_yes_after, request.ids))
 
     def to_analyses(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
-        """The continuations as analyses. Where P(Yes) is read:
+        """The continuations as analyses. P(Yes) always compares the tokens " Yes" and " No". It is read:
 
-        verdict in the tokens " Yes" or " No"    where it was sampled
-        verdict in other tokens                  after the text before it and the verification line
-        no verdict                               after the text and the verification line, if --force
+        verdict in one of these tokens       where the verdict was sampled
+        verdict in others (yes, **Yes)       in a second pass, with the verification line in its place
+        no verdict                           after the text and the verification line, if --force
         """
         found = []
         unread = {}  # index of the analysis -> the text after which P(Yes) is read
@@ -241,8 +229,7 @@ class Sampler(Relay):
 
     @cached_property
     def prompt_end(self) -> list[int]:
-        """The last token of every prompt. How a tokenizer encodes an analysis's first word may depend on it.
-        """
+        """The last token of every prompt, on which the tokens of an analysis's first word may depend."""
         return self.tokenizer.prompt(self.prompt.fill_pieces(BUILT_IN))[-1:]
 
     def missing_verification(self, ids: list[int]) -> list[int]:
@@ -272,8 +259,7 @@ def analysis_seed(seed: int, case: Case, k: int) -> int:
 
 
 def reward(analyses: Sequence[Analysis]) -> float | None:
-    """R = 1/K * sum_k P(Yes | case, analysis_k), over the analyses that have a P(Yes); None if none has one.
-    """
+    """R = 1/K * sum_k P(Yes | case, analysis_k) over the analyses that have a P(Yes); None if none has."""
     p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
     return sum(p_yes) / len(p_yes) if p_yes else None
 
@@ -341,16 +327,17 @@ def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = 
     return Prompt(*read_prompt(prompt_file, travelled, direct))
 
 
-def load_local_sampler(
-    config: SamplerConfig, k: int, force: bool, direct: bool = False, batch_size: int = 1
-) -> Sampler:
-    """The sampler of a checkpoint folder, with its tokenizer and its prompt.
+def load_sampler(config: SamplerConfig, k: int, force: bool, direct: bool = False) -> Sampler:
+    """The sampler of a checkpoint folder, with its tokenizer and its prompt; with --server that of its model.
 
     direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
     """
+    if config.server is not None:
+        from server import load_served  # here, as nothing else needs it
+        return load_served(config, k, force, direct)
     prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
     sampling = Sampling(
-        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
+        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force)
     if direct:
         sampling = without_analysis(sampling)
     model = load_for_sampling(
@@ -372,9 +359,8 @@ class Config(SamplerConfig):
     k: Annotated[int, "analyses", (1, None)] = 10
     max_new_tokens: Annotated[int, "tokens per analysis at most", (1, None)] = 512
     html: Annotated[str | None, "page to write: the analyses as the tree in which they branch"] = None
-    force: Annotated[
-        bool, "read P(Yes) after an added verification line where an analysis has no verdict"
-    ] = True
+    force: Annotated[bool, "read P(Yes) after an added verification line where an analysis has no "
+                           "verdict"] = True
 
 
 BUILT_IN = Case("At first Mia has 34 shells. Then Tom gives 27 to Mia. Now Mia sells to Ann 18. "
@@ -386,7 +372,7 @@ def main(config: Config) -> None:
     case = given_case(config.problem, config.step)
     if not config.plain:
         fast.keep_freed_memory()
-    sampler = load_local_sampler(config, config.k, config.force)
+    sampler = load_sampler(config, config.k, config.force)
     sampler.prompt_ids(case)  # says so, if it is longer than the context
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])

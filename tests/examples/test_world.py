@@ -14,8 +14,8 @@ import claims
 import report
 import world
 from formats.verdicts import parse_verdict
-from checkpoint.flags import SamplerConfig
-from rprm import Case, load_local_sampler
+from checkpoint.flags import ServedConfig
+from rprm import Case, load_sampler
 
 
 def drawn(count, correct, kinds=world.KINDS_OF_ERROR, seed=0):
@@ -109,7 +109,7 @@ def test_the_embedded_base_knows_the_form_and_judges_poorly():
         problem, steps, label = world.draw(rng, 0.5, i % 2 == 0)
         index = label if label >= 0 else int(rng.integers(len(steps)))
         cases.append(Case(problem.text, tuple(step.text for step in steps[:index]), steps[index].text, label < 0))
-    sampler = load_local_sampler(SamplerConfig(model=str(WORLD / "base"), max_new_tokens=120), 4, force=False, batch_size=60)
+    sampler = load_sampler(ServedConfig(model=str(WORLD / "base"), max_new_tokens=120, batch_size=60), 4, force=False)
     verdicts = [(a.verdict, cases[i].label) for i, analyses in sampler.analyses(cases) for a in analyses]
     assert np.mean([verdict is not None for verdict, _ in verdicts]) >= 0.95
     assert 0.52 < np.mean([verdict == label for verdict, label in verdicts]) < 0.88  # 60 to 80% over many cases; 60 stray
