@@ -273,15 +273,15 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     before it. Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass
     makes their logits again.
     """
-    device = tree.ids.device
+    tree = tree.to(model.device)
     spans = list(zip(tree.paths, starts, strict=True))
     predictors = np.concatenate([path[start - 1:-1] for path, start in spans])
     responses = np.concatenate([path[start:] for path, start in spans])
 
     hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))  # (T, C)
-    hidden = hidden.index_select(0, torch.from_numpy(predictors).to(device))  # (N, C)
-    target = tree.ids[torch.from_numpy(responses).to(device)]                 # (N,)
-    chunk = chunk or head_chunk(device, len(tree))
+    hidden = hidden.index_select(0, torch.from_numpy(predictors).to(model.device))  # (N, C)
+    target = tree.ids[torch.from_numpy(responses).to(model.device)]                 # (N,)
+    chunk = chunk or head_chunk(model.device, len(tree))
     logprobs = torch.cat([recomputed_in_backward(model.logprobs, *part, use_reentrant=False)
                           for part in zip(hidden.split(chunk), target.split(chunk), strict=True)])  # (N,)
     lengths = [len(path) - start for path, start in spans]

@@ -87,7 +87,7 @@ def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np
                 means: ranks.Means) -> Tensor:
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
     with precision(model.device):  # on a GPU the matrix products are in bf16
-        logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
+        logprobs = response_logprobs(model, batch.tree, batch.starts)  # (2 * pairs,)
     chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)  # (pairs,) each
     frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)  # (pairs, 2)
     lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
@@ -130,7 +130,7 @@ def reference_logprobs(config: Config, model: Decoder, pairs: Examples) -> np.nd
         found = {}  # this rank's pairs: number -> (chosen, rejected)
         for batch in deal(pack(pairs.units(numbers), pairs.micro_tokens)):
             with precision(model.device):
-                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (2 * pairs,)
+                logprobs = response_logprobs(model, batch.tree, batch.starts)  # (2 * pairs,)
             found.update(zip(batch.examples, logprobs.view(-1, 2).tolist()))
         table.fill(numbers, found)
     return table.finish()

@@ -55,7 +55,7 @@ def main(config: Config) -> None:
         loss = 0.0
         for batch in deal(batches):
             with precision(model.device):  # on a GPU the matrix products are in bf16
-                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)  # (examples,)
+                logprobs = response_logprobs(model, batch.tree, batch.starts)  # (examples,)
             batch_loss = sft_loss(logprobs, n_tokens)
             batch_loss.backward()  # several ranks add up their gradients
             loss += batch_loss.item()
@@ -88,7 +88,7 @@ def evaluate(model: Decoder, examples: Examples, batch_size: int) -> float:
         n_tokens += sum(sum(batch.lengths) for batch in batches)
         for batch in deal(batches):
             with precision(model.device):
-                logprobs = response_logprobs(model, batch.tree.to(model.device), batch.starts)
+                logprobs = response_logprobs(model, batch.tree, batch.starts)
             total -= logprobs.sum().item()
     [total] = ranks.total(total)
     return total / n_tokens
