@@ -30,11 +30,12 @@ from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
 from plumbing.cli import print_config, run
+from plumbing.files import fingerprint
 from plumbing.journal import Journal
 from plumbing.packing import fill_evenly
 from plumbing.progress import Progress
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import Analysis, Case, fingerprint, load_prompt, load_sampler
+from rprm import Analysis, Case, load_prompt, load_sampler
 
 # ---------------------------------------------------------------------------------------------- samples
 
@@ -131,7 +132,7 @@ def select(analyses: list[Analysis], case: Case, counts: Counter,
     right = []
     wrong = []
     for a in analyses:
-        is_right = parse_verdict(a.text) == case.label
+        is_right = parse_verdict(a.text) == case.label  # of the text, as that is what is trained on
         if not a.finished:
             counts["dropped: cut off at --max-new-tokens"] += 1
         elif not has_one_verdict(a.text):

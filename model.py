@@ -107,7 +107,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
-        """attend(q, k, v) -> (T, H, D): the layer's own, so that one argument of Attend is given already."""
+        """attend(q, k, v) -> (T, H, D): an `Attend` that has its layer."""
         q, k, v = self.heads(self.qkv(x), cos, sin)
         return self.out(attend(q, k, v).flatten(1))  # (T, H, D) -> (T, H D)
 
@@ -157,22 +157,27 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The transformer. `forward` gives hidden states; the caller applies `logits` where it needs them."""
+    """The transformer. `forward` gives hidden states; the caller applies `logits` where it needs them.
+
+    fast.speed_up puts faster functions in the place of some of these, which is why `heads`, `activate` and
+    `logprobs` are functions of their own.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         table = torch.empty(config.vocab_size, config.hidden_size)
-        # nn.Embedding's default initialisation imports 800 modules
+        # nn.Embedding(V, C) would draw values, and on the meta device that imports sympy, a second's work
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None if config.tie_word_embeddings else nn.Linear(
-            config.hidden_size, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Recompute each layer in the backward pass: less memory, a third more work
         self.checkpoint_activations = False
         self.tree_attention = tree_attention  # fast.speed_up puts a faster one here, which knows a prefix too
-        self.frequencies = rope_frequencies(config)  # (D/2,)
+        self.frequencies = rope_frequencies(config)  # (D/2,), and no buffer, as .to(bfloat16) would round it
 
     @property
     def device(self) -> torch.device:

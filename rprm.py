@@ -6,12 +6,13 @@ the mean probability of Yes there:
 
     R = 1/K * sum_k P(Yes | case, analysis_k)
 
+where P(Yes) is a softmax over the logits of " Yes" and " No" alone (generate.yes_against_no).
+
 Run it to see the method at work on one case (--problem and --step, or a built-in one):
 
     python rprm.py
     python rprm.py --model FOLDER --problem "Tom has 3 apples and buys 4." --step "He has 3 + 4 = 8 apples."
 """
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from generate import Continuation, Engine, Request
 from model import Decoder, Tree, head_chunk
 from plumbing.cli import print_config, run
 from plumbing.errors import BadInput
+from plumbing.files import fingerprint
 from plumbing.queues import Relay, answers_of
 from plumbing.threads import choose_threads
 
@@ -94,6 +96,12 @@ class Analysis:
     n_tokens: int
     finished: bool        # False: cut off at max_new_tokens
     forced: bool = False  # no verdict was written: p_yes was read after an added verification line
+
+
+def reward(analyses: Sequence[Analysis]) -> float | None:
+    """R = 1/K * sum_k P(Yes | case, analysis_k) over the analyses that have a P(Yes); None if none has."""
+    p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
+    return sum(p_yes) / len(p_yes) if p_yes else None
 
 
 def yes_no_ids(tokenizer: ChatTokenizer) -> tuple[int, int]:
@@ -194,7 +202,7 @@ class Sampler(Relay):
             return found
         return self.revise(found, request.seeds, partial(self.p_yes_after, request.ids))
 
-    def to_analyses(self, prompt: list[int], continuations: list[Continuation]) -> list[Analysis]:
+    def to_analyses(self, prompt_ids: list[int], continuations: list[Continuation]) -> list[Analysis]:
         """The continuations as analyses. P(Yes) always compares the tokens " Yes" and " No". It is read:
 
         verdict in one of these tokens       where the verdict was sampled
@@ -215,17 +223,17 @@ class Sampler(Relay):
             found.append(Analysis(text, verdict.yes, c.p_yes[at], len(c.ids), finished))
             if c.ids[at] not in self.engine.yes_no:
                 unread[i] = before_verdict(text)
-        for i, p_yes in zip(unread, self.p_yes_after(prompt, list(unread.values())), strict=True):
+        for i, p_yes in zip(unread, self.p_yes_after(prompt_ids, list(unread.values())), strict=True):
             found[i] = replace(found[i], p_yes=p_yes)
         return found
 
-    def p_yes_after(self, prompt: list[int], texts: list[str]) -> list[float | None]:
+    def p_yes_after(self, prompt_ids: list[int], texts: list[str]) -> list[float | None]:
         """P(Yes) after the prompt, each text and the verification line. None: a server may not know it."""
-        return self.engine.read_p_yes([self.with_verification(prompt, text) for text in texts])
+        return self.engine.read_p_yes([self.with_verification(prompt_ids, text) for text in texts])
 
-    def with_verification(self, prompt: list[int], text: str) -> list[int]:
+    def with_verification(self, prompt_ids: list[int], text: str) -> list[int]:
         """The ids of the prompt, a text behind it and the verification line."""
-        return prompt + self.tokenizer.continuation(prompt, text) + self.verification_ids(text)
+        return prompt_ids + self.tokenizer.continuation(prompt_ids, text) + self.verification_ids(text)
 
     @cached_property
     def prompt_end(self) -> list[int]:
@@ -246,32 +254,20 @@ class Sampler(Relay):
         return self.tokenizer.continuation(text or self.prompt_end, line)
 
 
-def fingerprint(*values: object) -> int:
-    """A 64-bit number from what the values say, the same in every run."""
-    content = repr(values).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
 def analysis_seed(seed: int, case: Case, k: int) -> int:
     """The seed of an analysis, an int64: from the seed, what the case says, and the sample's number."""
     number = fingerprint(seed, case.problem, tuple(case.previous_steps), case.now_step, k)
     return number - 2 ** 64 if number >= 2 ** 63 else number
 
 
-def reward(analyses: Sequence[Analysis]) -> float | None:
-    """R = 1/K * sum_k P(Yes | case, analysis_k) over the analyses that have a P(Yes); None if none has."""
-    p_yes = [a.p_yes for a in analyses if a.p_yes is not None]
-    return sum(p_yes) / len(p_yes) if p_yes else None
-
-
 # --------------------------------------------------------------------------------------------- the two losses
 
-def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int | None = None) -> Tensor:
+def response_logprobs(model: Decoder, tree: Tree, starts: list[int]) -> Tensor:
     """log π(response | prompt) of each sequence of a tree, summed over its response. -> (S,) at least fp32.
 
     starts: where each sequence's response begins (at least 1). Each response token is predicted at the token
-    before it. Only those pass the LM head, `chunk` at a time (default: head_chunk), and the backward pass
-    makes their logits again.
+    before it. Only those pass the LM head, some at a time (head_chunk), and the backward pass makes their
+    logits again.
     """
     tree = tree.to(model.device)
     spans = list(zip(tree.paths, starts, strict=True))
@@ -281,11 +277,12 @@ def response_logprobs(model: Decoder, tree: Tree, starts: list[int], chunk: int 
     hidden = model(tree.ids, tree.positions, model.tree_attention(tree.end))  # (T, C)
     hidden = hidden.index_select(0, torch.from_numpy(predictors).to(model.device))  # (N, C)
     target = tree.ids[torch.from_numpy(responses).to(model.device)]                 # (N,)
-    chunk = chunk or head_chunk(model.device, len(tree))
-    logprobs = torch.cat([recomputed_in_backward(model.logprobs, *part, use_reentrant=False)
-                          for part in zip(hidden.split(chunk), target.split(chunk), strict=True)])  # (N,)
+    chunk = head_chunk(model.device, len(tree))
+    logprobs = []  # those of all responses, (N,) together
+    for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk), strict=True):
+        logprobs.append(recomputed_in_backward(model.logprobs, some_hidden, some_target, use_reentrant=False))
     lengths = [len(path) - start for path, start in spans]
-    return torch.stack([of_response.sum() for of_response in logprobs.split(lengths)])
+    return torch.stack([of_response.sum() for of_response in torch.cat(logprobs).split(lengths)])
 
 
 def sft_loss(logprobs: Tensor, n_tokens: int) -> Tensor:

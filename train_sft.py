@@ -72,9 +72,9 @@ def main(config: Config) -> None:
         run.log("train", {"loss": loss, "tokens": n_tokens, "tree_tokens": tree_tokens,
                           "left_out": train.n_left_out, "lr": lr, "grad_norm": norm}, shown=("loss", "lr"))
         if validation and run.is_due(config.eval_every):
-            loss = evaluate(model, validation, config.batch_size)
-            run.log("validation", {"loss": loss}, shown=("loss",))
-            run.keep_if_best(loss, validation.path)
+            validation_loss = evaluate(model, validation, config.batch_size)
+            run.log("validation", {"loss": validation_loss}, shown=("loss",))
+            run.keep_if_best(validation_loss, validation.path)
     run.finish()
 
 

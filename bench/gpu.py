@@ -205,7 +205,7 @@ def train(config: Config, what: str, peak: dict) -> dict:
                 loss = sft_loss(logprobs, sum(responses))
             loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     took = seconds(config, step, config.steps)
     passes = {"sft": 3, "dpo": 4, "lora": 2}[what]  # a pass back through frozen weights has one product, and not two
     tokens = sum(len(tree) for tree, _ in trees)

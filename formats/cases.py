@@ -10,8 +10,7 @@ from tqdm import tqdm
 from formats.readers import read_labelled_steps
 from plumbing.cli import print_config, print_table
 from plumbing.errors import BadInput
-from plumbing.files import json_line, refuse_existing, writing
-from rprm import fingerprint
+from plumbing.files import fingerprint, json_line, refuse_existing, writing
 
 
 @dataclass(frozen=True)

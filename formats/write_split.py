@@ -11,8 +11,8 @@ from tqdm import tqdm
 from checkpoint.prompt import write_prompt
 from plumbing.cli import print_table
 from plumbing.errors import BadInput
-from plumbing.files import json_line, refuse_existing, writing
-from rprm import Case, fingerprint
+from plumbing.files import fingerprint, json_line, refuse_existing, writing
+from rprm import Case
 
 Example = tuple[Case, dict]  # a case, and the line that is written
 

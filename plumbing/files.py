@@ -130,6 +130,12 @@ def content_hash(words: str, paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(*values: object) -> int:
+    """A 64-bit number from what the values say, the same in every run."""
+    content = repr(values).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 # ---------------------------------------------------------------------------------------------- writing
 
 @contextmanager

@@ -41,12 +41,12 @@ def separate(model, units):
     return torch.stack(found)
 
 
-def packed(model, units, micro_tokens, **options):
+def packed(model, units, micro_tokens):
     """The same through trees of at most micro_tokens, in the order of `units`."""
     found = {}
     batches = pack(units, micro_tokens)
     for batch in batches:
-        logprobs = iter(response_logprobs(model, batch.tree, batch.starts, **options))
+        logprobs = iter(response_logprobs(model, batch.tree, batch.starts))
         found |= {i: [next(logprobs) for _ in units[i][1]] for i in batch.examples}
     return torch.stack([value for i in units for value in found[i]])
 
@@ -62,10 +62,11 @@ WEIGHTS = torch.tensor([1.0, -0.5, 2.0, 0.3, 1.5, -1.0, 0.7, 1.1], dtype=torch.f
 
 @pytest.mark.parametrize("micro_tokens", [20, 33, 1000])
 @pytest.mark.parametrize("chunk", [1, 7, 256])
-def test_packed_equals_separate_with_gradients(model, micro_tokens, chunk):
+def test_packed_equals_separate_with_gradients(model, micro_tokens, chunk, monkeypatch):
     """Whatever the trees and chunks: log-probabilities and every gradient to 1e-9 in fp64 (so k micro-batches = one)."""
     expected = separate(model, UNITS)
-    found = packed(model, UNITS, micro_tokens, chunk=chunk)
+    monkeypatch.setattr("rprm.head_chunk", lambda *_: chunk)
+    found = packed(model, UNITS, micro_tokens)
     assert (found - expected).abs().max() < 1e-9
     ours, theirs = gradients(model, (found * WEIGHTS).sum()), gradients(model, (expected * WEIGHTS).sum())
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-9

@@ -170,7 +170,7 @@ def test_packed_equals_separate_where_sequences_meet(tiny_folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder, checkpointed):
+def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder, checkpointed, monkeypatch):
     """About 900 tokens: a tree goes through attention 256 queries at a time, and this one needs four rounds."""
     rng = random.Random(0)
     words = lambda n: [rng.randrange(3, 400) for _ in range(n)]
@@ -183,7 +183,8 @@ def test_packed_equals_separate_in_trees_of_several_attention_blocks(tiny_folder
     weights = torch.linspace(-1, 2, 12, dtype=torch.float64)
     theirs = gradients(model, (expected * weights).sum())
     model.checkpoint_activations = checkpointed
-    found = response_logprobs(model, batch.tree, batch.starts, chunk=100)
+    monkeypatch.setattr("rprm.head_chunk", lambda *_: 100)
+    found = response_logprobs(model, batch.tree, batch.starts)
     assert (found - expected).abs().max() < 1e-9
     assert (gradients(model, (found * weights).sum()) - theirs).abs().max() < 1e-9
 

@@ -535,12 +535,14 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, make_sampler):
 
     One token less room is not.
     """
-    sampler = Sampler(load_model(tiny_folder), load_tokenizer(tiny_folder), Prompt(SHORT, "test"),
-                      Sampling(k=1, max_new_tokens=20))
+    def sampler_with(context: int | None) -> Sampler:
+        model = load_model(tiny_folder, context=context)
+        return Sampler(model, load_tokenizer(tiny_folder), Prompt(SHORT, "test"), Sampling(k=1, max_new_tokens=20))
+
+    sampler = sampler_with(None)
     need = len(sampler.prompt_ids(PENS)) + len(sampler.tokenizer.encode("\n" + VERIFICATION)) + 2
-    sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need)
-    assert len(analyses_of(sampler, [PENS])) == 1
-    sampler.model.config = dataclasses.replace(sampler.model.config, max_position_embeddings=need - 1)
+    assert len(analyses_of(sampler_with(need), [PENS])) == 1
+    sampler = sampler_with(need - 1)
     with pytest.raises(TooLong, match=f"'A box holds 24 pens.'.*context is {need - 1}; "):
         sampler.prompt_ids(PENS)
     short = Case("P", (), "1.")

@@ -33,7 +33,7 @@ from checkpoint import load_model, load_tokenizer
 from plumbing.cli import run
 from plumbing.errors import BadInput, Stopped
 from conftest import HANG, ROOT, kill_and_resume, make_config, start, wait_for_lines, write_checkpoint
-from formats.examples import Examples, reference_table
+from formats.examples import Examples
 from formats.turns import read_example, read_pair
 from formats.verdicts import VERIFICATION
 from plumbing.files import json_line
@@ -146,8 +146,8 @@ def read(path, read_row, tokenizer, micro_tokens=600, context=4096):
 
 def reference_of(model, folder, pairs, batch_size):
     """The reference's log-probabilities, through the table beside the pairs."""
-    table = reference_table(model, str(folder), None, batch_size, (), pairs)
-    return train_dpo.reference_logprobs(model, pairs, batch_size, table)
+    config = train_dpo.Config(model=str(folder), train=pairs.path, out="", batch_size=batch_size, device="cpu")
+    return train_dpo.reference_logprobs(config, model, pairs)
 
 
 def test_official_field_names_and_texts_train_as_they_are(tmp_path, tiny_folder):
