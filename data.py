@@ -29,7 +29,7 @@ from formats.verdicts import VERIFICATION, has_one_verdict, normal_form, parse_v
 from formats.write_split import Example, FilterConfig, SftConfig, write_split
 from model import Tree, common_prefix
 from plumbing import ranks
-from plumbing.cli import print_config, run
+from plumbing.cli import INPUT, print_config, run
 from plumbing.files import fingerprint
 from plumbing.journal import Journal
 from plumbing.packing import fill_evenly
@@ -41,7 +41,7 @@ from rprm import Analysis, Case, load_prompt, load_sampler
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(ServedConfig):
-    cases: Annotated[str, "cases.jsonl"]
+    cases: Annotated[str, "cases.jsonl", INPUT]
     out: Annotated[str, "samples.jsonl to write"]
     n: Annotated[int, "analyses per case", (1, None)] = 4
     complete: Annotated[bool, "write the verification line and the model's answer into analyses that lack "
@@ -60,7 +60,7 @@ def sample(config: SampleConfig) -> None:
     case_file = samples.CaseFile(config.cases)
     own = ranks.share(range(len(case_file))[:config.limit])  # this rank's cases
     size = round_size(config.batch_size, config.device, config.server is not None)
-    journal = Journal(config.out, config, size or 1)
+    journal = Journal(config.out, config, len(own), size or 1)
     tally = samples.SampleTally()
     for where, line in journal.check(samples.line_of_case(*case_file[i]) for i in own):  # of a killed run
         tally.add(line["id"], line["case"]["label"], samples.read_analyses(line, where))
@@ -131,10 +131,11 @@ def select(analyses: list[Analysis], case: Case, counts: Counter,
     """
     right = []
     wrong = []
+    counts["cases without analyses"] += not analyses
     for a in analyses:
         is_right = parse_verdict(a.text) == case.label  # of the text, as that is what is trained on
         if not a.finished:
-            counts["dropped: cut off at --max-new-tokens"] += 1
+            counts["dropped: cut off (--max-new-tokens or context)"] += 1
         elif not has_one_verdict(a.text):
             counts["dropped: no verdict at the end, or several"] += 1
         elif not (is_right or wrong_too):

@@ -43,7 +43,7 @@ class Continuation:
     ids: list[int]      # the sampled tokens, the end-of-text token not among them
     # p_yes[t] = P(Yes) / (P(Yes) + P(No)) where token t was sampled, the end-of-text token among them
     p_yes: list[float]
-    end: int | None     # the end-of-text token; None: it was cut off at max_new_tokens
+    end: int | None     # the end-of-text token; None: it was cut off, at max_new_tokens or the context
     p_yes_after_suffix: float | None = None  # P(Yes) behind these tokens and the engine's suffix for them
 
     @property

@@ -92,9 +92,9 @@ class Analysis:
     """One sampled analysis."""
     text: str
     verdict: bool | None  # what the final verification line says; None = missing or ambiguous
-    p_yes: float | None   # P(Yes) against P(No) at the verdict; None = no verdict, or a server does not tell
+    p_yes: float | None   # P(Yes) against P(No) at the verdict; None = it was not read, or no server tells it
     n_tokens: int
-    finished: bool        # False: cut off at max_new_tokens
+    finished: bool        # False: cut off at max_new_tokens or at the end of the context
     forced: bool = False  # no verdict was written: p_yes was read after an added verification line
 
 

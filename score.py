@@ -64,7 +64,7 @@ def judge(config: JudgeConfig) -> None:
 
 def judge_solution(config: JudgeConfig, source: str, solution: Solution) -> None:
     """Judge one solution and print its steps. With --out its line is written too."""
-    journal = Journal(config.out, config) if config.out else NoJournal()
+    journal = Journal(config.out, config, 1) if config.out else NoJournal()
     checked = journal.check([item_of(source, solution)])
     lines = [check_line(line, config.k, where) for where, line in checked]  # what a killed run left
     sampler = load_sampler(config, max(config.k), config.force, direct=config.direct)
@@ -83,7 +83,7 @@ def judge_benchmark(config: JudgeConfig, inputs: Inputs) -> None:
     own = ranks.share(range(len(inputs)))
     size = round_size(config.batch_size, config.device, config.server is not None)
     tally = Tally(config.k, config.thresholds)
-    journal = Journal(config.out, config, size or 1) if config.out else NoJournal()
+    journal = Journal(config.out, config, len(own), size or 1) if config.out else NoJournal()
     items = (item_to_judge(*inputs[i], config.best) for i in own)
     for where, line in journal.check(items):  # what a killed run left
         tally.add(check_line(line, config.k, where))

@@ -27,8 +27,9 @@ from formats.training import begin, plan, prepare, table_of
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
+from plumbing.cli import INPUT
 from plumbing.run import Run, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
+from plumbing.settings import DATA, TrainConfig, lora_settings
 from rprm import dpo_loss, response_logprobs
 
 

@@ -23,9 +23,10 @@ from formats.training import begin, plan, prepare
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
+from plumbing.cli import INPUT
 from plumbing.errors import BadInput
 from plumbing.run import Run, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, INPUT, TrainConfig, lora_settings
+from plumbing.settings import DATA, TrainConfig, lora_settings
 from rprm import response_logprobs, sft_loss
 
 

@@ -26,7 +26,7 @@ import fast
 from checkpoint import DTYPES, load_model, load_tokenizer
 from formats.answers import find_answer, same_answer, true_answer
 from generate import Continuation, Request
-from plumbing.cli import print_config, run
+from plumbing.cli import INPUT, print_config, run
 from plumbing.errors import BadInput
 from plumbing.files import get_field, json_line, read_jsonl, refuse_existing, writing
 from plumbing.queues import answers_of
@@ -41,7 +41,7 @@ PROMPT = ("Solve the problem step by step. Leave an empty line between two steps
 class Config:
     policy: Annotated[str, "checkpoint folder, or a server's URL"]
     judge: Annotated[str, "checkpoint folder, or a server's URL"]
-    problems: Annotated[str, "lines {\"problem\"}, perhaps with \"id\" and \"answer\""]
+    problems: Annotated[str, "lines {\"problem\"}, perhaps with \"id\" and \"answer\"", INPUT]
     out: Annotated[str, "solutions.jsonl to write"]
     n: Annotated[int, "candidates for the next step of a partial solution", (1, None)] = 8
     k: Annotated[int, "analyses of each candidate", (1, None)] = 10

@@ -1,7 +1,8 @@
 """Best-of-N: of several candidates for a problem, the one whose steps have the best rewards.
 
 The score of a candidate is an aggregate of its steps' rewards: their min, mean, last or product. The pick is
-the candidate with the highest score, of equals the first. Its accuracy stands beside
+the candidate with the highest score, of equals the first. Scores are compared to six digits, since the reward
+of the same step, judged twice, may differ by rounding. Its accuracy stands beside
 
     pass@1         the mean over all candidates
     vote           the answer that most candidates give; of equals the one that comes first
@@ -64,6 +65,11 @@ def aggregate(rewards: np.ndarray, how: str) -> float:
     return float(known.mean())
 
 
+def rank_of(score: float) -> float:
+    """The score as it is compared with others: scores that differ by rounding alone are equal."""
+    return round(score, 6)
+
+
 def weight(score: float, how: str) -> float:
     """What a vote with this score counts: the aggregate itself, 0 if there is none."""
     if score == -np.inf:
@@ -81,14 +87,14 @@ class Race:
     def __init__(self, how: str | None):
         """how: one of FALLING; None: nobody loses before the end."""
         self.how = how
-        self.best: dict[str, tuple[float, int]] = {}  # problem -> (score, -number) of the best
+        self.best: dict[str, tuple[float, int]] = {}  # problem -> (rank_of score, -number) of the best
 
     def finish(self, number: int, solution: Solution, steps: list[list[Analysis]]) -> None:
         """All steps of a candidate are judged. number: its number in the order of the candidates."""
         if self.how is None:
             return
         problem = solution.problem.strip()
-        own = score_by_now(steps, self.how), -number
+        own = rank_of(score_by_now(steps, self.how)), -number
         self.best[problem] = max(own, self.best.get(problem, own))
 
     def is_lost(self, number: int, solution: Solution, steps: list[list[Analysis]]) -> bool:
@@ -96,7 +102,7 @@ class Race:
         best = self.best.get(solution.problem.strip())
         if best is None:
             return False
-        score = score_by_now(steps, self.how)
+        score = rank_of(score_by_now(steps, self.how))
         return score > -np.inf and (score, -number) < best  # without any reward nothing is known yet
 
 
@@ -187,7 +193,7 @@ def picks(problem: Problem, aggregates: Sequence[str]) -> dict:
     }
     for how in aggregates:
         scores = [aggregate(candidate.rewards, how) for candidate in problem.candidates]
-        number = int(np.argmax(scores))
+        number = int(np.argmax([rank_of(score) for score in scores]))
         solution = problem.candidates[number].solution
         line["picks"][how] = {
             "candidate": number,
@@ -273,7 +279,8 @@ def accuracies(
         for how in aggregates
     }
     for how in aggregates:
-        found[how] = accuracy_of_best(np.argsort(-scores[how], kind="stable"), correct, n)
+        ranks = np.array([rank_of(score) for score in scores[how]])
+        found[how] = accuracy_of_best(np.argsort(-ranks, kind="stable"), correct, n)
     found["vote"] = accuracy_of_vote(classes, np.ones(len(correct)), correct, chosen)
     for how in aggregates:
         weights = np.array([weight(score, how) for score in scores[how]])

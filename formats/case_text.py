@@ -19,7 +19,7 @@ def print_case(case) -> None:
 
 
 def print_analysis(number: int, analysis) -> None:
-    print(f"\n--- {heading(number, analysis, ', cut off at --max-new-tokens')}")
+    print(f"\n--- {heading(number, analysis, ', cut off at --max-new-tokens or the context')}")
     print(analysis.text)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from tqdm import tqdm
 
 from formats.readers import read_labelled_steps
-from plumbing.cli import print_config, print_table
+from plumbing.cli import INPUT, print_config, print_table
 from plumbing.errors import BadInput
 from plumbing.files import fingerprint, json_line, refuse_existing, writing
 
@@ -20,6 +20,7 @@ class CasesConfig:
         "files, folders of shards, or - (standard input) with rows of public formats, "
         "which their fields tell apart: ProcessBench, PRMBench, PRM800K, Math-Shepherd, "
         "OpenR, TRL's stepwise rows, R-PRM's seed and evaluation rows",
+        INPUT,
     ]
     out: Annotated[str, "cases.jsonl to write"]
     limit: Annotated[int | None, "stop after so many solutions", (1, None)] = None

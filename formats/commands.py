@@ -6,7 +6,7 @@ from typing import Annotated
 from formats import best_of_n, threshold_study
 from formats.plots import import_pyplot
 from formats.scores import read_scores
-from plumbing.cli import print_config
+from plumbing.cli import INPUT, print_config
 from plumbing.files import json_line, refuse_existing, write_json, writing
 
 # ---------------------------------------------------------------------------------------------- threshold
@@ -15,9 +15,11 @@ from plumbing.files import json_line, refuse_existing, write_json, writing
 @dataclass(frozen=True)
 class ThresholdConfig:
     scores: Annotated[
-        tuple[str, ...], "scores.jsonl files by which the threshold is chosen (judged with --all-steps)"
+        tuple[str, ...],
+        "scores.jsonl files by which the threshold is chosen (judged with --all-steps)",
+        INPUT,
     ]
-    apply: Annotated[tuple[str, ...], "scores.jsonl files for which it is reported, beside 0.5"] = ()
+    apply: Annotated[tuple[str, ...], "scores.jsonl files for which it is reported, beside 0.5", INPUT] = ()
     k: Annotated[int | None, "use the first so many analyses of each step (default: all)", (1, None)] = None
     calibrate: Annotated[
         bool,
@@ -54,7 +56,9 @@ def threshold(config: ThresholdConfig) -> None:
 @dataclass(frozen=True)
 class BestConfig:
     scores: Annotated[
-        tuple[str, ...], "scores.jsonl files with several candidates for a problem, judged with --all-steps"
+        tuple[str, ...],
+        "scores.jsonl files with several candidates for a problem, judged with --all-steps",
+        INPUT,
     ]
     out: Annotated[str, "best.jsonl to write: the pick of each problem"] = "best.jsonl"
     aggregate: Annotated[
@@ -94,7 +98,7 @@ def best(config: BestConfig) -> None:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    scores: Annotated[tuple[str, ...], "scores.jsonl files, one for each judge that is compared"]
+    scores: Annotated[tuple[str, ...], "scores.jsonl files, one for each judge that is compared", INPUT]
     out: Annotated[str, "the page to write"] = "report.html"
     runs: Annotated[tuple[str, ...], "folders of training runs whose curves are drawn"] = ()
     threshold: Annotated[float, "where the page's slider begins", (0, 1)] = 0.5

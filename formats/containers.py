@@ -27,6 +27,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Iterable, Iterator, Sequence
 
+from plumbing import ranks
 from plumbing.errors import BadInput
 from plumbing.files import Lines, expect, naming, parse_json
 
@@ -54,6 +55,8 @@ Rows = Sequence[tuple[str, dict]]
 def read_rows(path: str | Path) -> Rows:
     """The rows of a file, of a folder of files, or of standard input ("-"). Raises BadInput."""
     if str(path) == STANDARD_INPUT:
+        if ranks.count() > 1:
+            raise BadInput("standard input: several ranks cannot share it; write it to a file, and name that")
         return _rows_of(_copied(iter(lambda: sys.stdin.buffer.read(CHUNK), b"")), "standard input")
     path = Path(path)
     if path.is_dir():

@@ -28,6 +28,7 @@ Unit = tuple[list[int], list[list[int]]]  # an example: the ids of its prompt, a
 MARGIN = 64  # tokens; see `most_tokens`
 OVER_LONG = "as over-long"
 EQUAL = "as pairs of equal responses"
+NOTHING = "as texts of one token"
 
 
 class Examples:
@@ -111,6 +112,8 @@ class Examples:
         """Why an example is left out: (the reason by which it is counted, the details); else ("", "")."""
         if len(set(turn.responses)) < len(turn.responses):
             return EQUAL, "has the same text as chosen and rejected"
+        if turn.prompt is None and self.encode(turn)[1] == [[]]:
+            return NOTHING, "has a text of one token, which nothing stands before to predict"
         if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
             return "", ""
         prompt, responses = self.encode(turn)
@@ -210,7 +213,7 @@ def read_examples(train: str, validation: str | None, read: Callable[[dict, str]
 
 
 def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size: int,
-                    flags: tuple[int | str | None, ...], pairs: Examples) -> StoredTable:
+                    flags: tuple[object, ...], pairs: Examples) -> StoredTable:
     """The table of the reference's log-probabilities (train_dpo.py), kept beside the pairs.
 
     It is NAME.reference-HASH.npy beside NAME.jsonl. NaN: not computed yet. inf: a pair that is left out.
@@ -226,7 +229,7 @@ def reference_table(model: Decoder, folder: str, adapter: str | None, batch_size
 
 
 def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size: int, weight: Tensor,
-                   flags: tuple[int | str | None, ...]) -> Path:
+                   flags: tuple[object, ...]) -> Path:
     """Where the table is kept.
 
     The hash in its name is of all that the table depends on: the pairs, the model, its adapters, the
@@ -239,8 +242,7 @@ def reference_path(folder: str, adapter: str | None, pairs: Examples, batch_size
     words = f"{pairs.micro_tokens} {batch_size} {weight.device.type}"
     if weight.dtype != torch.float32:  # those of a model with adapters, on a GPU
         words += f" {weight.dtype}"
-    if any(flag is not None for flag in flags):
-        words += f" {flags}"
+    words += f" {flags}"
     weights = sorted(Path(folder).glob("*.safetensors"))
     names = [name for name in ("config.json", *TOKENIZER_FILES) if (Path(folder) / name).is_file()]
     others = [Path(folder) / name for name in names]

@@ -8,6 +8,7 @@ from formats.rows import Solution
 from formats.score_lines import item_of
 from formats.split import SPLITS
 from plumbing import ranks
+from plumbing.cli import INPUT
 from plumbing.errors import BadInput
 from rprm import DEFAULT_MODEL
 
@@ -21,10 +22,10 @@ class JudgeConfig(ServedConfig):
     input: Annotated[tuple[str, ...],
                      "files, folders of shards, or - (standard input) with solutions: ProcessBench, "
                      "PRMBench, Math-Shepherd, OpenR, TRL's stepwise rows, R-PRM's evaluation rows, raw "
-                     "text, several candidates for a problem (docs/formats.md)"] = ()
+                     "text, several candidates for a problem (docs/formats.md)", INPUT] = ()
     split: Annotated[str, "raw text has a step between blank lines, or for each number, line or sentence",
                      SPLITS] = "blank"
-    out: Annotated[str | None, "scores.jsonl to write; the table goes beside it"] = None
+    out: Annotated[str | None, "scores.jsonl to write; the table of several solutions goes beside it"] = None
     k: Annotated[tuple[int, ...], "analyses per step; several: a row each, the first ones of the largest",
                  (1, None)] = (10,)
     threshold: Annotated[float, "a step with a lower reward is predicted wrong", (0, 1)] = 0.5

@@ -43,6 +43,7 @@ class SampleTally:
 
     def __init__(self):
         self.counts = Counter()
+        self.n_labelled = 0  # analyses of cases with a label
         self.too_long: list[str] = []  # ids
 
     def add(self, case_id: str, label: bool | None, analyses: list[Analysis]) -> None:
@@ -50,15 +51,17 @@ class SampleTally:
             self.counts["cases longer than the context: no analyses"] += 1
             self.too_long.append(case_id)
         names = {True: "verdict Yes", False: "verdict No", None: "verdict missing"}
+        if label is not None:
+            self.n_labelled += len(analyses)
         for a in analyses:
             self.counts["analyses"] += 1
             self.counts[names[a.verdict]] += 1
-            self.counts["cut off at --max-new-tokens"] += not a.finished
+            self.counts["cut off (--max-new-tokens or the context)"] += not a.finished
             self.counts["verification line added (--complete)"] += a.forced
             self.counts["verdict equal to the label"] += a.verdict is not None and a.verdict == label
 
     def so_far(self) -> str:
-        return f"right {self.counts['verdict equal to the label'] / max(1, self.counts['analyses']):.0%}"
+        return f"right {self.counts['verdict equal to the label'] / max(1, self.n_labelled):.0%}"
 
     @classmethod
     def sum(cls, tallies: Iterable["SampleTally"]) -> "SampleTally":
@@ -87,6 +90,8 @@ class CaseFile:
 
     def __init__(self, path: str):
         self.lines = Lines(path)
+        if not len(self.lines):
+            raise BadInput(f"{path}: has no cases; check the file")
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -107,8 +112,9 @@ def labelled_rows(
         raw = row.get("case", row) if direct else get_field(row, "case", dict, where)
         case = read_case(raw, where)
         if case.label is None:
-            n_analyses = 1 if direct else len(row.get("analyses", []))
+            n_analyses = 1 if direct else len(get_field(row, "analyses", list, where))
             counts["dropped: analysis of a case without a label"] += n_analyses
+            counts["cases without a label and without analyses"] += n_analyses == 0
         else:
             yield where, row, case
 

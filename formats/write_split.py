@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from checkpoint.prompt import write_prompt
-from plumbing.cli import print_table
+from plumbing.cli import INPUT, print_table, refuse_input
 from plumbing.errors import BadInput
 from plumbing.files import fingerprint, json_line, refuse_existing, writing
 from rprm import Case
@@ -20,7 +20,7 @@ Example = tuple[Case, dict]  # a case, and the line that is written
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:
     """The flags of both filters, `sft` and `pairs`."""
-    samples: Annotated[tuple[str, ...], "samples.jsonl (sft --direct: cases.jsonl will do)"]
+    samples: Annotated[tuple[str, ...], "samples.jsonl (sft --direct: cases.jsonl will do)", INPUT]
     out: Annotated[str, "file of examples to write; those for validation go beside it, as "
                         "NAME.validation.jsonl"]
     max_per_case: Annotated[int, "examples of one case at most", (1, None)] = 4
@@ -49,6 +49,7 @@ def write_split(config: FilterConfig, prompt: str, examples: Callable[[Counter],
     train_path = Path(out)
     validation_path = train_path.with_name(f"{train_path.stem}.validation{train_path.suffix}")
     for path in (train_path, validation_path):
+        refuse_input(path, config)
         refuse_existing(path, config.overwrite)
     counts = Counter()
     verdicts = []
@@ -57,9 +58,11 @@ def write_split(config: FilterConfig, prompt: str, examples: Callable[[Counter],
         verdicts.append(case.label)
         held_out.append(fingerprint(config.seed, case.problem) / 2 ** 64 < config.validation)
     if not verdicts:
-        print_table("nothing kept", counts)
+        if counts:
+            print_table("nothing kept", counts)
+        why = "the table says why" if counts else "there are none"
         raise BadInput(
-            f"{' '.join(config.samples)}: no example can be made from these samples (the table says why); "
+            f"{' '.join(config.samples)}: no example can be made from these samples ({why}); "
             f"sample more, or leave out a filter"
         )
     if balance and len(set(verdicts)) == 1:

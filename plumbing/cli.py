@@ -29,6 +29,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Callable, Sequence, Union, get_args, get_origin, get_type_hints
 
@@ -55,6 +56,7 @@ class Mark:
 
 
 MAY_CHANGE = Mark("a resumed run may differ in this field")
+INPUT = Mark("a file or folder that the command reads: --overwrite does not replace it")
 LOWER_IF_MEMORY_RUNS_OUT = Mark("a lower number here needs less memory")
 GIVE_IF_MEMORY_RUNS_OUT = Mark("this flag, given, saves memory, and a resumed run may give it")
 
@@ -87,6 +89,8 @@ def run(*commands: tuple[type, Main], default: str | None = None, argv: list[str
     try:
         config = config_class(**values)
         check_device(config)
+        if getattr(config, "out", None) is not None:
+            refuse_input(config.out, config)
         _call(main, config)
         ranks.leave()
     except (BadInput, OSError, MemoryError, RuntimeError, Stopped, KeyboardInterrupt) as error:
@@ -113,6 +117,17 @@ def check_device(config: Any) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {name}: this PyTorch finds no GPU; "
                        "give --device cpu, or install a build of torch for CUDA")
+
+
+def refuse_input(out: str | Path, config: Any) -> None:
+    """Raise BadInput if the file `out` is one that the command reads, as --overwrite would replace it."""
+    out = Path(out)
+    for name in marked(config, INPUT) if out.is_file() else []:
+        value = getattr(config, name)
+        for path in value if isinstance(value, tuple) else [value]:
+            is_in_folder = path is not None and out.resolve().is_relative_to(Path(path).resolve())
+            if is_in_folder:  # or is that file
+                raise BadInput(f"{out}: is read, as {flag_of(name)} {path}; give another --out")
 
 
 def resolved(config: Any) -> dict:

@@ -6,6 +6,7 @@
     with writing("out.jsonl") as file:                   # out.jsonl is there when the block has ended
         file.write(json_line({"id": "a"}))
 """
+import errno
 import hashlib
 import json
 import os
@@ -175,14 +176,22 @@ def json_line(value: Any) -> str:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """Raise BadInput if the output exists, without --overwrite, or if nothing can be written there."""
+    """Raise BadInput if the output exists, without --overwrite, or if no file can be written there."""
     path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder; give --out a file's name")
     if path.exists() and not overwrite:
         raise BadInput(f"{path}: exists already; give --overwrite to replace it, or another --out")
+    refuse_unwritable(path)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise BadInput if nothing can be written there."""
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(2 ** 16))  # on a full disk a file can be made, and not filled
     except OSError as error:
+        remedy = "make room" if error.errno == errno.ENOSPC else "see to the folder"
         raise BadInput(f"{path}: cannot be written ({folder}: {error.strerror}); "
-                       "make room, or give another --out") from None
+                       f"{remedy}, or give another --out") from None

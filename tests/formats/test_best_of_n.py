@@ -388,6 +388,8 @@ def test_a_candidate_has_lost_when_it_can_no_longer_win():
     race.finish(3, solution, [analyses(0.4), analyses(0.9)])  # it does not take the first one's place
     for number, p, lost in ((0, 0.5, False), (2, 0.5, True), (0, 0.49, True), (2, 0.51, False), (2, None, False)):
         assert race.is_lost(number, solution, [analyses(p)]) is lost
+    # what differs by rounding is equal: a later candidate has lost, an earlier one has not
+    assert race.is_lost(2, solution, [analyses(0.5 + 1e-8)]) and not race.is_lost(0, solution, [analyses(0.5 - 1e-8)])
     assert not race.is_lost(0, other, [analyses(0.1)])
     assert not Race(None).is_lost(0, solution, [analyses(0.1)])
     product = Race("product")

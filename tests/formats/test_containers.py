@@ -39,6 +39,14 @@ def stdin(monkeypatch):
     return give
 
 
+def test_several_ranks_do_not_share_standard_input(stdin, monkeypatch):
+    """Each would read a part of it."""
+    stdin(b'{"a": 1}\n')
+    monkeypatch.setattr("plumbing.ranks.count", lambda: 2)
+    with pytest.raises(BadInput, match="standard input: several ranks cannot share it"):
+        read_rows("-")
+
+
 # -------------------------------------------------------------------------------------- bytes around the rows
 
 

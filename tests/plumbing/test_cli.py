@@ -438,10 +438,52 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, o
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # and looking leaves nothing
 
 
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    for overwrite in (False, True):
+        with pytest.raises(BadInput) as error:
+            plumbing_files.refuse_existing(tmp_path, overwrite)
+        says(error, str(tmp_path), "is a folder")
+
+
+@dataclass(frozen=True)
+class Reading:
+    out: Annotated[str, "written"]
+    files: Annotated[tuple[str, ...], "read", cli.INPUT] = ()
+    one: Annotated[str | None, "read", cli.INPUT] = None
+
+
+def test_an_output_that_is_read_is_refused(tmp_path, capsys, monkeypatch):
+    """The file itself, by another name, or one in a folder that is read; --overwrite would replace it."""
+    (tmp_path / "folder").mkdir()
+    inputs = [tmp_path / "a", tmp_path / "folder/b"]
+    for path in inputs:
+        path.write_text("input")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    calls = []
+
+    def keep(config):
+        """Keep it."""
+        calls.append(config)
+
+    def code_of(*argv) -> int | None:
+        try:
+            cli.run((Reading, keep), argv=[str(word) for word in argv])
+        except SystemExit as end:
+            return end.code
+    for out, flags in ((inputs[0], ["--files", inputs[1], inputs[0]]), (inputs[0], ["--one", tmp_path / "link"]),
+                       (tmp_path / "link", ["--one", inputs[0]]), (inputs[1], ["--one", tmp_path / "folder"])):
+        assert code_of("--out", out, *flags) == 2 and not calls
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{out}: is read, as {flags[0]} ") or line.startswith(f"error: {out}: is read, as {flags[0]} ")
+    assert code_of("--out", tmp_path / "new", "--one", inputs[0]) is None
+    assert code_of("--out", inputs[0], "--one", inputs[1]) is None
+    assert len(calls) == 2 and [path.read_text() for path in inputs] == ["input", "input"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_write_that_fails_names_its_file(tmp_path):
     (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
-    with pytest.raises(OSError) as error, Journal(tmp_path / "out.jsonl", OVERWRITE) as journal:
+    with pytest.raises(OSError) as error, Journal(tmp_path / "out.jsonl", OVERWRITE, MANY) as journal:
         journal.write({"n": 0})
     assert error.value.filename == str(journal.part) and error.value.errno == errno.ENOSPC
 
@@ -456,6 +498,8 @@ def test_an_existing_output_is_refused_unless_overwritten(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- a resumable output
+
+MANY = 10 ** 6  # items, more than any test writes lines
 
 @dataclass(frozen=True)
 class Job:
@@ -477,7 +521,7 @@ def rows(path) -> list[dict]:
 def killed(tmp_path):
     """OUT of a run that died in the middle of its third line."""
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError), Journal(out, Job()) as journal:
+    with pytest.raises(RuntimeError), Journal(out, Job(), MANY) as journal:
         journal.write({"n": 0})
         journal.write({"n": 1, "text": "é\u2028"})
         raise RuntimeError
@@ -488,7 +532,7 @@ def killed(tmp_path):
 
 def test_a_journal_becomes_the_output_at_the_end(tmp_path):
     out = tmp_path / "new" / "out.jsonl"
-    with Journal(out, Job()) as journal:
+    with Journal(out, Job(), MANY) as journal:
         assert journal.done == 0
         journal.write({"n": 0})
         assert rows(journal.part) == [{"n": 0}] and not out.exists()  # a kill now would lose nothing
@@ -499,7 +543,7 @@ def test_a_journal_becomes_the_output_at_the_end(tmp_path):
 
 def test_a_killed_run_resumes_after_its_last_whole_line(killed):
     assert not killed.exists()
-    with Journal(killed, RESUME) as journal:
+    with Journal(killed, RESUME, MANY) as journal:
         assert journal.done == 2
         journal.write({"n": 2})
     assert [row["n"] for row in rows(killed)] == [0, 1, 2]
@@ -508,11 +552,11 @@ def test_a_killed_run_resumes_after_its_last_whole_line(killed):
 
 def test_resuming_twice_loses_nothing(killed):
     for n in (2, 3):
-        with pytest.raises(RuntimeError), Journal(killed, RESUME) as journal:
+        with pytest.raises(RuntimeError), Journal(killed, RESUME, MANY) as journal:
             assert journal.done == n
             journal.write({"n": n})
             raise RuntimeError
-    with Journal(killed, RESUME) as journal:
+    with Journal(killed, RESUME, MANY) as journal:
         pass
     assert [row["n"] for row in rows(killed)] == [0, 1, 2, 3]
 
@@ -521,7 +565,7 @@ def test_resuming_twice_loses_nothing(killed):
 def test_a_changed_config_is_not_resumed(killed, changed):
     before = {p.name: p.read_bytes() for p in killed.parent.iterdir()}
     with pytest.raises(BadInput) as error:
-        Journal(killed, replace(RESUME, **changed))
+        Journal(killed, replace(RESUME, **changed), MANY)
     says(error, "--" + next(iter(changed)).replace("_", "-"), f"{killed}.config.json")
     assert {p.name: p.read_bytes() for p in killed.parent.iterdir()} == before
 
@@ -532,27 +576,27 @@ def test_a_field_that_may_change_is_resumed(tmp_path):
     class Marked(Job):
         address: Annotated[str, "where", MAY_CHANGE] = "here"
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError), Journal(out, Marked()) as journal:
+    with pytest.raises(RuntimeError), Journal(out, Marked(), MANY) as journal:
         journal.write({"n": 0})
         raise RuntimeError
     assert plumbing_files.read_json(f"{out}.config.json")["address"] == "here"
-    assert Journal(out, Marked(address="there", resume=True)).done == 1
+    assert Journal(out, Marked(address="there", resume=True), MANY).done == 1
     with pytest.raises(BadInput, match="another --seed"):
-        Journal(out, Marked(seed=1, address="there", resume=True))
+        Journal(out, Marked(seed=1, address="there", resume=True), MANY)
 
 
 def test_an_unfinished_run_is_not_thrown_away_unasked(killed):
     with pytest.raises(BadInput) as error:
-        Journal(killed, Job())
+        Journal(killed, Job(), MANY)
     says(error, f"{killed}.part", "--resume", "--overwrite")
-    with Journal(killed, OVERWRITE) as journal:
+    with Journal(killed, OVERWRITE, MANY) as journal:
         assert journal.done == 0
     assert rows(killed) == []
 
 
 def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
     out = tmp_path / "out.jsonl"
-    with Journal(out, Job()) as journal:
+    with Journal(out, Job(), MANY) as journal:
         journal.write({"n": 0})
     for config, items, kind, word in (
         (RESUME, [{"n": 0}], Complete, ": is complete already"),
@@ -564,7 +608,7 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
         (RESUME, [{"n": 0}, {"n": 1}], BadInput, "1 more items"),
     ):
         with pytest.raises(kind) as error:
-            list(Journal(out, config).check(items))
+            list(Journal(out, config, MANY).check(items))
         says(error, str(out), word, "--overwrite")
     assert rows(out) == [{"n": 0}]
 
@@ -572,14 +616,14 @@ def test_a_complete_output_is_neither_resumed_nor_replaced(tmp_path):
 def test_overwriting_keeps_the_old_output_until_the_end(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text('{"old": 1}\n', encoding="utf-8")
-    with Journal(out, OVERWRITE) as journal:
+    with Journal(out, OVERWRITE, MANY) as journal:
         journal.write({"n": 0})
         assert rows(out) == [{"old": 1}]
     assert rows(out) == [{"n": 0}]
 
 
 def test_resume_without_an_earlier_run_starts_one(tmp_path):
-    with Journal(tmp_path / "out.jsonl", RESUME) as journal:
+    with Journal(tmp_path / "out.jsonl", RESUME, MANY) as journal:
         assert journal.done == 0
     assert rows(tmp_path / "out.jsonl") == []
 
@@ -589,7 +633,7 @@ def test_a_spoilt_config_of_the_killed_run_is_named(killed, content):
     path = killed.with_name(killed.name + ".config.json")
     path.unlink() if content is None else path.write_text(content, encoding="utf-8")
     with pytest.raises(BadInput) as error:
-        Journal(killed, RESUME)
+        Journal(killed, RESUME, MANY)
     says(error, str(path))
 
 
@@ -597,27 +641,39 @@ def test_a_broken_whole_line_is_an_error_and_not_dropped(killed):
     with open(f"{killed}.part", "ab") as file:
         file.write(b'\n{"n": 3}\n')  # the torn line is now a line of its own
     with pytest.raises(BadInput) as error:
-        list(Journal(killed, RESUME).check({} for _ in range(4)))
+        list(Journal(killed, RESUME, MANY).check({} for _ in range(4)))
     says(error, f"{killed}.part:3")
 
 
 @pytest.mark.parametrize("round_size, kept", [(1, 5), (2, 4), (3, 3), (4, 4), (6, 0)])
 def test_lines_count_in_whole_rounds(tmp_path, round_size, kept):
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RuntimeError), Journal(out, Job()) as journal:
+    with pytest.raises(RuntimeError), Journal(out, Job(), MANY) as journal:
         for n in range(5):
             journal.write({"n": n})
         raise RuntimeError
-    with Journal(out, RESUME, round_size) as journal:
+    with Journal(out, RESUME, MANY, round_size) as journal:
         assert journal.done == kept
         journal.write({"n": "new"})
     assert [row["n"] for row in rows(out)] == [*range(kept), "new"]
 
 
+def test_all_lines_count_if_there_is_one_for_each_item(tmp_path):
+    """Killed between its last line and the renaming: a last round that is shorter than the others is whole."""
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError), Journal(out, Job(), 5, 3) as journal:
+        for n in range(5):
+            journal.write({"n": n})
+        raise RuntimeError
+    with Journal(out, RESUME, 5, 3) as journal:
+        assert journal.done == 5
+    assert [row["n"] for row in rows(out)] == [*range(5)]
+
+
 def test_lines_must_be_those_of_the_items(killed):
     """Those that are come out; the items after them are gone through too."""
     items = iter([{"n": 0}, {"n": 1}, {"n": 2}, {"n": 3}])
-    found = list(Journal(killed, RESUME).check(items))
+    found = list(Journal(killed, RESUME, MANY).check(items))
     assert found == [(f"{killed}.part:1", {"n": 0}), (f"{killed}.part:2", {"n": 1, "text": "é\u2028"})]
     assert list(items) == []
     for items, said in (
@@ -626,7 +682,7 @@ def test_lines_must_be_those_of_the_items(killed):
         ([{"n": 0}], ":2: field"),
     ):
         with pytest.raises(BadInput) as error:
-            list(Journal(killed, RESUME).check(items))
+            list(Journal(killed, RESUME, MANY).check(items))
         says(error, f"{killed}.part{said}")
 
 
@@ -634,16 +690,16 @@ def test_a_killed_overwriting_goes_on(tmp_path):
     """The old output is still there, and no sign of a complete run. Without a line, --resume begins anew."""
     out = tmp_path / "out.jsonl"
     out.write_text('{"old": 1}\n', encoding="utf-8")
-    with pytest.raises(RuntimeError), Journal(out, OVERWRITE) as journal:
+    with pytest.raises(RuntimeError), Journal(out, OVERWRITE, MANY) as journal:
         journal.write({"n": 0})
         raise RuntimeError
     for config in (RESUME, replace(RESUME, overwrite=True)):
-        assert Journal(out, config).done == 1
-    with Journal(out, RESUME) as journal:
+        assert Journal(out, config, MANY).done == 1
+    with Journal(out, RESUME, MANY) as journal:
         journal.write({"n": 1})
     assert rows(out) == [{"n": 0}, {"n": 1}]
     Path(f"{out}.part").touch()  # killed between making the part and writing the config
-    with Journal(out, replace(OVERWRITE, resume=True, seed=5)) as journal:
+    with Journal(out, replace(OVERWRITE, resume=True, seed=5), MANY) as journal:
         journal.write({"n": 2})
     assert rows(out) == [{"n": 2}] and plumbing_files.read_json(f"{out}.config.json")["seed"] == 5
 

@@ -46,6 +46,7 @@ from rprm import response_logprobs
 JOBS = {"sft": (train_sft.Config, train_sft.main), "dpo": (train_dpo.Config, train_dpo.main),
         "lora": (train_sft.Config, train_sft.main),
         "sample": (data.SampleConfig, data.sample), "score": (score.JudgeConfig, score.judge)}
+MANY = 10 ** 6  # items, more than any test writes lines
 STOP = 4  # a run that is stopped has done so many of its 9 steps
 # without the last --, torchrun takes --n for a flag of its own
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
@@ -386,7 +387,7 @@ def journals(monkeypatch, out: Path, config, die_at_wait: int = 99) -> list[Jour
     found = []
     for rank in range(2):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        found.append(Journal(out, config))
+        found.append(Journal(out, config, MANY))
     monkeypatch.setattr(ranks, "rank", lambda: 0)
     return found
 
@@ -437,8 +438,8 @@ def test_parts_of_another_number_of_ranks_are_not_lost_unasked(tmp_path):
     left.write_text('{"id": "0"}\n')
     for resume in (True, False):
         with pytest.raises(BadInput, match="another number of ranks"):
-            Journal(tmp_path / "a.jsonl", Job(resume=resume))
-    with Journal(tmp_path / "a.jsonl", Job(resume=False, overwrite=True)) as journal:
+            Journal(tmp_path / "a.jsonl", Job(resume=resume), MANY)
+    with Journal(tmp_path / "a.jsonl", Job(resume=False, overwrite=True), MANY) as journal:
         journal.write({"id": "1"})
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.jsonl", "a.jsonl.config.json"]
 
@@ -654,7 +655,7 @@ def test_a_rank_that_waits_shows_that_it_is_there(clock):
 def test_a_line_is_a_sign_of_life(clock):
     """A journal has its parts watched while it is open, and no longer."""
     clock.comes = 0
-    with Journal(clock.files[0].parent / "out", Job()) as journal:
+    with Journal(clock.files[0].parent / "out", Job(), MANY) as journal:
         assert ranks.files_at_work == journal.parts
         os.utime(journal.part, (1, 1))
         journal.write({"n": 0})
