@@ -159,7 +159,10 @@ def even_pairs(right: int, wrong: int, most: int, seed: int) -> list[tuple[int, 
     rights = rng.permutation(right).tolist()
     wrongs = rng.permutation(wrong).tolist()
     lap = math.lcm(right, wrong)
-    return [(rights[t % right], wrongs[(t + t // lap) % wrong]) for t in range(min(most, right * wrong))]
+    found = []
+    for t in range(min(most, right * wrong)):
+        found.append((rights[t % right], wrongs[(t + t // lap) % wrong]))
+    return found
 
 
 # ------------------------------------------------------------------------------ training examples, in trees
@@ -185,8 +188,8 @@ def pack(units: dict[int, Unit], micro_tokens: int) -> list[MicroBatch]:
     like size (plumbing/packing.py). It comes first, and the others find room in the memory that it frees.
     """
     order = sorted(units, key=units.__getitem__)
-    alone = []  # an upper bound of each example's tokens in a tree by itself: its responses count in full
-    own = []    # the same, less what its first sequence shares with that of the example before it
+    alone = []  # the tokens of each example if it begins a tree, its responses in full
+    own = []    # those that it adds to a tree that has the example before it
     before = np.zeros(0, dtype=np.int64)
     for i in order:
         prompt, responses = units[i]
@@ -220,8 +223,8 @@ def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     """
     missing = -len(batches) % ranks.count()
     # Two sequences, as a pair of DPO has; no example and no length, so what is computed of them is (0,)
-    empty = [MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]) for _ in range(missing)]
-    return ranks.share(batches + empty)
+    empty = MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[])
+    return ranks.share(batches + [empty] * missing)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ class Engine(Queue):
                 logits = self.decode(token, prompt_length + t, cache)
         self.sampled += length.sum()
 
-        # R lists; what stands behind a row's length was drawn in vain
+        # R lists; tokens past a row's length are discarded
         tokens = torch.stack(tokens, dim=1).tolist()
         p_yes = torch.stack(p_yes, dim=1).tolist()
         found: list[list[Continuation]] = [[] for _ in requests]

@@ -200,7 +200,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, C) -> logits (N, V)."""
-        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        if self.head is None:
+            return F.linear(hidden, self.embed.weight)
+        return self.head(hidden)
 
     def logprobs(self, hidden: Tensor, target: Tensor) -> Tensor:
         """log p(target) after each hidden state: hidden (N, C), target (N,) -> (N,) at least fp32."""

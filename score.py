@@ -149,7 +149,8 @@ class OpenSolution:
         return max(predictions) + 1
 
     def is_complete(self) -> bool:
-        return len(self.analyses) == (len(self.solution.steps) if self.at_once else self.n_wanted())
+        wanted = len(self.solution.steps) if self.at_once else self.n_wanted()
+        return len(self.analyses) == wanted
 
     def line(self) -> dict:
         judged = self.judged[:self.n_wanted()]
@@ -180,7 +181,8 @@ def judge_all(sampler: Sampler, solutions: Iterable[tuple[str, Solution]],
                 break
             one, t = waiting.popleft()
             steps = one.solution.steps
-            asked[sampler.add(Case(one.solution.problem, steps[:t], steps[t]))] = one, t
+            case = Case(one.solution.problem, steps[:t], steps[t])
+            asked[sampler.add(case)] = one, t
         if not sampler.busy:
             return
         for request_id, analyses in sampler.step():
@@ -225,8 +227,9 @@ class Judge:
 
     def rewards_of(self, solutions: Iterable[tuple[str, Sequence[str]]]) -> list[list[float | None]]:
         """The rewards of each (problem, steps), all judged side by side."""
-        cases = [[Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)]
-                 for problem, steps in solutions]
+        cases = []
+        for problem, steps in solutions:
+            cases.append([Case(problem, tuple(steps[:t]), step) for t, step in enumerate(steps)])
         rewards = iter(self.judge(chain.from_iterable(cases)))
         return [list(islice(rewards, len(own))) for own in cases]
 

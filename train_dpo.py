@@ -89,7 +89,8 @@ def pair_losses(config: Config, model: Decoder, batch: MicroBatch, reference: np
     """The loss of each pair in a tree, (pairs,). Whatever is logged of the pairs goes into `means`."""
     with precision(model.device):  # on a GPU the matrix products are in bf16
         logprobs = response_logprobs(model, batch.tree, batch.starts)  # (2 * pairs,)
-    chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)  # (pairs,) each
+    # (pairs,) each; (1,) of a tree that fills up (data.deal), which broadcasts with `frozen` to a loss (0,)
+    chosen, rejected = logprobs.view(-1, 2).unbind(dim=1)
     frozen = torch.from_numpy(reference[np.array(batch.examples, dtype=int)]).to(model.device)  # (pairs, 2)
     lengths = torch.tensor(batch.lengths, device=model.device).view(-1, 2)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
