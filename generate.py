@@ -111,12 +111,12 @@ class Engine(Queue):
     The counters say what was computed.
     """
 
-    suffix_of: Callable[[list[int]], list[int]] = staticmethod(lambda ids: [])
-
     def __init__(self, model: Decoder, eos_ids: list[int], yes_no: tuple[int, int], temperature: float = 0.95,
-                 top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0):
+                 top_p: float = 0.95, max_new_tokens: int = 4096, max_rows: int = 160, reserve: int = 0,
+                 suffix_of: Callable[[list[int]], list[int]] = lambda ids: []):
         self.model = model
         self.yes_no = yes_no
+        self.suffix_of = suffix_of
         self.temperature = temperature
         self.top_p = top_p
         self.max_new_tokens = max_new_tokens

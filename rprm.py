@@ -168,8 +168,8 @@ class Sampler(Relay):
         self.reserve = reserved_tokens(tokenizer)
         self.engine = engine_class(
             model, tokenizer.eos_ids, yes_no_ids(tokenizer), sampling.temperature, sampling.top_p,
-            sampling.max_new_tokens, max_rows=sampling.batch_size * sampling.k, reserve=self.reserve)
-        self.engine.suffix_of = self.missing_verification
+            sampling.max_new_tokens, max_rows=sampling.batch_size * sampling.k, reserve=self.reserve,
+            suffix_of=self.missing_verification)
         self.restart()
 
     def prompt_ids(self, case: Case) -> list[int]:
