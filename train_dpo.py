@@ -27,7 +27,6 @@ from formats.training import begin, plan, prepare, table_of
 from formats.turns import read_pair
 from model import Decoder
 from plumbing import cli, ranks
-from plumbing.cli import INPUT
 from plumbing.run import Run, learning_rate, make_optimizer, precision
 from plumbing.settings import DATA, TrainConfig, lora_settings
 from rprm import dpo_loss, response_logprobs
@@ -36,8 +35,8 @@ from rprm import dpo_loss, response_logprobs
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     model: Annotated[str, "the SFT model, where the policy starts and which is the reference: "
-                          "a Hugging Face folder", INPUT]
-    train: Annotated[str, "pairs.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
+                          "a Hugging Face folder", cli.INPUT]
+    train: Annotated[str, "pairs.jsonl, or a file or folder with rows of a public format", cli.INPUT, DATA]
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-7
     beta: Annotated[float, "strength of the pull towards the reference", (1e-6, None)] = 0.1
     label_smoothing: Annotated[float, "share of the pairs taken to be the wrong way round (conservative DPO)",

@@ -10,32 +10,28 @@ holds the tokenizer) the weights are random instead of loaded. The defaults are 
 batch 128, lr 5e-6, warm-up 0.03).
 """
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from checkpoint import load_for_training, new_model
 from data import deal, pack
 from formats.examples import Examples
-from formats.training import begin, plan, prepare
+from formats.training import begin, initial_model, plan, prepare
 from formats.turns import read_example
 from model import Decoder
 from plumbing import cli, ranks
-from plumbing.cli import INPUT
-from plumbing.errors import BadInput
 from plumbing.run import Run, learning_rate, make_optimizer, precision
-from plumbing.settings import DATA, TrainConfig, lora_settings
+from plumbing.settings import DATA, TrainConfig
 from rprm import response_logprobs, sft_loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder", INPUT] = None
+    model: Annotated[str | None, "checkpoint to start from: a Hugging Face folder", cli.INPUT] = None
     from_scratch: Annotated[str | None, "instead of --model: a config.json, beside its tokenizer; "
-                                        "the weights are random", INPUT] = None
-    train: Annotated[str, "sft.jsonl, or a file or folder with rows of a public format", INPUT, DATA]
+                                        "the weights are random", cli.INPUT] = None
+    train: Annotated[str, "sft.jsonl, or a file or folder with rows of a public format", cli.INPUT, DATA]
     lr: Annotated[float, "peak learning rate", (0, None)] = 5e-6
 
 
@@ -93,23 +89,6 @@ def evaluate(model: Decoder, examples: Examples, batch_size: int) -> float:
             total -= logprobs.sum().item()
     [total] = ranks.total(total)
     return total / n_tokens
-
-
-def initial_model(config: Config) -> tuple[Decoder, Path]:
-    """The model to train and the folder that its tokenizer comes from."""
-    if (config.model is None) == (config.from_scratch is None):
-        raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
-    lora = lora_settings(config)
-    if config.model:
-        model = load_for_training(
-            config.model, config.device, config.context, lora, config.adapter, config.seed)
-        return model, Path(config.model)
-    if lora or config.adapter:
-        raise BadInput("adapters change the weights of a trained model; give --model, not --from-scratch")
-    path = Path(config.from_scratch)
-    if path.name != "config.json" or not path.is_file():
-        raise BadInput(f"--from-scratch {path}: is no file named config.json; give one, beside its tokenizer")
-    return new_model(path.parent, config.device, config.context, config.seed), path.parent
 
 
 if __name__ == "__main__":

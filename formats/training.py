@@ -3,16 +3,17 @@ from pathlib import Path
 from typing import Any, Callable
 
 import fast
-from checkpoint import DTYPES, load_tokenizer, read_template_args
+from checkpoint import DTYPES, load_for_training, load_tokenizer, new_model, read_template_args
 from checkpoint import results as results_of
 from checkpoint.prompt import travelling_prompt
 from formats.examples import Examples, read_examples, reference_table
 from formats.turns import Turn
 from model import Decoder
 from plumbing import ranks
+from plumbing.errors import BadInput
 from plumbing.memory import print_budget
 from plumbing.run import epoch_batches
-from plumbing.settings import TrainConfig, check_out
+from plumbing.settings import TrainConfig, check_out, lora_settings
 from plumbing.table import StoredTable
 from plumbing.threads import choose_threads
 
@@ -26,6 +27,23 @@ def begin(config: TrainConfig) -> dict[str, Any]:
     if not config.plain:
         fast.keep_freed_memory()
     return settings
+
+
+def initial_model(config: TrainConfig) -> tuple[Decoder, Path]:
+    """The model of train_sft.py's --model or --from-scratch, and the folder that its tokenizer comes from."""
+    if (config.model is None) == (config.from_scratch is None):
+        raise BadInput("give one of --model (a checkpoint) and --from-scratch (a config.json)")
+    lora = lora_settings(config)
+    if config.model:
+        model = load_for_training(
+            config.model, config.device, config.context, lora, config.adapter, config.seed)
+        return model, Path(config.model)
+    if lora or config.adapter:
+        raise BadInput("adapters change the weights of a trained model; give --model, not --from-scratch")
+    path = Path(config.from_scratch)
+    if path.name != "config.json" or not path.is_file():
+        raise BadInput(f"--from-scratch {path}: is no file named config.json; give one, beside its tokenizer")
+    return new_model(path.parent, config.device, config.context, config.seed), path.parent
 
 
 def prepare(config: TrainConfig, model: Decoder, folder: str | Path,

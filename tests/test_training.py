@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from tokenizers import normalizers
 
-from checkpoint import weights
+from checkpoint import load_for_training, weights
 from plumbing import ranks
 import data
 import rprm
@@ -753,9 +753,9 @@ def test_a_non_finite_gradient_stops_before_the_update(tmp_path, tiny_folder, mo
         found = loss(logprobs, n_tokens)
         found.register_hook(lambda gradient: gradient * math.nan)
         return found
-    load = train_sft.load_for_training
+    load = load_for_training
     monkeypatch.setattr(train_sft, "sft_loss", broken)
-    monkeypatch.setattr(train_sft, "load_for_training", lambda *given, **named: models.append(load(*given, **named)) or models[0])
+    monkeypatch.setattr("formats.training.load_for_training", lambda *given, **named: models.append(load(*given, **named)) or models[0])
     with pytest.raises(BadInput, match="gradient norm nan"):
         train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(4)))
     for ours, loaded in zip(models[0].parameters(), load_model(tiny_folder).parameters()):

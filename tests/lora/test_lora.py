@@ -367,8 +367,8 @@ def test_another_base_is_not_resumed(tmp_path, tiny_folder):
 
 def test_adapters_learn_and_the_base_stays(tmp_path, tiny_folder, monkeypatch):
     models = []
-    load = train_sft.load_for_training
-    monkeypatch.setattr(train_sft, "load_for_training", lambda *given: models.append(load(*given)) or models[0])
+    load = load_for_training
+    monkeypatch.setattr("formats.training.load_for_training", lambda *given: models.append(load(*given)) or models[0])
     train_sft.main(sft_config(tmp_path, tiny_folder, sft_rows(8), batch_size=8, epochs=30, lora_rank=8, lr=2e-2))
     losses = [row["loss"] for row in metrics(tmp_path / "out")]
     assert losses[-1] < losses[0] - 2
