@@ -35,9 +35,17 @@ from plumbing.journal import Journal
 from plumbing.packing import fill_evenly
 from plumbing.progress import Progress
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import Analysis, Case, load_prompt, load_sampler
+from rprm import Analysis, Case, Sampler, load_local_sampler, load_prompt
 
 # ---------------------------------------------------------------------------------------------- samples
+
+def load_sampler(config: ServedConfig, k: int, force: bool, direct: bool = False) -> Sampler:
+    """The sampler of a checkpoint folder, or with --server that of the model there."""
+    if config.server is None:
+        return load_local_sampler(config, k, force, direct, config.batch_size)
+    from server import load_served  # here, as nothing else needs it
+    return load_served(config, k, force, direct)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(ServedConfig):

@@ -324,17 +324,15 @@ def load_prompt(prompt_file: str | None, travelled: Path | None, direct: bool = 
     return Prompt(*read_prompt(prompt_file, travelled, direct))
 
 
-def load_sampler(config: SamplerConfig, k: int, force: bool, direct: bool = False) -> Sampler:
-    """The sampler of a checkpoint folder, with its tokenizer and its prompt; with --server that of its model.
+def load_local_sampler(config: SamplerConfig, k: int, force: bool, direct: bool = False,
+                       batch_size: int = 1) -> Sampler:
+    """The sampler of a checkpoint folder, with its tokenizer and its prompt.
 
     direct: it asks for a verdict without an analysis (the direct PRM of the paper's comparison)
     """
-    if config.server is not None:
-        from server import load_served  # here, as nothing else needs it
-        return load_served(config, k, force, direct)
     prompt = load_prompt(config.prompt_file, travelled_prompt(config.model, config.adapter), direct)
     sampling = Sampling(
-        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, config.batch_size, force)
+        k, config.temperature, config.top_p, config.max_new_tokens, config.seed, batch_size, force)
     if direct:
         sampling = without_analysis(sampling)
     model = load_for_sampling(
@@ -369,7 +367,7 @@ def main(config: Config) -> None:
     case = given_case(config.problem, config.step)
     if not config.plain:
         fast.keep_freed_memory()
-    sampler = load_sampler(config, config.k, config.force)
+    sampler = load_local_sampler(config, config.k, config.force)
     sampler.prompt_ids(case)  # says so, if it is longer than the context
     start = time.perf_counter()
     [(_, analyses)] = sampler.analyses([case])

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import fast
 from checkpoint.flags import ServedConfig
+from data import load_sampler
 from formats import best_of_n
 from formats.commands import BestConfig, ReportConfig, ThresholdConfig, best, report, threshold
 from formats.inputs import Inputs
@@ -37,7 +38,7 @@ from plumbing.files import write_json
 from plumbing.journal import Journal, NoJournal
 from plumbing.progress import Progress
 from plumbing.rounds import in_order, round_size, rounds
-from rprm import Analysis, Case, Sampler, load_sampler, reward
+from rprm import Analysis, Case, Sampler, reward
 
 # ---------------------------------------------------------------------------------------------- judge
 

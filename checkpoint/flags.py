@@ -13,8 +13,6 @@ from plumbing.errors import BadInput
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """The flags of sampling from a checkpoint."""
-    server = None   # no flags here, but of ServedConfig
-    batch_size = 1
     model: Annotated[str, "checkpoint: a Hugging Face folder"]
     adapter: Annotated[str | None, "folder of a LoRA adapter for --model, merged into its weights"] = None
     temperature: Annotated[float, "sampling temperature; 0 = greedy", (0, None)] = 0.95

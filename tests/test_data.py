@@ -260,7 +260,7 @@ def test_sample_is_the_method_itself(sampling, tiny_folder):
     data_py(*flags, "--seed", 4)
     config = SampleConfig(model=str(tiny_folder), cases="", out="", n=3, prompt_file=str(flags[flags.index("--prompt-file") + 1]),
                           max_new_tokens=10, seed=4, device="cpu")
-    sampler = rprm.load_sampler(config, 3, force=False)
+    sampler = rprm.load_local_sampler(config, 3, force=False)
     for line in read(out):
         case = Case(line["case"]["problem"], tuple(line["case"]["previous_steps"]), line["case"]["now_step"])
         [(_, found)] = sampler.analyses([case])

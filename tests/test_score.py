@@ -23,7 +23,7 @@ from conftest import ROOT, kill_and_resume
 from formats.processbench import ProcessBench
 from model import Tree, tree_attention
 from formats.verdicts import VERIFICATION
-from rprm import Analysis, Case, load_sampler, load_prompt, reward
+from rprm import Analysis, Case, load_local_sampler, load_prompt, reward
 
 SHORT = "Problem: {problem}\nBefore: {previous_steps}\nNow: {now_step}"
 
@@ -300,7 +300,7 @@ def test_a_step_is_judged_with_the_steps_before_it(tmp_path, tiny, tiny_folder):
     rows = [row("a", -1), row("b", 1)]
     score_py(*tiny, "--input", write(tmp_path / "b.json", rows), "--k", 2, "--out", tmp_path / "s.jsonl", "--all-steps")
     config = score.JudgeConfig(model=str(tiny_folder), device="cpu", prompt_file=str(tmp_path / "short.txt"), max_new_tokens=8)
-    sampler = load_sampler(config, 2, force=True)
+    sampler = load_local_sampler(config, 2, force=True)
     for r, line in zip(rows, read(tmp_path / "s.jsonl")):
         for t, step in enumerate(line["samples"]):
             [(_, found)] = sampler.analyses([Case(r["problem"], tuple(r["steps"][:t]), r["steps"][t])])

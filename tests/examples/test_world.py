@@ -15,7 +15,8 @@ import report
 import world
 from formats.verdicts import parse_verdict
 from checkpoint.flags import ServedConfig
-from rprm import Case, load_sampler
+from data import load_sampler
+from rprm import Case
 
 
 def drawn(count, correct, kinds=world.KINDS_OF_ERROR, seed=0):

@@ -155,7 +155,7 @@ def test_it_is_written_aside(tmp_path: Path):
 
 def test_the_script_writes_the_page_of_its_analyses(tmp_path):
     """python rprm.py --html: P(Yes) at the verdict is the engine's, and the page holds the reward."""
-    sampler = rprm.load_sampler(rprm.Config(device="cpu"), k=3, force=True)
+    sampler = rprm.load_local_sampler(rprm.Config(device="cpu"), k=3, force=True)
     [(_, analyses)] = sampler.analyses([rprm.BUILT_IN])
     prompt = sampler.prompt_ids(rprm.BUILT_IN)
     found = written(sampler.model, sampler.tokenizer, sampler.engine.yes_no, prompt, analyses)

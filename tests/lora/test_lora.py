@@ -40,7 +40,7 @@ from checkpoint.flags import SamplerConfig, ServedConfig
 from model import Decoder, Tree
 from plumbing.errors import BadInput
 from rprm import response_logprobs, sft_loss
-from rprm import load_sampler
+from rprm import load_local_sampler
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -438,13 +438,13 @@ def test_sampling_merges_the_adapter_and_asks_in_its_words(tmp_path, tiny_folder
     adapter = altered(made, tmp_path / "adapter")
     (adapter / PROMPT_FILE).write_text("Judge: {problem} {previous_steps} {now_step}\n")
     config = SamplerConfig(model=str(tiny_folder), adapter=str(adapter), device="cpu")
-    sampler = load_sampler(config, 1, force=True)
+    sampler = load_local_sampler(config, 1, force=True)
     expected = load_model(tiny_folder)
     merge_adapter(expected, adapter)
     for p, q in zip(sampler.model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(p, q)
     assert sampler.prompt.text.startswith("Judge: {problem}")
-    load_sampler(dataclasses.replace(config, adapter=str(made)), 1, force=True)  # made without words
+    load_local_sampler(dataclasses.replace(config, adapter=str(made)), 1, force=True)  # made without words
     assert f"verify.txt, as there is no {tiny_folder / PROMPT_FILE}" in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's mo
 import torch
 
 from checkpoint.flags import ServedConfig
-from rprm import load_sampler
+from data import load_sampler
 from formats.readers import read_solutions
 from formats.verdicts import before_verdict, find_verdict
 from generate import Request, last_tokens

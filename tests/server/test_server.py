@@ -23,7 +23,7 @@ from checkpoint import load_tokenizer
 from compare import small_world_cases
 from conftest import HANG, ROOT, start
 from checkpoint.flags import ServedConfig
-from rprm import load_sampler
+from data import load_sampler
 from formats.samples import add_verdicts
 from formats.verdicts import VERIFICATION
 from plumbing import ranks
