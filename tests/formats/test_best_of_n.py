@@ -23,6 +23,7 @@ from formats.best_of_n import (
     aggregate,
     choices,
     group,
+    picks,
     sizes,
     table,
     weight,
@@ -271,6 +272,15 @@ def test_a_vote_needs_answers(tmp_path):
     )
     # of two: {4, 3} the first, {4, 4}, {3, 4} the first
     assert found["vote", 2] == pytest.approx(100 / 3)
+
+
+def test_scores_that_differ_by_rounding_are_equal(tmp_path):
+    """The same steps, judged twice: the first candidate is picked, by every aggregate, in the table too."""
+    lines = [line([0.5, 0.9], correct=True), line([0.5 + 1e-8, 0.9 + 1e-8], correct=False)]
+    [problem] = problems_of(tmp_path, lines)
+    assert {own["candidate"] for own in picks(problem, AGGREGATES)["picks"].values()} == {0}
+    found = accuracies(problem, AGGREGATES, 2, np.random.default_rng(0))
+    assert [found[how] for how in AGGREGATES] == [1] * len(AGGREGATES)
 
 
 def test_a_problem_with_fewer_candidates_gives_all(tmp_path):
