@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,8 @@ class Examples:
         """Why an example is left out: (the reason by which it is counted, the details); else ("", "")."""
         if len(set(turn.responses)) < len(turn.responses):
             return EQUAL, "has the same text as chosen and rejected"
-        if turn.prompt is None and self.encode(turn)[1] == [[]]:
+        may_be_one_token = turn.prompt is None and len(turn.responses[0]) <= self.longest_token
+        if may_be_one_token and self.encode(turn)[1] == [[]]:
             return NOTHING, "has a text of one token, which nothing stands before to predict"
         if self.most_tokens(turn) <= min(self.micro_tokens, self.context):
             return "", ""
@@ -125,6 +127,11 @@ class Examples:
         if together > self.micro_tokens:
             return OVER_LONG, f"has {together} tokens, more than --micro-tokens {self.micro_tokens}"
         return "", ""
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The characters of the vocabulary's longest token: a longer text has several tokens."""
+        return max(map(len, self.tokenizer.backend.get_vocab(with_added_tokens=True)))
 
     def most_tokens(self, turn: Turn) -> int:
         """An upper bound of an example's tokens, which needs no tokenizer and is a hundred times as fast.
