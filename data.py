@@ -229,10 +229,11 @@ def deal(batches: list[MicroBatch]) -> list[MicroBatch]:
     `pack` sorts the trees by size, so the ranks have trees of like size at the same time. Where the trees do
     not come out even, trees of two sequences without a response fill up: their loss and gradient are 0.
     """
-    missing = -len(batches) % ranks.count()
-    # Two sequences, as a pair of DPO has; no example and no length, so what is computed of them is (0,)
-    empty = MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[])
-    return ranks.share(batches + [empty] * missing)
+    fillers = []
+    for _ in range(-len(batches) % ranks.count()):
+        # Two sequences, as a pair of DPO has; no example and no length, so what is computed of them is (0,)
+        fillers.append(MicroBatch(Tree([[0], [0]]), starts=[1, 1], examples=[], lengths=[]))
+    return ranks.share(batches + fillers)
 
 
 if __name__ == "__main__":

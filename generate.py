@@ -106,7 +106,8 @@ class Engine(Queue):
     yes_no     the two token ids whose probabilities are compared
     max_rows   how many continuations are decoded side by side, which bounds a batch of the queue
     reserve    positions of the context that are kept free behind a continuation, for a suffix
-    suffix_of  from a continuation's tokens to those of its suffix, after which P(Yes) is read; mostly none
+    suffix_of  from a continuation's tokens to those of its suffix, after which P(Yes) is read: at most
+               `reserve` - 1 of them, mostly none
 
     The counters say what was computed.
     """

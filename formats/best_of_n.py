@@ -279,8 +279,8 @@ def accuracies(
         for how in aggregates
     }
     for how in aggregates:
-        ranks = np.array([rank_of(score) for score in scores[how]])
-        found[how] = accuracy_of_best(np.argsort(-ranks, kind="stable"), correct, n)
+        order = np.argsort([-rank_of(score) for score in scores[how]], kind="stable")
+        found[how] = accuracy_of_best(order, correct, n)
     found["vote"] = accuracy_of_vote(classes, np.ones(len(correct)), correct, chosen)
     for how in aggregates:
         weights = np.array([weight(score, how) for score in scores[how]])

@@ -69,6 +69,7 @@ class SampleTally:
         total = cls()
         for tally in tallies:
             total.counts += tally.counts
+            total.n_labelled += tally.n_labelled
             total.too_long += tally.too_long
         return total
 

@@ -48,8 +48,8 @@ def write_split(config: FilterConfig, prompt: str, examples: Callable[[Counter],
     balance = config.balance
     train_path = Path(out)
     validation_path = train_path.with_name(f"{train_path.stem}.validation{train_path.suffix}")
+    refuse_input(validation_path, config)  # --out itself is looked at before a command begins
     for path in (train_path, validation_path):
-        refuse_input(path, config)
         refuse_existing(path, config.overwrite)
     counts = Counter()
     verdicts = []

@@ -18,8 +18,9 @@ A script has one frozen dataclass for each of its commands, and `run` makes the 
 
 An annotation holds the type, the help, and then, if the field has them, its range (lowest, highest; None =
 open) or its choices, and its marks. A mark is what a field says of itself (`MAY_CHANGE`: a resumed run may
-differ in it), so that nothing here has to know the names of the scripts' fields. Two names do have a meaning:
-`device` is checked before the work, and a command with the field `resume` says that it can go on.
+differ in it), so that nothing here has to know the names of the scripts' fields. Three names do have a
+meaning: `device` and `out` are checked before the work (`out` is no file that the command reads, a field
+marked INPUT), and a command with the field `resume` says that it can go on.
 """
 import argparse
 import dataclasses
@@ -31,7 +32,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Callable, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import Any, Callable, Iterator, Sequence, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -122,12 +123,21 @@ def check_device(config: Any) -> None:
 def refuse_input(out: str | Path, config: Any) -> None:
     """Raise BadInput if the file `out` is one that the command reads, as --overwrite would replace it."""
     out = Path(out)
-    for name in marked(config, INPUT) if out.is_file() else []:
+    if not out.is_file():
+        return
+    for flag, path in inputs_of(config):
+        if out.resolve().is_relative_to(path.resolve()):  # it is that file, or in that folder
+            raise BadInput(f"{out}: is read, as {flag} {path}; give another --out")
+
+
+def inputs_of(config: Any) -> Iterator[tuple[str, Path]]:
+    """(flag, path) of each file and folder that the command reads, by the config's fields marked INPUT."""
+    for name in marked(config, INPUT):
         value = getattr(config, name)
-        for path in value if isinstance(value, tuple) else [value]:
-            is_in_folder = path is not None and out.resolve().is_relative_to(Path(path).resolve())
-            if is_in_folder:  # or is that file
-                raise BadInput(f"{out}: is read, as {flag_of(name)} {path}; give another --out")
+        paths = value if isinstance(value, tuple) else (value,)
+        for path in paths:
+            if path:
+                yield flag_of(name), Path(path)
 
 
 def resolved(config: Any) -> dict:

@@ -15,6 +15,7 @@ from plumbing.cli import (
     MAY_CHANGE,
     Mark,
     flag_of,
+    inputs_of,
     marked,
     print_config,
     resolved,
@@ -158,10 +159,9 @@ def refuse_to_remove(out: Path, config: TrainConfig) -> None:
     if out.exists() and any(out.iterdir()) and not is_run:
         raise BadInput(f"{out}: is not the folder of a training run, so --overwrite leaves it alone; "
                        "remove it yourself or give another --out")
-    for name in marked(config, INPUT):
-        path = getattr(config, name)
-        if path and Path(path).resolve().is_relative_to(out.resolve()):
-            raise BadInput(f"{out}: holds {flag_of(name)} {path}, which --overwrite would remove; "
+    for flag, path in inputs_of(config):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise BadInput(f"{out}: holds {flag} {path}, which --overwrite would remove; "
                            "give another --out")
 
 
